@@ -1,0 +1,72 @@
+"""What several tests need: weights that hide no mistake, timm's twin of a config, and what "equal" means."""
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import vit
+
+FLOAT32 = 1e-5  # max|a - b| <= FLOAT32 * max|b|, on logits and tokens
+GRADIENT = 2e-5
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """max|a - b| / max|b|; refuses shapes that would broadcast, and all-zero references."""
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    scale = theirs.abs().max().item()
+    assert scale > 0
+    return (ours.double() - theirs.double()).abs().max().item() / scale
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fill every parameter with values that matter: a fresh model's zeros and ones hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        is_scale = parameter.ndim == 1 and name.endswith(("weight", "gamma", "scale1", "scale2"))
+        parameter.copy_(1 + 0.2 * values if is_scale else values * (0.5 if parameter.ndim == 3 else 0.06))
+    return model
+
+
+def timm_twin(config: vit.ViTConfig) -> nn.Module:
+    """timm's model of the same architecture, with random non-trivial weights, in eval mode."""
+    with torch.device("meta"):  # drawing weights that are replaced at once takes longer than the tests do
+        model = _timm_model(config)
+    return randomize(model.to_empty(device="cpu")).eval()
+
+
+def _timm_model(config: vit.ViTConfig) -> nn.Module:
+    return timm.create_model(
+        "vit_small_patch16_224",
+        img_size=config.img_size,
+        patch_size=config.patch_size,
+        in_chans=config.in_chans,
+        num_classes=config.num_classes,
+        global_pool=config.global_pool,
+        fc_norm=False,
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_ratio,
+        init_values=config.init_values,
+        reg_tokens=config.reg_tokens,
+        no_embed_class=not config.class_position,
+        act_layer={"erf": "gelu", "tanh": "gelu_tanh"}[config.gelu],
+        drop_path_rate=config.drop_path_rate,
+        dynamic_img_size=True,
+    )
+
+
+def ours_from(twin: nn.Module, config: vit.ViTConfig) -> vit.ViT:
+    """Our model with the weights of timm's, through the key map."""
+    converted = vit.weights.convert(twin.state_dict(), "timm", "vit", config)
+    with torch.device("meta"):
+        model = vit.ViT(converted.config)
+    model.load_state_dict({name: tensor.clone() for name, tensor in converted.state_dict.items()}, assign=True)
+    return model.eval()
+
+
+def images(*shape: int, seed: int = 1) -> Tensor:
+    """Normal noise [B, C, H, W]."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,147 @@
+"""Our model against timm's, with the same weights through the key map: logits, tokens, gradients."""
+
+import pytest
+import torch
+from helpers import FLOAT32, GRADIENT, difference, images, ours_from, timm_twin
+
+import vit
+from vit.config import NAMED_MODELS, ViTConfig
+
+SMALL = NAMED_MODELS["vit_small_patch16_224"].config
+SHALLOW = SMALL.override(depth=3, num_classes=17)
+RELATIVES = {
+    "layer scale": SHALLOW.override(init_values=0.1),
+    "registers": SHALLOW.override(reg_tokens=4, class_position=False),
+    "no class position": SHALLOW.override(class_position=False),
+    "average pooling": SHALLOW.override(global_pool="avg"),
+    "registers, average pooling": SHALLOW.override(reg_tokens=2, class_position=False, global_pool="avg"),
+    "tanh": SHALLOW.override(gelu="tanh"),
+    "one channel": SHALLOW.override(in_chans=1),
+    "five channels": SHALLOW.override(in_chans=5),
+    "no head": SHALLOW.override(num_classes=0),
+    "rectangle stored": SHALLOW.override(img_size=(112, 448)),
+    "one patch stored": SHALLOW.override(img_size=16),
+    "other widths": SHALLOW.override(embed_dim=96, num_heads=3, mlp_ratio=2.5, patch_size=8, img_size=40),
+    "everything": ViTConfig(
+        img_size=(56, 98), patch_size=14, in_chans=2, num_classes=5, global_pool="avg", embed_dim=72, depth=2,
+        num_heads=4, mlp_ratio=3.0, init_values=0.3, reg_tokens=3, class_position=False, gelu="tanh",
+    ),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(NAMED_MODELS))
+def test_every_named_config_equals_timm(name):
+    config = NAMED_MODELS[name].config
+    twin = timm_twin(config)
+    model = ours_from(twin, config)
+    x = images(2, 3, *config.img_size)
+    assert difference(model.forward_features(x), twin.forward_features(x)) <= FLOAT32
+    assert difference(model(x), twin(x)) <= FLOAT32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(224, 224), (384, 384), (256, 160), (112, 448), (448, 112), (16, 16), (208, 16)])
+def test_the_224_model_equals_timm_at_other_sizes(size):
+    twin = timm_twin(SMALL)
+    model = ours_from(twin, SMALL)
+    x = images(1, 3, *size)
+    assert difference(model.forward_features(x), twin.forward_features(x)) <= FLOAT32
+    assert difference(model(x), twin(x)) <= FLOAT32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives_equal_timm(name):
+    config = RELATIVES[name]
+    twin = timm_twin(config)
+    model = ours_from(twin, config)
+    p = config.patch_size
+    for size in (config.img_size, (3 * p, 5 * p), (7 * p, 2 * p)):
+        x = images(2, config.in_chans, *size)
+        assert difference(model.forward_features(x), twin.forward_features(x)) <= FLOAT32
+        assert difference(model(x), twin(x)) <= FLOAT32
+        tokens = twin.forward_features(x)
+        features = twin.forward_head(tokens, pre_logits=True)
+        assert difference(model.forward_head(tokens, pre_logits=True), features) <= FLOAT32
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+@pytest.mark.parametrize("name", ["layer scale", "registers", "everything"])
+@pytest.mark.parametrize("native", [True, False])
+def test_gradients_equal_timm(name, attention, native):
+    config = RELATIVES[name]
+    twin = timm_twin(config)
+    model = ours_from(twin, config)
+    model.set_attention(attention)
+    size = config.img_size if native else (5 * config.patch_size, 3 * config.patch_size)
+    grads = []
+    for net in (model, twin):
+        x = images(2, config.in_chans, *size).requires_grad_()
+        net(x).square().sum().backward()
+        grads.append({name: parameter.grad for name, parameter in net.named_parameters()} | {"images": x.grad})
+    ours, theirs = grads
+    names = vit.weights.LAYOUTS["timm"].to_ours(n for n in theirs if n != "images").names
+    assert set(names.values()) == set(ours) - {"images"}
+    assert difference(ours["images"], theirs["images"]) <= GRADIENT
+    for their_name, our_name in names.items():
+        assert difference(ours[our_name], theirs[their_name]) <= GRADIENT, our_name
+
+
+def test_drop_path_draws_what_timm_draws():
+    config = RELATIVES["layer scale"].override(drop_path_rate=0.5)
+    twin = timm_twin(config).train()
+    model = ours_from(twin, config).train()
+    x = images(8, 3, 32, 48)
+    outputs = []
+    for net in (model, twin):
+        torch.manual_seed(3)
+        outputs.append(net(x))
+    assert difference(*outputs) <= FLOAT32
+    model.eval()
+    assert difference(model(x), outputs[1]) > 1e-2  # the seed above did drop something
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda sd: sd.update({"pos_embed": sd["pos_embed"].flip(1)}),
+        lambda sd: sd.update({"cls_token": torch.zeros_like(sd["cls_token"])}),
+        lambda sd: sd.update({"blocks.1.attn.qkv.weight": torch.cat(sd["blocks.1.attn.qkv.weight"].chunk(3)[::-1])}),
+        lambda sd: sd.update({"blocks.2.attn.proj.weight": sd["blocks.2.attn.proj.weight"].T}),
+        lambda sd: sd.update({"blocks.0.norm1.bias": sd["blocks.0.norm2.bias"]}),
+    ],
+    ids=["positions flipped", "no class token", "v k q", "square weight transposed", "norms swapped"],
+)
+def test_the_parity_test_can_fail(wrong):
+    twin = timm_twin(SHALLOW)
+    x = images(2, 3, 64, 96)
+    expected = twin(x)
+    assert difference(ours_from(twin, SHALLOW)(x), expected) <= FLOAT32
+    state_dict = twin.state_dict()
+    wrong(state_dict)
+    converted = vit.weights.convert(state_dict, "timm")
+    model = vit.ViT(SHALLOW).eval()
+    model.load_state_dict(converted.state_dict)
+    assert difference(model(x), expected) > 100 * FLOAT32
+
+
+@torch.no_grad()
+def test_gelu_eps_and_heads_matter():
+    twin = timm_twin(SHALLOW)
+    x = images(2, 3, 64, 96)
+    expected = twin(x)
+    for other in ({"gelu": "tanh"}, {"eps": 1e-3}, {"num_heads": 12}):
+        assert difference(ours_from(twin, SHALLOW.override(**other))(x), expected) > FLOAT32, other
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_worse_than_timm(dtype):
+    twin = timm_twin(SMALL)
+    model = ours_from(twin, SMALL)
+    x = images(2, 3, 160, 256)
+    expected = twin(x)
+    ours, theirs = ((net.to(dtype)(x.to(dtype)).float() - expected).square().mean().sqrt() for net in (model, twin))
+    assert 0 < ours <= 1.5 * theirs

@@ -1,0 +1,46 @@
+"""A Vision Transformer Small in plain PyTorch: any resolution, attention that is replaced in one line.
+
+model = vit.load_pretrained("vit_small_patch16_224.augreg_in21k_ft_in1k")
+transform = vit.create_transform(model)
+logits = model(transform(image)[None])
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .attention import attention_names, register_attention
+from .config import ViTConfig, list_models
+from .image import create_transform, load_image
+from .maps import attention_maps
+from .metadata import Preprocessing, Provenance
+from .model import ViT, create_model
+
+if TYPE_CHECKING:
+    from vit import kernels, weights
+    from vit.weights import load_pretrained, save_checkpoint
+
+__all__ = [
+    "Preprocessing", "Provenance", "ViT", "ViTConfig", "attention_maps", "attention_names", "create_model",
+    "create_transform", "kernels", "list_models", "load_image", "load_pretrained", "register_attention",
+    "save_checkpoint", "weights",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """What the model does not need is imported when it is first asked for: `vit.weights` and `vit.kernels`."""
+    if name in ("load_pretrained", "save_checkpoint"):
+        return getattr(_import("vit.weights"), name)
+    if name in ("weights", "kernels"):
+        return _import(f"vit.{name}")
+    raise AttributeError(f"module 'vit' has no attribute {name!r}")
+
+
+def _import(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        # The folders weights/ and kernels/ stand beside vit/ and become vit.weights and vit.kernels on installing.
+        hint = f"{name} is not installed: run `pip install -e .` in the repository"
+        raise ModuleNotFoundError(hint, name=name) from None

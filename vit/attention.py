@@ -1,0 +1,81 @@
+"""Attention, and the one line in which it is replaced.
+
+An attention function is `fn(q, k, v, *, bias=None) -> out`:
+
+    q, k, v   [B, A, N, d]    queries, keys and values of A heads, each d wide, for N tokens
+    bias      broadcastable to [B, A, N, N], added to the scores before the softmax, or None
+    out       [B, A, N, d]    the values, averaged with weights softmax(q k^T / sqrt(d) + bias)
+
+    vit.register_attention("mine", fn)
+    model.set_attention("mine")
+"""
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import unknown
+
+AttentionFunction = Callable[..., Tensor]
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """Attention as Eq. 1 of arXiv:1706.03762 writes it; keeps all N*N weights in memory."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, A, N, N]
+    if bias is not None:
+        scores = scores + bias
+    weights = torch.softmax(scores, dim=-1)  # [B, A, N, N], each row sums to 1
+    return weights @ v  # [B, A, N, d]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """The same numbers from PyTorch's fused kernels, which never hold the N*N weights. The default."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B, A, N, d]
+
+
+_registry: dict[str, AttentionFunction] = {"reference": reference, "sdpa": sdpa}
+
+
+def register_attention(name: str, fn: AttentionFunction, *, overwrite: bool = False) -> None:
+    """Give an attention function a name, so that `model.set_attention(name)` finds it.
+
+    Raises:
+        ValueError: the name is taken and `overwrite` is not set, or `fn` cannot be called as described above.
+    """
+    if name in _registry and not overwrite:
+        raise ValueError(f"attention {name!r} is registered already; overwrite=True replaces it")
+    _check_signature(fn, name)
+    _registry[name] = fn
+
+
+def attention_names() -> list[str]:
+    """The registered names, sorted."""
+    return sorted(_registry)
+
+
+def get_attention(name_or_fn: str | AttentionFunction) -> AttentionFunction:
+    """The function of a registered name; a function is checked and handed back.
+
+    Raises:
+        ValueError: an unknown name (the nearest known one is named), or a function with a wrong signature.
+    """
+    if callable(name_or_fn):
+        _check_signature(name_or_fn, getattr(name_or_fn, "__name__", repr(name_or_fn)))
+        return name_or_fn
+    if name_or_fn not in _registry:
+        importlib.import_module("vit.kernels")  # the faster backends register themselves there
+    if name_or_fn not in _registry:
+        raise ValueError(unknown("attention", name_or_fn, attention_names()))
+    return _registry[name_or_fn]
+
+
+def _check_signature(fn: AttentionFunction, name: str) -> None:
+    try:
+        inspect.signature(fn).bind("q", "k", "v", bias=None)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"attention {name!r} must be callable as fn(q, k, v, *, bias=None): {error}") from None

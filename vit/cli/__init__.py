@@ -1,0 +1,33 @@
+"""The command line: `vit demo | predict | inspect | convert`."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from . import convert, demo, inspect, predict
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 where all went well; 1 where some inputs were skipped; 2 on bad input, with one line on stderr; 130 where
+        it was interrupted.
+    """
+    parser = argparse.ArgumentParser(prog="vit", description="A Vision Transformer Small in plain PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (demo, predict, inspect, convert):
+        module.add_parser(commands)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except BrokenPipeError:  # the reader, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError) as error:  # what this package raises for bad input; anything else is a bug and shows
+        print(f"vit {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"vit {args.command}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,179 @@
+"""`vit predict`: images in, labels out."""
+
+import argparse
+import glob
+import json
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from vit.image import ImageError, create_transform, load_image
+from vit.model import ViT
+from vit.resources import imagenet_categories, imagenet_synsets
+
+from . import options
+
+Decoded = tuple[Path, Tensor | ImageError]  # a file, and its pixels or what is wrong with it
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser("predict", help="label images", description="Label images: files, folders, globs.")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (searched through) or globs")
+    options.add_model(parser)
+    parser.add_argument(
+        "--img-size", type=options.image_size, help="384, 224x448 (height x width) or native; default: the model's own"
+    )
+    parser.add_argument(
+        "--mode", choices=("crop", "squash"), default="crop", help="how to get there from another shape"
+    )
+    parser.add_argument(
+        "-k", "--top-k", type=options.positive, default=5, help="labels per image (%(default)s)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object per line and image")
+    options.add_compute(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Find the images, load the model, print labels as they come."""
+    from vit.weights import load_pretrained
+
+    paths = find_images(args.images)
+    if args.img_size == "native" and args.mode == "squash":
+        raise ValueError("--img-size native keeps the aspect ratio, so --mode squash cannot go with it")
+    model = load_pretrained(args.model, device=args.device, dtype=options.DTYPES[args.dtype])
+    if model.config.num_classes == 0:
+        raise ValueError(f"{args.model} has no classifier, so there is nothing to predict")
+    native = args.img_size == "native"
+    transform = create_transform(model, None if native else args.img_size, mode="native" if native else args.mode)
+
+    failures = 0
+    with tqdm(total=len(paths), unit="image", delay=1, disable=not sys.stderr.isatty()) as bar:
+        for batch in batches(decode(paths, transform), args.batch_size):
+            for path, outcome in label(model, batch, args.top_k):
+                failures += isinstance(outcome, ImageError)
+                report(path, outcome, args.json, bar)
+                bar.update()
+    if failures:
+        print(f"vit predict: {failures} of {len(paths)} could not be read", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def find_images(arguments: Iterable[str]) -> list[Path]:
+    """Files as they are named; the images in folders and matches of globs, sorted.
+
+    Raises:
+        ValueError: a folder without images, or a glob without a match.
+    """
+    endings = Image.registered_extensions()
+    paths: list[Path] = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file())
+            if not found:
+                raise ValueError(f"the folder {argument} holds no images")
+        elif not path.exists() and glob.has_magic(argument):
+            found = sorted(Path(match) for match in glob.glob(argument, recursive=True) if os.path.isfile(match))
+            if not found:
+                raise ValueError(f"no file matches {argument}")
+        else:
+            found = [path]
+        paths += found
+    return paths
+
+
+def decode(paths: Iterable[Path], transform: Callable[[Image.Image], Tensor]) -> Iterator[Decoded]:
+    """Read and transform images in the order of `paths`, in threads that stay a little ahead of the model."""
+
+    def prepare(path: Path) -> Decoded:
+        try:
+            return path, transform(load_image(path))
+        except ImageError as error:
+            return path, error
+        except ValueError as error:  # a readable image that the transform refuses
+            return path, ImageError(f"{path}: {error}")
+
+    workers = min(8, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque = deque()
+        try:
+            for path in paths:
+                ahead.append(pool.submit(prepare, path))
+                if len(ahead) > 8 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def batches(items: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
+    """Group neighbours whose tensors have one shape; files that could not be read ride along."""
+    batch: list[Decoded] = []
+    shape = None
+    for item in items:
+        new = item[1].shape if isinstance(item[1], Tensor) else shape
+        if batch and (len(batch) == size or (shape is not None and new != shape)):
+            yield batch
+            batch, shape = [], None
+        batch.append(item)
+        shape = new if new is not None else shape
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def label(model: ViT, batch: list[Decoded], top_k: int) -> Iterator[tuple[Path, list[dict] | ImageError]]:
+    """The `top_k` most probable classes of each image of a batch, in its order."""
+    tensors = [outcome for _, outcome in batch if isinstance(outcome, Tensor)]
+    rows: Iterator[Tensor] = iter(())
+    if tensors:
+        weights = model.patch_embed.proj.weight
+        logits = model(torch.stack(tensors).to(weights.device, weights.dtype))  # [B, classes]
+        rows = iter(logits.float().softmax(dim=-1).cpu())
+    for path, outcome in batch:
+        yield path, outcome if isinstance(outcome, ImageError) else describe(model, next(rows), top_k)
+
+
+def describe(model: ViT, probabilities: Tensor, top_k: int) -> list[dict]:
+    """The most probable classes: number, label (and synset, for ImageNet's) and probability."""
+    values, classes = probabilities.topk(min(top_k, len(probabilities)))
+    synsets = imagenet_synsets() if model.categories == imagenet_categories() else None
+    answers = []
+    for value, index in zip(values.tolist(), classes.tolist()):
+        answer: dict[str, Any] = {"class": index, "probability": value}
+        if model.categories is not None:
+            answer["label"] = model.categories[index]
+        if synsets is not None:
+            answer["synset"] = synsets[index]
+        answers.append(answer)
+    return answers
+
+
+def report(path: Path, outcome: list[dict] | ImageError, as_json: bool, bar: tqdm) -> None:
+    """Print one image's answers, above the progress bar; errors go to stderr."""
+    if isinstance(outcome, ImageError):
+        bar.write(f"vit predict: {outcome}", file=sys.stderr)
+        if as_json:
+            bar.write(json.dumps({"path": str(path), "error": str(outcome)}), file=sys.stdout)
+        return
+    if as_json:
+        bar.write(json.dumps({"path": str(path), "predictions": outcome}), file=sys.stdout)
+        return
+    lines = [str(path)]
+    for answer in outcome:
+        name = answer.get("label", f"class {answer['class']}")
+        synset = f"  {answer['synset']}" if "synset" in answer else ""
+        lines.append(f"  {answer['probability']:7.2%}{synset}  {name}")
+    bar.write("\n".join(lines), file=sys.stdout)

@@ -1,0 +1,149 @@
+"""What a model is, beyond the values of its weights: its sizes, and the choices that shapes cannot tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from .checks import as_pair, require_float, require_int, unknown
+from .metadata import Preprocessing
+from .position import RULES
+
+GLOBAL_POOLS = ("token", "avg")
+GELUS = ("erf", "tanh")
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A Vision Transformer's architecture. Frozen, and refuses values that contradict each other.
+
+    Names are timm's where timm has one. `ViTConfig()` is `vit_small_patch16_224`.
+
+    Raises:
+        ValueError: a field has a wrong type or range, or two fields contradict each other.
+    """
+
+    img_size: tuple[int, int] = (224, 224)  # (H, W) at which the position embedding was trained; an int is a square
+    patch_size: int = 16  # p, in pixels
+    in_chans: int = 3
+    num_classes: int = 1000  # 0: no head, the pooled features come out
+    global_pool: str = "token"  # what the head reads: the class "token", or the "avg" of the patch tokens
+    embed_dim: int = 384  # D
+    depth: int = 12  # blocks
+    num_heads: int = 6  # A
+    mlp_ratio: float = 4.0  # the MLP's hidden width over D
+    init_values: float | None = None  # LayerScale's starting value (arXiv:2103.17239, Eq. 3); None: no LayerScale
+    reg_tokens: int = 0  # registers (arXiv:2309.16588), after the class token; they have no position
+    class_position: bool = True  # does the class token have a row in the position embedding? (timm: not no_embed_class)
+    eps: float = 1e-6  # of every LayerNorm
+    gelu: str = "erf"  # the exact form, or its "tanh" approximation (arXiv:1606.08415)
+    position_rule: str = "timm"  # how the position embedding is resampled, a name in vit.position.RULES
+    drop_path_rate: float = 0.0  # stochastic depth (arXiv:1603.09382) in training: rises to this, block by block
+    grad_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more time
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "img_size", as_pair(self.img_size, "img_size"))
+        for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
+            require_int(name, getattr(self, name), least=1)
+        for name in ("num_classes", "reg_tokens"):
+            require_int(name, getattr(self, name), least=0)
+        for name in ("class_position", "grad_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        for name, known in (("global_pool", GLOBAL_POOLS), ("gelu", GELUS), ("position_rule", tuple(RULES))):
+            if getattr(self, name) not in known:
+                raise ValueError(unknown(name, getattr(self, name), known))
+        require_float("mlp_ratio", self.mlp_ratio, above=0.0)
+        require_float("eps", self.eps, above=0.0)
+        if self.init_values is not None:
+            require_float("init_values", self.init_values)
+        require_float("drop_path_rate", self.drop_path_rate)
+        if not 0.0 <= self.drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate must lie in [0, 1), not {self.drop_path_rate}")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        if not float(self.embed_dim * self.mlp_ratio).is_integer():
+            raise ValueError(f"embed_dim {self.embed_dim} * mlp_ratio {self.mlp_ratio} is not a whole number")
+        height, width = self.img_size
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"img_size {height}x{width} is not a multiple of patch_size {self.patch_size}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w): the patches, down and across, at which the position embedding is stored."""
+        return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """P: the tokens before the patches, which are the class token and the registers."""
+        return 1 + self.reg_tokens
+
+    @property
+    def mlp_dim(self) -> int:
+        """The MLP's hidden width."""
+        return int(self.embed_dim * self.mlp_ratio)
+
+    def override(self, **values: Any) -> ViTConfig:
+        """A copy with other values.
+
+        Raises:
+            ValueError: a name that is no field (the nearest one is named), or a value that does not fit.
+        """
+        self.check_names(values)
+        return replace(self, **values)
+
+    @classmethod
+    def check_names(cls, names: Iterable[str]) -> None:
+        """Each must be a field's name; ValueError for the first that is not."""
+        known = [f.name for f in fields(cls)]
+        for name in names:
+            if name not in known:
+                raise ValueError(unknown("config field", name, known))
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that has a name: its architecture and the preprocessing that its weights expect."""
+
+    config: ViTConfig
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    tag: str | None = "augreg_in21k_ft_in1k"  # of its weights on the Hub, timm/<name>.<tag>; None: they ship with us
+
+
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SMALL = ViTConfig()
+_DINOV2 = _SMALL.override(img_size=518, patch_size=14, init_values=1e-5, num_classes=0)
+_DIGITS = _SMALL.override(img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3, num_classes=10)
+
+# Architectures, evaluation settings and default tags are those of timm's models of the same name;
+# `vit_digits_patch4_32` is this project's own, small enough to ship with its weights.
+NAMED_MODELS: dict[str, NamedModel] = {
+    "vit_small_patch16_224": NamedModel(_SMALL),
+    "vit_small_patch16_384": NamedModel(_SMALL.override(img_size=384), Preprocessing(size=(384, 384), crop_pct=1.0)),
+    "vit_small_patch32_224": NamedModel(_SMALL.override(patch_size=32)),
+    "vit_small_patch14_dinov2": NamedModel(
+        _DINOV2, Preprocessing(size=(518, 518), mean=_IMAGENET_MEAN, std=_IMAGENET_STD, crop_pct=1.0), "lvd142m"
+    ),
+    "vit_tiny_patch16_224": NamedModel(_SMALL.override(embed_dim=192, num_heads=3)),
+    "vit_base_patch16_224": NamedModel(_SMALL.override(embed_dim=768, num_heads=12), tag="augreg2_in21k_ft_in1k"),
+    "vit_digits_patch4_32": NamedModel(_DIGITS, Preprocessing(size=(32, 32), crop_pct=1.0), None),
+}
+
+
+def list_models(pretrained: bool = False) -> list[str]:
+    """The names that `create_model` knows, sorted; with `pretrained` those that `load_pretrained` finds weights for."""
+    if not pretrained:
+        return sorted(NAMED_MODELS)
+    return sorted(f"{name}.{named.tag}" if named.tag else name for name, named in NAMED_MODELS.items())
+
+
+def named_model(name: str) -> NamedModel:
+    """The architecture and preprocessing that go by a name.
+
+    Raises:
+        ValueError: nobody goes by that name; the nearest one that somebody does is named.
+    """
+    if name not in NAMED_MODELS:
+        raise ValueError(unknown("model", name, list_models()))
+    return NAMED_MODELS[name]

@@ -1,0 +1,303 @@
+"""From an image file to the tensor that a model was trained on.
+
+An image is read, turned upright, brought to the model's channels, resized by Pillow's antialiased filters, cropped and
+normalised. Rounding and order of operations are those of timm's evaluation transform, which this equals bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+
+from .checks import as_pair, unknown
+
+if TYPE_CHECKING:
+    from .model import ViT
+
+MODES = ("crop", "squash", "native")
+
+# What undoes each value of EXIF's orientation tag; 1 is upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class ImageError(ValueError):
+    """An image file that cannot be used: one line that names the path and the reason."""
+
+
+def load_image(path: str | os.PathLike) -> Image.Image:
+    """Open an image file and decode all of it (the first frame, where there are several). Warns of nothing.
+
+    Args:
+        path: a file in any format that Pillow reads.
+
+    Returns:
+        The image as stored, in the file's own mode and not yet turned upright; the file is closed.
+
+    Raises:
+        ImageError: no such file, a directory, an empty, truncated or broken file, no image at all, or one of more than
+            `PIL.Image.MAX_IMAGE_PIXELS` pixels, which is refused before it is decoded.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ImageError(f"expected the path of an image file, not {type(path).__name__}")
+    try:
+        # These filters belong to the whole process, so threads that load at the same time may disturb them;
+        # a DataLoader's workers are processes.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow itself refuses only twice the limit
+            with Image.open(path) as image:
+                image.load()
+                return image
+    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, KeyError ...
+        raise ImageError(f"cannot use image {str(path)!r}: {_reason(path, error)}") from error
+
+
+def _reason(path: str | os.PathLike, error: Exception) -> str:
+    """Why a file could not be loaded, on one line."""
+    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+        pixels, *_ = re.findall(r"\d+", str(error)) or ["too many"]  # the exception has the number in its text only
+        return f"it has {pixels} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS} (PIL.Image.MAX_IMAGE_PIXELS)"
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not an image that Pillow can read" if Path(path).stat().st_size else "the file is empty"
+    if isinstance(error, OSError) and error.strerror:  # the system's own: no such file, a directory, not permitted
+        return error.strerror
+    return f"it cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
+
+
+def to_mode(image: Image.Image, channels: int) -> Image.Image:
+    """Turn an image upright, as its EXIF or XMP orientation says, and bring it to 8 bits and a number of channels.
+
+    Conversion is Pillow's. Alpha is dropped, not blended: what lies under transparent pixels shows, as with timm.
+    16-bit grey is scaled by 1/257 and rounded first, since Pillow's own conversion would clip it at 255. An orientation
+    in a damaged EXIF block that Pillow cannot read counts as upright.
+
+    Args:
+        image: of any mode but 32-bit "I" and "F".
+        channels: 3 for "RGB", 1 for "L".
+
+    Returns:
+        The converted image, or `image` itself where there is nothing to do; `image` is never changed.
+
+    Raises:
+        ValueError: not a PIL image, one without pixels, a mode that cannot be converted, or other channels.
+    """
+    mode = _mode_for(channels)
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"expected a PIL image, not {type(image).__name__}: vit.load_image(path) reads a file,"
+            " PIL.Image.fromarray(array) takes a uint8 array [H, W, 3]"
+        )
+    if 0 in image.size:
+        raise ValueError(f"the image has no pixels: its height is {image.height} and its width {image.width}")
+    image = _upright(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"images of mode {image.mode!r} hold 32-bit numbers of unknown range: scale them to 0..255, as uint8,"
+            " and make the image with PIL.Image.fromarray"
+        )
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)  # [H, W] in 0..65535, in this machine's byte order
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))  # 257 is odd, so there are no ties
+    if image.mode == mode:
+        return image
+    if "transparency" in image.info:  # dropped by the conversion in any case, but for some palettes with a warning
+        image = image.copy()
+        del image.info["transparency"]
+    if image.mode == "LAB":  # Pillow has no way from here to grey
+        image = image.convert("RGB")
+    return image.convert(mode)
+
+
+def _mode_for(channels: int) -> str:
+    """Pillow's mode for a number of channels; raises ValueError where there is none."""
+    if channels not in (1, 3):
+        raise ValueError(
+            f"images can be made into 1 or 3 channels, not {channels!r}: make the [{channels}, H, W] tensor yourself,"
+            " scaled and normalised as model.preprocessing says"
+        )
+    return "RGB" if channels == 3 else "L"
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Undo the orientation in an image's EXIF or XMP block; the image itself where there is none.
+
+    Not `ImageOps.exif_transpose`, because that also copies images that stand upright, and writes the EXIF block anew,
+    which fails on some damaged ones that can be read.
+    """
+    image.load()  # only then do all formats know their orientation; TIFF applies its own here
+    try:
+        method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # no TIFF header, among others: Pillow says SyntaxError
+        return image
+    if method is None:
+        return image
+    image = image.transpose(method)
+    image.info = {}  # nothing says any more that it is to be turned
+    return image
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Makes a PIL image the tensor that a model expects; `create_transform` builds and checks it.
+
+    `transform(image)` takes a PIL image of any size and returns [C, H, W] float32, normalised, on the CPU. It raises
+    ValueError for what `to_mode` refuses, and for an image so long and thin that resizing it would make more than
+    `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    """
+
+    mode: str  # one of MODES
+    size: tuple[int, int] | int | None  # (H, W); in "native" the short side, or None for the image's own
+    patch_size: int  # in pixels; H and W are multiples of it
+    mean: tuple[float, ...]  # per channel, for pixels in [0, 1]
+    std: tuple[float, ...]
+    interpolation: str  # one of vit.metadata.INTERPOLATIONS
+    crop_pct: float | None  # in "crop": the image is first resized to cover size / crop_pct; else None
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        image = to_mode(image, len(self.mean))
+        height, width = self.resized_size(image.height, image.width)
+        if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise ValueError(
+                f"an image of {image.height} x {image.width} would be resized to {height} x {width}, more pixels than"
+                f" the limit of {Image.MAX_IMAGE_PIXELS} (PIL.Image.MAX_IMAGE_PIXELS)"
+            )
+        if (width, height) != image.size:
+            image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+        if self.mode == "crop":
+            assert isinstance(self.size, tuple)
+            image = _center_crop(image, self.size)
+        return self.normalise(image)
+
+    def resized_size(self, height: int, width: int) -> tuple[int, int]:
+        """The (height, width) to which an upright image is resized, before any crop."""
+        if self.mode == "native":
+            assert not isinstance(self.size, tuple)
+            p, short = self.patch_size, min(height, width)
+            target = short if self.size is None else nearest_multiple(self.size, p)  # for the short side
+            return nearest_multiple(height * target / short, p), nearest_multiple(width * target / short, p)
+        assert isinstance(self.size, tuple)
+        if self.mode == "squash":
+            return self.size
+        assert self.crop_pct is not None
+        cover = [round(side / self.crop_pct) for side in self.size]
+        if cover[0] == cover[1]:  # torchvision's rounding: the long side is cut down to a whole number
+            long = int(cover[0] * max(height, width) / min(height, width))
+            return (long, cover[0]) if height > width else (cover[0], long)
+        ratio = min(height / cover[0], width / cover[1])  # timm's rounding: both sides to the nearest
+        return round(height / ratio), round(width / ratio)
+
+    def normalise(self, image: Image.Image) -> Tensor:
+        """An image of mode "L" or "RGB" -> [C, H, W] float32: (pixel / 255 - mean) / std, in this order.
+
+        In NumPy: on so few numbers PyTorch's threads cost more than they save, ten times as much where cores are busy.
+        """
+        pixels = np.asarray(image).reshape(image.height, image.width, -1)  # [H, W, C] uint8
+        mean, std = (np.array(v, dtype=np.float32)[:, None, None] for v in (self.mean, self.std))  # [C, 1, 1]
+        out = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)  # [C, H, W]
+        out /= np.float32(255)
+        out -= mean
+        out /= std
+        return torch.from_numpy(out)
+
+
+def _center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Cut (H, W) out of an image's middle; where the image is smaller, black surrounds it."""
+    (H, W), (width, height) = size, image.size
+    top, left = _crop_start(height, H), _crop_start(width, W)
+    return image.crop((left, top, left + W, top + H))  # Pillow fills with zeros what lies outside
+
+
+def _crop_start(side: int, crop: int) -> int:
+    """Where a crop starts along one side: below 0 when it is longer. Odd remainders fall as torchvision's do."""
+    return round((side - crop) / 2) if side >= crop else -((crop - side) // 2)
+
+
+def nearest_multiple(side: float, patch: int) -> int:
+    """The multiple of `patch` nearest to `side`, in pixels: at least one patch, and the larger of two equally near."""
+    return max(1, math.floor(side / patch + 0.5)) * patch
+
+
+def create_transform(
+    model: ViT, size: int | tuple[int, int] | None = None, crop_pct: float | None = None, mode: str = "crop"
+) -> Transform:
+    """What makes a PIL image the [C, H, W] tensor that `model` expects.
+
+    The modes:
+        "crop": resize until the image covers size / crop_pct, cut size out of its middle. Equals timm's evaluation
+            transform, bit for bit, on the upright image in the model's channels.
+        "squash": resize to size, whatever the image's proportions, and cut nothing off: Google's own evaluation, with
+            Pillow's antialiased filter.
+        "native": keep the image's proportions and all of it, each side rounded to the nearest multiple of the patch,
+            halves upwards, and at least one patch.
+
+    Args:
+        model: `preprocessing` gives size, mean, std, interpolation and crop_pct, `config` gives channels and patch.
+        size: (H, W) or one number for a square, multiples of the patch; None for the model's own. In "native" one
+            number, to whose nearest multiple the short side is resized; None keeps the image's own pixels.
+        crop_pct: in (0, 1], "crop" only; None for the model's own.
+        mode: one of MODES.
+
+    Raises:
+        ValueError: an unknown mode, a size or crop_pct that it cannot use, or a model whose channels are not 1 or 3.
+    """
+    config, settings = model.config, model.preprocessing
+    if mode not in MODES:
+        raise ValueError(unknown("mode", mode, MODES))
+    _mode_for(config.in_chans)
+    if len(settings.mean) != config.in_chans:
+        raise ValueError(f"model.preprocessing has {len(settings.mean)} channels and the model {config.in_chans}")
+    if crop_pct is not None:
+        if mode != "crop":
+            raise ValueError(f"crop_pct={crop_pct!r} has no use in mode {mode!r}, which cuts nothing off")
+        settings = replace(settings, crop_pct=crop_pct)  # which checks it
+    if mode == "native":
+        _check_short_side(size)
+    else:
+        size = as_pair(settings.size if size is None else size, "size")
+        _check_multiples(size, config.patch_size)
+    return Transform(
+        mode=mode,
+        size=size,
+        patch_size=config.patch_size,
+        mean=settings.mean,
+        std=settings.std,
+        interpolation=settings.interpolation,
+        crop_pct=settings.crop_pct if mode == "crop" else None,
+    )
+
+
+def _check_short_side(size: object) -> None:
+    """Mode "native" takes None or one whole number above 0; raises ValueError for any other size."""
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise ValueError(
+            f"mode 'native' keeps the image's proportions: size must be one whole number above 0, for the short side,"
+            f" or None, not {size!r}"
+        )
+
+
+def _check_multiples(size: tuple[int, int], patch: int) -> None:
+    """Both sides must be multiples of the patch; raises ValueError that names the nearest size that works."""
+    if any(side % patch for side in size):
+        nearest = " x ".join(str(nearest_multiple(side, patch)) for side in size)
+        raise ValueError(
+            f"size {size[0]} x {size[1]} is not made of whole patches of {patch} x {patch} pixels;"
+            f" the nearest size that works is {nearest}"
+        )

@@ -1,0 +1,81 @@
+"""What travels with a model beside its weights: how its images are prepared, and where it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from .checks import as_pair, unknown
+
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the tensor that the weights were trained on. Defaults: AugReg's ViT-S/16 at 224.
+
+    Raises:
+        ValueError: a field has a wrong type or range.
+    """
+
+    size: tuple[int, int] = (224, 224)  # (H, W) after the crop; an int is a square
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # per channel, for pixels in [0, 1]
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    interpolation: str = "bicubic"  # one of Pillow's filters, which are antialiased
+    crop_pct: float = 0.9  # the image is first resized to size / crop_pct
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "size", as_pair(self.size, "size"))
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if not isinstance(values, (list, tuple)) or not values:
+                raise ValueError(f"{name} must be a list with one number per channel, not {values!r}")
+            if not all(isinstance(v, (int, float)) and abs(v) < float("inf") for v in values):
+                raise ValueError(f"{name} must hold finite numbers, not {values!r}")
+            object.__setattr__(self, name, tuple(float(v) for v in values))
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels and std {len(self.std)}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0, not {self.std}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(unknown("interpolation", self.interpolation, INTERPOLATIONS))
+        if not isinstance(self.crop_pct, (int, float)) or not 0.0 < self.crop_pct <= 1.0:
+            raise ValueError(f"crop_pct must lie in (0, 1], not {self.crop_pct!r}")
+
+    def with_channels(self, channels: int) -> Preprocessing:
+        """The same for another number of channels: each gets the mean of `mean` and `std`, for want of statistics."""
+        if channels == len(self.mean):
+            return self
+        mean, std = (sum(values) / len(values) for values in (self.mean, self.std))
+        return replace(self, mean=(mean,) * channels, std=(std,) * channels)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a model's weights came from.
+
+    A checkpoint that `save_checkpoint` wrote carries the provenance of the model that was saved; reading it back
+    gives a new record for the file itself, with the older one as its `parent`.
+    """
+
+    source: str  # the file, or hf-hub:organization/name
+    sha256: str  # of the weights file, as read
+    layout: str  # "timm", "vit" ...
+    commit: str | None = None  # of the Hub's repository
+    license: str | None = None
+    parent: Provenance | None = None
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Provenance:
+        """The inverse of `dataclasses.asdict`.
+
+        Raises:
+            ValueError: an unknown or missing field, or one that is no text.
+        """
+        known = {f.name for f in fields(cls)}
+        if not isinstance(values, dict) or set(values) - known or {"source", "sha256", "layout"} - set(values):
+            raise ValueError(f"provenance must be an object with the fields {sorted(known)}, not {values!r}")
+        parent = values.get("parent")
+        texts = {name: value for name, value in values.items() if name != "parent"}
+        if not all(value is None or isinstance(value, str) for value in texts.values()):
+            raise ValueError(f"provenance must hold texts, not {texts!r}")
+        return cls(**texts, parent=None if parent is None else cls.from_dict(parent))

@@ -1,0 +1,267 @@
+"""The Vision Transformer (arXiv:2010.11929), to be read from top to bottom.
+
+Letters for shapes, here and everywhere:
+
+    B  images           H W  pixels, height first     p    side of a patch
+    D  width            h w  the grid of patches      N    patch tokens, N = h*w
+    A  heads            d    width of a head, D/A     P    prefix tokens: the class token, then registers
+                                                      T    tokens in all, T = P + N
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import AttentionFunction, get_attention
+from .config import ViTConfig, named_model
+from .metadata import Preprocessing, Provenance
+from .position import resample_position_embedding
+
+
+class PatchEmbed(nn.Module):
+    """Cut images into patches of p x p pixels and project each to D numbers (Eq. 1, x_p E).
+
+    A convolution whose stride is its kernel's side sees each patch once: it is that projection.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, stride=config.patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.proj(images)  # [B, D, h, w]
+        return x.flatten(2).transpose(1, 2)  # [B, N, D], in reading order
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention (Eq. 6-8): every token asks, and every token answers."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+        self.attend: AttentionFunction = get_attention("sdpa")
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)  # [B, T, 3, A, d]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, A, T, d]
+        out = self.attend(q, k, v)  # [B, A, T, d]
+        if out.shape != q.shape:
+            raise ValueError(f"the attention function returned {list(out.shape)}, expected {list(q.shape)}")
+        out = out.transpose(1, 2).reshape(B, T, D)  # [B, T, D], heads side by side
+        return self.proj(out)  # [B, T, D]
+
+
+class MLP(nn.Module):
+    """Two layers with a GELU between them, applied to each token by itself."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.embed_dim, config.mlp_dim)
+        self.act = nn.GELU(approximate="none" if config.gelu == "erf" else "tanh")
+        self.fc2 = nn.Linear(config.mlp_dim, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.fc1(x))  # [B, T, 4D]
+        return self.fc2(x)  # [B, T, D]
+
+
+class Block(nn.Module):
+    """One layer of the encoder: tokens mix (Eq. 2), then each thinks for itself (Eq. 3).
+
+    Each half adds to the residual stream. LayerScale (arXiv:2103.17239) scales what is added, per channel; drop path
+    (stochastic depth, arXiv:1603.09382) leaves it out for some images in training.
+    """
+
+    def __init__(self, config: ViTConfig, drop_path_rate: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.eps)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.eps)
+        self.mlp = MLP(config)
+        self.drop_path_rate = drop_path_rate
+        self.scale1 = self.scale2 = None
+        if config.init_values is not None:
+            self.scale1 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
+            self.scale2 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.residual(self.attention(self.norm1(x)), self.scale1)  # [B, T, D]
+        x = x + self.residual(self.mlp(self.norm2(x)), self.scale2)  # [B, T, D]
+        return x
+
+    def residual(self, branch: Tensor, scale: Tensor | None) -> Tensor:
+        """What a branch adds to the stream: [B, T, D], scaled, and dropped for some images in training."""
+        if scale is not None:
+            branch = branch * scale
+        if self.training and self.drop_path_rate > 0.0:
+            keep = 1.0 - self.drop_path_rate
+            mask = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep)  # [B, 1, 1]
+            branch = branch * mask.div_(keep)
+        return branch
+
+
+class ViT(nn.Module):
+    """A Vision Transformer for images of any height and width that are multiples of the patch.
+
+    Besides its weights it carries `config`, `preprocessing` (how its images are prepared), `categories` (a list of
+    label names, or None) and `provenance` (where its weights came from, or None).
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        D, (h, w) = config.embed_dim, config.grid
+        self.config = config
+        self.preprocessing = Preprocessing(size=config.img_size)
+        self.categories: list[str] | None = None
+        self.provenance: Provenance | None = None
+
+        self.patch_embed = PatchEmbed(config)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.register_tokens = nn.Parameter(torch.zeros(1, config.reg_tokens, D)) if config.reg_tokens else None
+        self.position_embedding = nn.Parameter(torch.zeros(1, config.class_position + h * w, D))
+        rates = [config.drop_path_rate * i / max(config.depth - 1, 1) for i in range(config.depth)]
+        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.norm = nn.LayerNorm(D, eps=config.eps)
+        self.head = make_head(config)
+        self.init_weights()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify.
+
+        Args:
+            images: [B, in_chans, H, W], floating, normalised as `preprocessing` says; H and W any multiples of p.
+
+        Returns:
+            [B, num_classes] logits, or [B, D] features where there is no head.
+
+        Raises:
+            ValueError: images of another rank, dtype or number of channels, none at all, or with ragged sides.
+        """
+        return self.forward_head(self.forward_features(images))  # [B, num_classes]
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """[B, in_chans, H, W] images -> [B, P + N, D] tokens after the final norm: class token, registers, patches."""
+        x = self.embed(images)  # [B, T, D], Eq. 1
+        for block in self.blocks:  # Eq. 2 and 3, L times
+            if self.config.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)  # [B, T, D]
+        return self.norm(x)  # [B, T, D], Eq. 4 for every token
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """[B, P + N, D] tokens -> [B, num_classes] logits, or with `pre_logits` the [B, D] features before the head."""
+        if self.config.global_pool == "token":
+            pooled = tokens[:, 0]  # [B, D], the class token
+        else:
+            pooled = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)  # [B, D], the mean of the patches
+        return pooled if pre_logits else self.head(pooled)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Eq. 1: [B, in_chans, H, W] images -> [B, P + N, D] tokens, positions added."""
+        grid = self.check_images(images)  # (h, w)
+        x = self.patch_embed(images)  # [B, N, D]
+
+        n = int(self.config.class_position)  # rows of the position embedding that belong to the class token
+        class_position, positions = self.position_embedding[:, :n], self.position_embedding[:, n:]
+        x = x + resample_position_embedding(positions, self.config.grid, grid, self.config.position_rule)  # [B, N, D]
+
+        prefix = self.class_token + class_position if n else self.class_token  # [1, 1, D]
+        if self.register_tokens is not None:
+            prefix = torch.cat([prefix, self.register_tokens], dim=1)  # [1, P, D]
+        return torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)  # [B, P + N, D]
+
+    def check_images(self, images: Tensor) -> tuple[int, int]:
+        """The grid (h, w) of a batch of images that this model takes; raises ValueError for any other."""
+        p, chans = self.config.patch_size, self.config.in_chans
+        expected = f"expected [B, {chans}, H, W] floating images, H and W multiples of {p}"
+        if images.ndim != 4:
+            raise ValueError(f"{expected}; got {images.ndim} dimensions: {list(images.shape)}")
+        if images.shape[1] != chans:
+            raise ValueError(f"{expected}; got {images.shape[1]} channels: {list(images.shape)}")
+        if not images.is_floating_point():
+            raise ValueError(f"{expected}; got {images.dtype}: scale and normalise as model.preprocessing says")
+        weights = self.patch_embed.proj.weight
+        if images.dtype != weights.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise ValueError(f"{expected} in the model's {weights.dtype}; got {images.dtype}: cast one of them")
+        B, _, H, W = images.shape
+        if B == 0:
+            raise ValueError(f"{expected}; got an empty batch: {list(images.shape)}")
+        if min(H, W) < p or H % p or W % p:
+            nearest = " x ".join(str(max(p, (side + p // 2) // p * p)) for side in (H, W))
+            raise ValueError(f"{expected}; got {H} x {W}, the nearest size that works is {nearest}")
+        return H // p, W // p
+
+    def set_attention(self, name_or_fn: str | AttentionFunction, blocks: Sequence[int] | None = None) -> None:
+        """Replace attention, in all blocks or in those with the given numbers (negative ones count from the end).
+
+        Args:
+            name_or_fn: a registered name ("sdpa", "reference" ...) or a function as `vit.attention` describes.
+            blocks: which blocks; None for all.
+
+        Raises:
+            ValueError: an unknown name, a function that cannot be called so, or a block that there is not. Nothing
+                is changed then.
+        """
+        fn = get_attention(name_or_fn)
+        depth = len(self.blocks)
+        for i in blocks or ():
+            if not -depth <= i < depth:
+                raise ValueError(f"block {i} is out of range: there are {depth}, numbered from 0")
+        for i in range(depth) if blocks is None else blocks:
+            self.blocks[i].attention.attend = fn
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a new one with random weights; 0 removes it. Forgets `categories`."""
+        self.config = self.config.override(num_classes=num_classes)
+        self.categories = None
+        weights = self.patch_embed.proj.weight
+        self.head = make_head(self.config).to(weights.device, weights.dtype)
+        self.head.apply(init_linear)
+
+    def init_weights(self) -> None:
+        """Random weights as timm draws them: truncated normals of std 0.02, a nearly zero class token."""
+        nn.init.trunc_normal_(self.position_embedding, std=0.02)
+        nn.init.normal_(self.class_token, std=1e-6)
+        if self.register_tokens is not None:
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        self.apply(init_linear)
+
+
+def make_head(config: ViTConfig) -> nn.Module:
+    """The classifier, D -> num_classes; the identity where there are no classes."""
+    return nn.Linear(config.embed_dim, config.num_classes) if config.num_classes else nn.Identity()
+
+
+def init_linear(module: nn.Module) -> None:
+    """Weights from a truncated normal of std 0.02, biases zero, for linear layers."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def create_model(name: str, **overrides: Any) -> ViT:
+    """A model by name, with random weights and in training mode.
+
+    Args:
+        name: one of `list_models()`.
+        overrides: fields of `ViTConfig` to set otherwise: num_classes=10, in_chans=1, img_size=(256, 160) ...
+
+    Raises:
+        ValueError: an unknown name or field (the nearest known one is named), or values that contradict each other.
+    """
+    named = named_model(name)
+    model = ViT(named.config.override(**overrides))
+    model.preprocessing = named.preprocessing.with_channels(model.config.in_chans)
+    if "img_size" in overrides:
+        model.preprocessing = replace(model.preprocessing, size=model.config.img_size)
+    return model

@@ -1,0 +1,151 @@
+"""Checkpoints from the Hugging Face Hub: from a name to two files in the local cache."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from vit.config import NAMED_MODELS
+
+# Seconds until a silent Hub counts as unreachable. HF_HUB_ETAG_TIMEOUT, where it is set, takes precedence.
+_TIMEOUT = 5
+
+_FILE_SUFFIXES = {".safetensors", ".npz", ".npy", ".pth", ".pt", ".bin", ".ckpt", ".onnx", ".json", ".tar", ".zip"}
+
+_OTHERWISE = "pass a local file or folder instead, or run `vit demo`, which needs no network"
+
+
+class HubError(OSError):
+    """A download that failed, in one line: what was asked, why it failed, how to go on."""
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """A checkpoint in huggingface_hub's cache. Both files belong to one commit."""
+
+    repo: str  # "timm/vit_small_patch16_224.augreg_in21k_ft_in1k"
+    commit: str  # its full hash
+    weights: Path  # a link to a blob: deleting a damaged download means deleting weights.resolve() as well
+    config: Path
+    sha256: str | None  # what the Hub says that the weights' sha256 is; None where it does not say
+
+
+def parse_name(name: str) -> tuple[str, str | None] | None:
+    """Which repository a name means.
+
+    Args:
+        name: "hf-hub:organization/name" (or "hf_hub:"), with "@revision" after it or not, or one of timm's names
+            with its tag, such as "vit_small_patch16_224.augreg_in21k_ft_in1k".
+
+    Returns:
+        The repository and the revision (None: the newest), or None where the name means none: it may be a path.
+        Nothing is said about whether the repository exists.
+    """
+    for prefix in ("hf-hub:", "hf_hub:"):
+        if name.startswith(prefix):
+            repo, at, revision = name.removeprefix(prefix).partition("@")
+            return repo, revision if at else None
+    architecture, _, tag = name.partition(".")
+    # "vit_small_patch16_224.safetensors" is a file that does not exist, not a tag
+    if architecture in NAMED_MODELS and tag and "/" not in tag and Path(name).suffix not in _FILE_SUFFIXES:
+        return f"timm/{name}", None
+    return None
+
+
+def download(
+    repo: str, revision: str | None = None, *, endpoint: str | None = None, cache_dir: Path | None = None
+) -> HubFiles:
+    """Fetch a repository's config.json and model.safetensors, or find them in the cache.
+
+    What is in the cache is not downloaded again, and serves where the Hub cannot be reached or HF_HUB_OFFLINE is set.
+    A download that breaks off goes on from there. The weights' bytes are not checked here: compare their sha256.
+
+    Args:
+        repo: "organization/name".
+        revision: a branch, a tag or a full commit hash; None is the newest commit.
+        endpoint: the Hub's address; None is HF_ENDPOINT or https://huggingface.co.
+        cache_dir: None is HF_HUB_CACHE or ~/.cache/huggingface/hub.
+
+    Raises:
+        HubError: a file is neither in the cache nor to be had from the Hub.
+    """
+    config = _fetch(repo, "config.json", revision, endpoint, cache_dir)
+    commit = config.parent.name  # .../snapshots/<commit>/config.json
+    # by commit: a branch may move between the two requests
+    weights = _fetch(repo, "model.safetensors", commit, endpoint, cache_dir)
+    return HubFiles(repo, commit, weights, config, _promised_sha256(weights))
+
+
+def _fetch(repo: str, file: str, revision: str | None, endpoint: str | None, cache_dir: Path | None) -> Path:
+    """The path of one file in the cache, after a download where that is needed.
+
+    huggingface_hub falls back to its cache after one failed request, but retries for 24 seconds where the cache has
+    nothing. One request of our own, which is not retried, asks first in that case.
+    """
+    # here, because it takes a while, and most ways into this package never need it
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    if timeout == constants.DEFAULT_ETAG_TIMEOUT:  # nobody set it
+        timeout = _TIMEOUT
+    try:
+        if revision == "":
+            raise ValueError("the revision after '@' is empty")
+        if not isinstance(try_to_load_from_cache(repo, file, cache_dir=cache_dir, revision=revision), str):
+            get_hf_file_metadata(hf_hub_url(repo, file, revision=revision, endpoint=endpoint), timeout=timeout)
+        path = hf_hub_download(
+            repo, file, revision=revision, endpoint=endpoint, cache_dir=cache_dir, etag_timeout=timeout
+        )
+    except Exception as error:  # the HTTP client's own errors pass through, and the client differs between versions
+        asked = f"hf-hub:{repo}" + (f"@{revision}" if revision else "")
+        why = _explain(error, repo, revision, (endpoint or constants.ENDPOINT).rstrip("/"))
+        raise HubError(" ".join(f"cannot get {file} of {asked}: {why}".split())) from error
+    return Path(path)
+
+
+def _explain(error: BaseException, repo: str, revision: str | None, endpoint: str) -> str:
+    """Why `_fetch` failed, and how to go on."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):  # "not in the cache": its cause says why the Hub did not help
+        error = error.__cause__ or error
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    detail = re.split(r"\.?(?:\s*\n|\. |$)", str(error))[0] or type(error).__name__  # its first sentence
+
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"it is not in the cache, and HF_HUB_OFFLINE is set; unset that, {_OTHERWISE}"
+    if isinstance(error, ValueError) and status is None:  # huggingface_hub's checks of names
+        return f"{detail}; write hf-hub:organization/name or hf-hub:organization/name@revision"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"there is no revision {revision!r}; choose one from {endpoint}/{repo}/commits/main, or leave it out"
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return f"the repository has no such file; look for another at {endpoint}/{repo}/tree/main, {_OTHERWISE}"
+    if status in (401, 403, 404):
+        return (
+            f"the Hub answers {status}, which means that there is no such repository, or that it is private or gated; "
+            f"check the name at {endpoint}/{repo}, and accept its terms there or run `hf auth login` where it has any"
+        )
+    if status is not None:
+        return f"the Hub at {endpoint} answers {status}; try again in a few minutes, {_OTHERWISE}"
+    if isinstance(error, OSError) and (error.filename or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return f"the cache cannot be written ({detail}); free some space, or let HF_HUB_CACHE name another folder"
+    if isinstance(error, errors.FileMetadataError):
+        return f"{endpoint} does not answer like a Hub ({detail}); check HF_ENDPOINT and the proxy, {_OTHERWISE}"
+    if "Consistency check failed" in str(error):
+        return f"the download has the wrong size ({detail}); try again, {_OTHERWISE}"
+    return f"the connection to {endpoint} failed ({detail}), and it is not in the cache; try again, {_OTHERWISE}"
+
+
+def _promised_sha256(weights: Path) -> str | None:
+    """The sha256 that the Hub gave for a file in the cache: the name of the blob that its link points to.
+
+    None for a file that is no link (Windows) and for a small file, which git stores under another hash.
+    """
+    if not weights.is_symlink():
+        return None
+    # One step, not resolve(): the blob may be a link itself, to a store where files go by xet's hash, of equal length.
+    blob = Path(os.readlink(weights)).name
+    return blob if re.fullmatch("[0-9a-f]{64}", blob) else None

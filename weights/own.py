@@ -1,0 +1,88 @@
+"""Our own layout: the model's own parameter names, and everything else in the file's header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+from vit.checks import unknown
+from vit.config import ViTConfig
+from vit.metadata import Preprocessing, Provenance
+from vit.model import ViT
+
+from .description import Description
+from .files import CheckpointError
+from .keymap import Layout
+
+_OURS = (
+    "class_token", "register_tokens", "position_embedding", "patch_embed.proj.weight", "patch_embed.proj.bias",
+    "blocks.{}.norm1.weight", "blocks.{}.norm1.bias",
+    "blocks.{}.attention.qkv.weight", "blocks.{}.attention.qkv.bias",
+    "blocks.{}.attention.proj.weight", "blocks.{}.attention.proj.bias", "blocks.{}.scale1",
+    "blocks.{}.norm2.weight", "blocks.{}.norm2.bias",
+    "blocks.{}.mlp.fc1.weight", "blocks.{}.mlp.fc1.bias", "blocks.{}.mlp.fc2.weight", "blocks.{}.mlp.fc2.bias",
+    "blocks.{}.scale2", "norm.weight", "norm.bias", "head.weight", "head.bias",
+)  # fmt: skip
+
+VIT = Layout("vit", names={name: name for name in _OURS}, markers=("blocks.0.attention.qkv.weight",))
+
+
+def write_header(model: ViT) -> dict[str, str]:
+    """What a file's header says of a model: its config, preprocessing, categories and provenance, each as JSON."""
+    parts = {
+        "vit.config": asdict(model.config),
+        "vit.preprocessing": asdict(model.preprocessing),
+        "vit.categories": model.categories,
+        "vit.provenance": None if model.provenance is None else asdict(model.provenance),
+    }
+    return {"format": "pt", **{key: json.dumps(part) for key, part in parts.items() if part is not None}}
+
+
+def read_header(metadata: Mapping[str, str]) -> Description:
+    """The inverse of `write_header`; a header that says nothing gives an empty description.
+
+    Raises:
+        CheckpointError: a part that is not what `write_header` writes; it is named.
+    """
+    parts: dict[str, Any] = {}
+    for key in ("vit.config", "vit.preprocessing", "vit.categories", "vit.provenance"):
+        if key in metadata:
+            try:
+                parts[key] = json.loads(metadata[key])
+            except json.JSONDecodeError as error:
+                raise CheckpointError(f"the header's {key} is not JSON: {error}") from None
+    try:
+        declared = parts.get("vit.config", {})
+        _check_fields("vit.config", declared, ViTConfig)
+        settings = parts.get("vit.preprocessing")
+        if settings is not None:
+            _check_fields("vit.preprocessing", settings, Preprocessing)
+        parent = parts.get("vit.provenance")
+        return Description(
+            declared=declared,
+            preprocessing=None if settings is None else Preprocessing(**settings),
+            categories=_check_categories(parts.get("vit.categories")),
+            license=parent["license"] if isinstance(parent, dict) and "license" in parent else None,
+            parent=None if parent is None else Provenance.from_dict(parent),
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"the header contradicts itself: {error}") from None
+
+
+def _check_fields(key: str, values: object, kind: type) -> None:
+    known = [f.name for f in fields(kind)]
+    if not isinstance(values, dict):
+        raise CheckpointError(f"the header's {key} is {values!r}, expected an object")
+    for name in values:
+        if name not in known:
+            raise CheckpointError(f"the header's {key}: {unknown('field', name, known)}")
+
+
+def _check_categories(categories: object) -> list[str] | None:
+    if categories is None or (isinstance(categories, list) and all(isinstance(name, str) for name in categories)):
+        return categories
+    raise CheckpointError("the header's vit.categories is no list of texts")

@@ -1,0 +1,97 @@
+"""What the shapes of the weights tell of a model's config, held against what is declared of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from vit.config import NAMED_MODELS, ViTConfig
+from vit.metadata import Preprocessing
+
+from .files import CheckpointError
+
+
+def config_from_shapes(tensors: Mapping[str, Tensor], declared: Mapping[str, Any]) -> ViTConfig:
+    """The config of a state dict in our names.
+
+    Shapes tell everything but the heads, eps, the GELU, the pooling and a grid that is not square; these come from
+    `declared`, or else are this family's own: heads 64 wide, eps 1e-6, erf, class token, square.
+
+    Args:
+        tensors: the weights, in our names.
+        declared: fields of `ViTConfig` that a header, a config.json or the caller states.
+
+    Raises:
+        CheckpointError: a weight that the shapes are read from is missing, or shapes contradict what is declared.
+    """
+    facts = _facts(tensors)
+    for name, value in facts.items():
+        if name in declared and declared[name] != value and name != "init_values":
+            raise CheckpointError(f"{name} is declared to be {declared[name]}, but the weights have {value}")
+    if "init_values" in declared and (declared["init_values"] is None) != (facts["init_values"] is None):
+        has = "have" if facts["init_values"] is not None else "lack"
+        raise CheckpointError(f"init_values is declared as {declared['init_values']}, the weights {has} LayerScale")
+    values: dict[str, Any] = {**facts, **declared}
+    if "num_heads" not in declared:
+        if values["embed_dim"] % 64:
+            raise CheckpointError(f"embed_dim {values['embed_dim']} is no multiple of 64: state num_heads=...")
+        values["num_heads"] = values["embed_dim"] // 64
+    values |= _positions(tensors["position_embedding"].shape[1], values)
+    try:
+        return ViTConfig().override(**values)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _facts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def shape(name: str, dims: int) -> tuple[int, ...]:
+        if name not in tensors:
+            raise CheckpointError(f"{name} is missing")
+        if tensors[name].ndim != dims:
+            raise CheckpointError(f"{name} has shape {list(tensors[name].shape)}, expected {dims} dimensions")
+        return tuple(tensors[name].shape)
+
+    shape("position_embedding", 3)
+    D, in_chans, patch_size, _ = shape("patch_embed.proj.weight", 4)
+    hidden, _ = shape("blocks.0.mlp.fc1.weight", 2)
+    blocks = {match.group(1) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
+    return {
+        "embed_dim": D,
+        "in_chans": in_chans,
+        "patch_size": patch_size,
+        "depth": len(blocks),  # gaps in the numbers show as missing and unexpected keys
+        "mlp_ratio": hidden / max(D, 1),
+        "init_values": 1.0 if "blocks.0.scale1" in tensors else None,
+        "reg_tokens": shape("register_tokens", 3)[1] if "register_tokens" in tensors else 0,
+        "num_classes": shape("head.weight", 2)[0] if "head.weight" in tensors else 0,
+    }
+
+
+def _positions(rows: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Does the class token have a row in the position embedding, and what is the grid of the others?"""
+    p = values["patch_size"]
+    for class_position in (True, False) if "class_position" not in values else (values["class_position"],):
+        patches = rows - class_position
+        if "img_size" in values:
+            H, W = values["img_size"] if not isinstance(values["img_size"], int) else (values["img_size"],) * 2
+            if patches == (H // p) * (W // p):
+                return {"class_position": class_position}
+        elif patches > 0 and math.isqrt(patches) ** 2 == patches:
+            return {"class_position": class_position, "img_size": (math.isqrt(patches) * p,) * 2}
+    if "img_size" in values:
+        raise CheckpointError(f"position_embedding has {rows} rows, which img_size {values['img_size']} does not give")
+    raise CheckpointError(f"position_embedding has {rows} rows, no square grid: state img_size=(height, width)")
+
+
+def known_preprocessing(config: ViTConfig) -> Preprocessing:
+    """The preprocessing of the named model that this is, or the default at this size, where no file says it."""
+    loose = {"num_classes": 0, "init_values": None, "drop_path_rate": 0.0, "grad_checkpointing": False, "in_chans": 3}
+    for named in NAMED_MODELS.values():
+        if asdict(named.config) | loose == asdict(config) | loose:
+            return named.preprocessing.with_channels(config.in_chans)
+    return Preprocessing(size=config.img_size).with_channels(config.in_chans)

@@ -1,0 +1,194 @@
+"""timm's layout: its names for a ViT's parameters, and its `config.json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vit.checks import unknown
+from vit.config import NAMED_MODELS, ViTConfig
+from vit.metadata import Preprocessing
+from vit.model import ViT
+from vit.resources import imagenet_categories
+
+from .description import Description
+from .files import CheckpointError
+from .keymap import Layout
+
+TIMM = Layout(
+    "timm",
+    names={
+        "cls_token": "class_token",
+        "reg_token": "register_tokens",
+        "pos_embed": "position_embedding",
+        "patch_embed.proj.weight": "patch_embed.proj.weight",
+        "patch_embed.proj.bias": "patch_embed.proj.bias",
+        "blocks.{}.norm1.weight": "blocks.{}.norm1.weight",
+        "blocks.{}.norm1.bias": "blocks.{}.norm1.bias",
+        "blocks.{}.attn.qkv.weight": "blocks.{}.attention.qkv.weight",  # [3D, D]: rows of q, then k, then v
+        "blocks.{}.attn.qkv.bias": "blocks.{}.attention.qkv.bias",
+        "blocks.{}.attn.proj.weight": "blocks.{}.attention.proj.weight",
+        "blocks.{}.attn.proj.bias": "blocks.{}.attention.proj.bias",
+        "blocks.{}.ls1.gamma": "blocks.{}.scale1",
+        "blocks.{}.norm2.weight": "blocks.{}.norm2.weight",
+        "blocks.{}.norm2.bias": "blocks.{}.norm2.bias",
+        "blocks.{}.mlp.fc1.weight": "blocks.{}.mlp.fc1.weight",
+        "blocks.{}.mlp.fc1.bias": "blocks.{}.mlp.fc1.bias",
+        "blocks.{}.mlp.fc2.weight": "blocks.{}.mlp.fc2.weight",
+        "blocks.{}.mlp.fc2.bias": "blocks.{}.mlp.fc2.bias",
+        "blocks.{}.ls2.gamma": "blocks.{}.scale2",
+        "norm.weight": "norm.weight",
+        "norm.bias": "norm.bias",
+        "head.weight": "head.weight",
+        "head.bias": "head.bias",
+    },
+    markers=("blocks.0.attn.qkv.weight",),
+    drops={"pre_logits.": "the representation layer of older ImageNet-21k files; timm's models do not use it either"},
+)
+
+# timm's model arguments -> our fields, where name and value are the same in both
+_SAME = (
+    "img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "num_heads", "mlp_ratio",
+    "init_values", "reg_tokens", "drop_path_rate",
+)  # fmt: skip
+# arguments that change nothing here: any size works always, and there is no separate norm after average pooling
+_WITHOUT_EFFECT = {
+    "dynamic_img_size": (True, False),
+    "strict_img_size": (True, False),
+    "dynamic_img_pad": (False,),
+    "fc_norm": (False, None),
+    "class_token": (True,),
+    "qkv_bias": (True,),
+}
+_ACTS = {"gelu": "erf", "gelu_tanh": "tanh"}
+
+
+def read_config(content: dict[str, Any], where: str, known_heads: bool = False) -> Description:
+    """Read timm's `config.json`.
+
+    Args:
+        content: the parsed file.
+        where: its path, for errors.
+        known_heads: the caller states the number of heads, so an architecture without a name here will do.
+
+    Raises:
+        CheckpointError: not timm's format, an unknown architecture, or a model argument that this model lacks.
+    """
+    architecture = content.get("architecture")
+    if not isinstance(architecture, str):
+        raise CheckpointError(f"{where} is not timm's config.json: it has no 'architecture'")
+    name = architecture.partition(".")[0]
+    args = content.get("model_args") or {}
+    settings = content.get("pretrained_cfg", content)  # older files are one flat object
+    if not isinstance(args, dict) or not isinstance(settings, dict):
+        raise CheckpointError(f"{where}: model_args and pretrained_cfg must be objects")
+    if name not in NAMED_MODELS and not known_heads and "num_heads" not in args:
+        hint = "If it is a plain ViT, state its number of heads: num_heads=..."
+        raise CheckpointError(f"{where}: {unknown('architecture', name, NAMED_MODELS)} {hint}")
+    declared: dict[str, Any] = {}
+    if name in NAMED_MODELS:
+        named = NAMED_MODELS[name].config
+        declared.update({field: getattr(named, field) for field in _SAME if field != "num_classes"})
+    if "input_size" in settings:
+        size = settings["input_size"]
+        if not isinstance(size, list) or len(size) != 3:
+            raise CheckpointError(f"{where}: input_size must be [channels, height, width], not {size!r}")
+        declared |= {"in_chans": size[0], "img_size": (size[1], size[2])}
+    if "num_classes" in content:
+        declared["num_classes"] = content["num_classes"]
+    if content.get("global_pool"):
+        declared["global_pool"] = content["global_pool"]
+    declared.update(_read_model_args(args, where))
+    return Description(
+        declared=declared,
+        preprocessing=_read_preprocessing(settings, where),
+        categories=_read_categories(content, settings, declared.get("num_classes"), where),
+        license=settings.get("license"),
+    )
+
+
+def _read_model_args(args: dict[str, Any], where: str) -> dict[str, Any]:
+    declared = {}
+    for name, value in args.items():
+        if name in _SAME:
+            declared[name] = value
+        elif name == "no_embed_class" and isinstance(value, bool):
+            declared["class_position"] = not value
+        elif name == "act_layer" and value in _ACTS:
+            declared["gelu"] = _ACTS[value]
+        elif value not in _WITHOUT_EFFECT.get(name, ()):
+            raise CheckpointError(f"{where}: this model has nothing for timm's argument {name}={value!r}")
+    return declared
+
+
+def _read_preprocessing(settings: dict[str, Any], where: str) -> Preprocessing | None:
+    if "mean" not in settings or "input_size" not in settings:
+        return None
+    if settings.get("crop_mode", "center") != "center":
+        raise CheckpointError(f"{where}: crop_mode {settings['crop_mode']!r}, expected 'center'")
+    names = ("mean", "std", "interpolation", "crop_pct")
+    try:
+        return Preprocessing(size=tuple(settings["input_size"][1:]), **{n: settings[n] for n in names if n in settings})
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _read_categories(content: dict, settings: dict, num_classes: int | None, where: str) -> list[str] | None:
+    """The label names that are given, or ImageNet's where there are 1,000 classes, as timm takes them to be."""
+    labels = content.get("label_names", settings.get("label_names"))
+    if isinstance(labels, dict):
+        labels = [labels.get(str(i)) for i in range(len(labels))]
+    if labels is None:
+        return imagenet_categories() if num_classes == 1000 else None
+    if not isinstance(labels, list) or len(labels) != num_classes or not all(isinstance(n, str) for n in labels):
+        raise CheckpointError(f"{where}: label_names must name each of the {num_classes} classes")
+    return labels
+
+
+def write_config(model: ViT) -> dict[str, Any]:
+    """The `config.json` with which timm loads a model; it states every argument, so no default matters.
+
+    Raises:
+        CheckpointError: timm's `config.json` has no place for one of the model's settings.
+    """
+    config, settings = model.config, model.preprocessing
+    if config.eps != 1e-6:
+        raise CheckpointError(f"timm's config.json cannot hold eps {config.eps}: its ViT has 1e-6")
+    if config.class_position and config.reg_tokens:
+        raise CheckpointError("timm's ViT has no registers without positions beside a class token with one")
+    args = {name: getattr(config, name) for name in _SAME if name not in ("in_chans", "num_classes")}
+    args |= {"no_embed_class": not config.class_position, "fc_norm": False}
+    args["act_layer"] = next(theirs for theirs, ours in _ACTS.items() if ours == config.gelu)
+    content: dict[str, Any] = {
+        "architecture": _architecture(config),
+        "num_classes": config.num_classes,
+        "num_features": config.embed_dim,
+        "global_pool": config.global_pool,
+        "model_args": args,
+        "pretrained_cfg": {
+            "input_size": [config.in_chans, *settings.size],
+            "fixed_input_size": True,
+            "interpolation": settings.interpolation,
+            "crop_pct": settings.crop_pct,
+            "crop_mode": "center",
+            "mean": settings.mean,
+            "std": settings.std,
+            "num_classes": config.num_classes,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    if model.categories is not None:
+        content["label_names"] = model.categories
+    if model.provenance is not None and model.provenance.license is not None:
+        content["pretrained_cfg"]["license"] = model.provenance.license
+    return content
+
+
+def _architecture(config: ViTConfig) -> str:
+    """The named model of the same shape; the arguments beside it say the rest."""
+    for name, named in NAMED_MODELS.items():
+        same = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "img_size")
+        if named.tag and all(getattr(named.config, field) == getattr(config, field) for field in same):
+            return name
+    return "vit_small_patch16_224"
