@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import threading
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from .model import ViT
 
 MODES = ("crop", "squash", "native")
+
+_OPENING = threading.Lock()
 
 # What undoes each value of EXIF's orientation tag; 1 is upright.
 _UPRIGHT = {
@@ -43,7 +46,7 @@ class ImageError(ValueError):
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
-    """Open an image file and decode all of it (the first frame, where there are several). Warns of nothing.
+    """Open an image file and decode all of it (the first frame, where there are several).
 
     Args:
         path: a file in any format that Pillow reads.
@@ -58,21 +61,26 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     if not isinstance(path, (str, os.PathLike)):
         raise ImageError(f"expected the path of an image file, not {type(path).__name__}")
     try:
-        # These filters belong to the whole process, so threads that load at the same time may disturb them;
-        # a DataLoader's workers are processes.
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow itself refuses only twice the limit
-            with Image.open(path) as image:
-                image.load()
-                return image
+        with _open(path) as image:
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise Image.DecompressionBombError(f"{image.width * image.height} pixels")
+            image.load()
+            return image
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, KeyError ...
         raise ImageError(f"cannot use image {str(path)!r}: {_reason(path, error)}") from error
 
 
+def _open(path: str | os.PathLike) -> Image.Image:
+    """Read an image's header, without the warning that Pillow gives before it refuses twice as many pixels."""
+    # Filters of warnings belong to the whole process: one thread at a time.
+    with _OPENING, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path)
+
+
 def _reason(path: str | os.PathLike, error: Exception) -> str:
     """Why a file could not be loaded, on one line."""
-    if isinstance(error, (Image.DecompressionBombWarning, Image.DecompressionBombError)):
+    if isinstance(error, Image.DecompressionBombError):
         pixels, *_ = re.findall(r"\d+", str(error)) or ["too many"]  # the exception has the number in its text only
         return f"it has {pixels} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS} (PIL.Image.MAX_IMAGE_PIXELS)"
     if isinstance(error, UnidentifiedImageError):
@@ -197,7 +205,7 @@ class Transform:
         if self.mode == "squash":
             return self.size
         assert self.crop_pct is not None
-        cover = [round(side / self.crop_pct) for side in self.size]
+        cover = [math.floor(side / self.crop_pct) for side in self.size]
         if cover[0] == cover[1]:  # torchvision's rounding: the long side is cut down to a whole number
             long = int(cover[0] * max(height, width) / min(height, width))
             return (long, cover[0]) if height > width else (cover[0], long)

@@ -30,28 +30,20 @@ def attention_maps(model: ViT, images: Tensor, blocks: Sequence[int] = (-1,), qu
     """
     if queries not in ("class", "all"):
         raise ValueError(f"queries must be 'class' or 'all', not {queries!r}")
-    depth = len(model.blocks)
-    for i in blocks:
-        if not -depth <= i < depth:
-            raise ValueError(f"block {i} is out of range: there are {depth}, numbered from 0")
-    maps: dict[int, Tensor] = {}
-    hooks = [
-        model.blocks[i].attention.qkv.register_forward_hook(partial(_record, maps, i % depth, model, queries))
-        for i in {i % depth for i in blocks}
-    ]
+    chosen = model.select_blocks(blocks)
+    maps: dict[nn.Module, Tensor] = {}
+    hooks = [block.attention.qkv.register_forward_hook(partial(_record, maps, model, queries)) for block in {*chosen}]
     try:
         model.forward_features(images)
     finally:
         for hook in hooks:
             hook.remove()
-    return [maps[i % depth] for i in blocks]
+    return [maps[block.attention.qkv] for block in chosen]
 
 
-def _record(
-    maps: dict[int, Tensor], block: int, model: ViT, queries: str, _: nn.Module, args: tuple, qkv: Tensor
-) -> None:
+def _record(maps: dict[nn.Module, Tensor], model: ViT, queries: str, layer: nn.Module, _: tuple, qkv: Tensor) -> None:
     A = model.config.num_heads
     q, k, _ = (part.unflatten(2, (A, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2))  # each [B, A, T, d]
     q = q[:, :, :1] if queries == "class" else q
     scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5  # [B, A, 1 or T, T]
-    maps[block] = torch.softmax(scores.float(), dim=-1)
+    maps[layer] = torch.softmax(scores.float(), dim=-1)

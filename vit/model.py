@@ -213,12 +213,16 @@ class ViT(nn.Module):
                 is changed then.
         """
         fn = get_attention(name_or_fn)
-        depth = len(self.blocks)
-        for i in blocks or ():
-            if not -depth <= i < depth:
-                raise ValueError(f"block {i} is out of range: there are {depth}, numbered from 0")
-        for i in range(depth) if blocks is None else blocks:
-            self.blocks[i].attention.attend = fn
+        for block in self.select_blocks(blocks):
+            block.attention.attend = fn
+
+    def select_blocks(self, numbers: Sequence[int] | None = None) -> list[Block]:
+        """The blocks with these numbers, negative ones counted from the end; None for all. ValueError beyond them."""
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        for i in numbers or ():
+            if not -len(blocks) <= i < len(blocks):
+                raise ValueError(f"block {i} is out of range: there are {len(blocks)}, numbered from 0")
+        return blocks if numbers is None else [blocks[i] for i in numbers]
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a new one with random weights; 0 removes it. Forgets `categories`."""

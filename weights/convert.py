@@ -68,7 +68,7 @@ def convert(
         config = config_from_shapes(tensors, declared)
     except CheckpointError as error:
         # A hole or a stranger explains a shape that does not fit better than the shape does.
-        strangers = f"; unexpected keys: {_some(renamed.unexpected)}" if renamed.unexpected else ""
+        strangers = f"; unexpected keys: {', '.join(renamed.unexpected)}" if renamed.unexpected else ""
         raise CheckpointError(f"{error} ({source} layout){strangers}") from None
     _check_complete(tensors, config, ours, renamed.unexpected)
     names = theirs.to_theirs(tensors).names
@@ -109,11 +109,6 @@ def _check_complete(tensors: Mapping[str, Tensor], config: ViTConfig, layout: La
         if name in tensors and tensors[name].shape != wanted.shape
     ]
     problems = (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", misshaped))
-    texts = [f"{what}: {_some(keys)}" for what, keys in problems if keys]
+    texts = [f"{what}: {', '.join(keys)}" for what, keys in problems if keys]
     if texts:
         raise CheckpointError(f"the weights do not fit the {layout.name} layout: {'; '.join(texts)}")
-
-
-def _some(keys: list[str], most: int = 8) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more

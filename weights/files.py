@@ -76,8 +76,8 @@ def _read_tensor(file: BinaryIO, digest: hashlib._Hash, path: Path, name: str, e
     if entry["dtype"] not in _DTYPES:
         raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
     tensor = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
-    data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-    if file.readinto(data) != len(data):  # type: ignore[attr-defined]
+    data = tensor.reshape(-1).view(torch.uint8).numpy().data
+    if file.readinto(data) != data.nbytes:  # type: ignore[attr-defined]
         raise CheckpointError(f"{path} became shorter while it was read, at {name}")
     digest.update(data)
     return tensor

@@ -13,7 +13,7 @@ from vit.config import NAMED_MODELS
 # Seconds until a silent Hub counts as unreachable. HF_HUB_ETAG_TIMEOUT, where it is set, takes precedence.
 _TIMEOUT = 5
 
-_FILE_SUFFIXES = {".safetensors", ".npz", ".npy", ".pth", ".pt", ".bin", ".ckpt", ".onnx", ".json", ".tar", ".zip"}
+FILE_SUFFIXES = {".safetensors", ".npz", ".npy", ".pth", ".pt", ".bin", ".ckpt", ".onnx", ".json", ".tar", ".zip"}
 
 _OTHERWISE = "pass a local file or folder instead, or run `vit demo`, which needs no network"
 
@@ -50,7 +50,7 @@ def parse_name(name: str) -> tuple[str, str | None] | None:
             return repo, revision if at else None
     architecture, _, tag = name.partition(".")
     # "vit_small_patch16_224.safetensors" is a file that does not exist, not a tag
-    if architecture in NAMED_MODELS and tag and "/" not in tag and Path(name).suffix not in _FILE_SUFFIXES:
+    if architecture in NAMED_MODELS and tag and "/" not in tag and Path(name).suffix not in FILE_SUFFIXES:
         return f"timm/{name}", None
     return None
 

@@ -22,7 +22,7 @@ from . import own, timm
 from .convert import convert, skeleton
 from .description import Description
 from .files import Checkpoint, CheckpointError, read_json, read_safetensors
-from .hub import download, parse_name
+from .hub import FILE_SUFFIXES, download, parse_name
 from .layouts import detect_layout
 from .shapes import known_preprocessing
 
@@ -111,7 +111,7 @@ def find(source: str | Path, revision: str | None = None) -> Source:
     if name in NAMED_MODELS:
         name = f"{name}.{NAMED_MODELS[name].tag}"
     if (parsed := parse_name(name)) is None:
-        if path.suffix or len(path.parts) > 1:
+        if path.suffix in FILE_SUFFIXES or len(path.parts) > 1:
             raise FileNotFoundError(f"{name} does not exist (a repository of the Hub is written hf-hub:{name})")
         raise ValueError(unknown("model", name, list_models(pretrained=True)))
     repo, asked = parsed

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vit.checks import as_pair
 from vit.config import NAMED_MODELS, ViTConfig
 from vit.metadata import Preprocessing
 
@@ -41,9 +42,11 @@ def config_from_shapes(tensors: Mapping[str, Tensor], declared: Mapping[str, Any
         if values["embed_dim"] % 64:
             raise CheckpointError(f"embed_dim {values['embed_dim']} is no multiple of 64: state num_heads=...")
         values["num_heads"] = values["embed_dim"] // 64
-    values |= _positions(tensors["position_embedding"].shape[1], values)
     try:
+        values |= _positions(tensors["position_embedding"].shape[1], values)
         return ViTConfig().override(**values)
+    except CheckpointError:
+        raise
     except ValueError as error:
         raise CheckpointError(str(error)) from None
 
@@ -73,19 +76,26 @@ def _facts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _positions(rows: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Does the class token have a row in the position embedding, and what is the grid of the others?"""
+    """Does the class token have a row in the position embedding, and what is the grid of the others?
+
+    With a declared size the number of rows answers the first question. Without one the grid is taken to be square,
+    and the class token to have a row unless there are registers, as in timm's models.
+    """
     p = values["patch_size"]
-    for class_position in (True, False) if "class_position" not in values else (values["class_position"],):
-        patches = rows - class_position
-        if "img_size" in values:
-            H, W = values["img_size"] if not isinstance(values["img_size"], int) else (values["img_size"],) * 2
-            if patches == (H // p) * (W // p):
-                return {"class_position": class_position}
-        elif patches > 0 and math.isqrt(patches) ** 2 == patches:
-            return {"class_position": class_position, "img_size": (math.isqrt(patches) * p,) * 2}
     if "img_size" in values:
-        raise CheckpointError(f"position_embedding has {rows} rows, which img_size {values['img_size']} does not give")
-    raise CheckpointError(f"position_embedding has {rows} rows, no square grid: state img_size=(height, width)")
+        H, W = as_pair(values["img_size"], "img_size")
+        class_position = values.get("class_position", rows == (H // p) * (W // p) + 1)
+        if rows - class_position != (H // p) * (W // p):
+            raise CheckpointError(f"position_embedding has {rows} rows, which img_size {H}x{W} does not give")
+        return {"class_position": class_position}
+    class_position = values.get("class_position", not values["reg_tokens"])
+    side = math.isqrt(max(rows - class_position, 0))
+    if side == 0 or side * side != rows - class_position:
+        raise CheckpointError(
+            f"position_embedding has {rows} rows, {'one for the class token and ' if class_position else ''}"
+            "no square grid: state img_size=(height, width) or class_position"
+        )
+    return {"class_position": class_position, "img_size": (side * p, side * p)}
 
 
 def known_preprocessing(config: ViTConfig) -> Preprocessing:

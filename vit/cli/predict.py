@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,9 +37,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--mode", choices=("crop", "squash"), default="crop", help="how to get there from another shape"
     )
-    parser.add_argument(
-        "-k", "--top-k", type=options.positive, default=5, help="labels per image (%(default)s)"
-    )
+    parser.add_argument("-k", "--top-k", type=options.positive, default=5, help="labels per image (%(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object per line and image")
     options.add_compute(parser)
     parser.set_defaults(run=run)
@@ -48,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Find the images, load the model, print labels as they come."""
     from vit.weights import load_pretrained
 
+    warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is reported; the rest was read
     paths = find_images(args.images)
     if args.img_size == "native" and args.mode == "squash":
         raise ValueError("--img-size native keeps the aspect ratio, so --mode squash cannot go with it")

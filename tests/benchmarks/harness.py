@@ -1,0 +1,73 @@
+"""How this project measures: interleaved in one process, medians, one thing raced against itself as well."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+def interleave(contestants: dict[str, Callable[[], object]], rounds: int, title: str = "") -> dict[str, list[float]]:
+    """Time each contestant `2 * rounds` times, in the order A B C C B A, so that drift meets all alike.
+
+    Returns:
+        Seconds per call, for each contestant.
+    """
+    for call in contestants.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
+    for _ in tqdm(range(rounds), desc=title, leave=False, disable=None):
+        for name in names + names[::-1]:
+            start = time.perf_counter()
+            contestants[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def summarize(seconds: dict[str, list[float]], reference: str) -> list[dict]:
+    """A row per contestant: median and quartiles in ms, and the reference's median over its own (above 1: faster)."""
+    base = statistics.median(seconds[reference])
+    rows = []
+    for name, values in seconds.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        rows.append({"name": name, "ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high, "ratio": base / median})
+    return rows
+
+
+def print_rows(title: str, rows: Sequence[dict], reference: str) -> None:
+    """The rows as a table."""
+    print(f"\n{title}")
+    print(f"  {'':24} {'median ms':>10} {'quartiles':>17} {'times as fast as ' + reference:>28}")
+    for row in rows:
+        quartiles = f"{row['low']:.2f} - {row['high']:.2f}"
+        print(f"  {row['name']:24} {row['ms']:10.2f} {quartiles:>17} {row['ratio']:28.3f}")
+
+
+def environment() -> dict:
+    """What a figure depends on."""
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def write_json(path: Path | None, content: object) -> None:
+    """Write the figures, where a path was asked for."""
+    if path is not None:
+        path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,246 @@
+"""The command line as people use it: subprocesses, their output and their exit codes."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import randomize
+from PIL import Image
+
+import vit
+from vit.cli import main
+from vit.cli.predict import batches, decode
+from vit.image import ImageError, create_transform, load_image
+from vit.resources import digit_images, imagenet_synsets
+
+DIGITS = "vit_digits_patch4_32"
+
+
+def run(*args: object, **env: str) -> subprocess.CompletedProcess:
+    """The installed command, `vit`, without a terminal and without a network."""
+    command = Path(sys.executable).with_name("vit")
+    return subprocess.run(
+        [str(command), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **env},
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Twelve digits as PNG files, one of them in a folder below, beside a text file."""
+    folder = tmp_path_factory.mktemp("digits")
+    (folder / "below").mkdir()
+    images, truth = digit_images()
+    for i in range(12):
+        place = folder / "below" if i == 11 else folder
+        images[i].save(place / f"{i:02}_is_{truth[i]}.png")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imagenet_file(tmp_path_factory):
+    """A shallow ViT-S/16 with random weights and ImageNet's classes, in timm's layout."""
+    folder = tmp_path_factory.mktemp("imagenet")
+    model = randomize(vit.create_model("vit_small_patch16_224", depth=1))
+    return vit.save_checkpoint(model, folder / "model", layout="timm")
+
+
+def test_predict_a_folder(folder):
+    result = run("predict", folder, "--model", DIGITS, "-k", "2", "--mode", "squash")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    blocks = re.findall(r"_is_(\d)\.png\n +([\d.]+)%  (\d)\n +([\d.]+)%  (\d)\n", result.stdout)
+    assert len(blocks) == 12
+    assert sum(truth == guess for truth, _, guess, _, _ in blocks) >= 11
+    assert all(float(first) >= float(second) for _, first, _, second, _ in blocks)
+
+
+def test_predict_equals_the_library(folder):
+    result = run("predict", folder / "*.png", "--model", DIGITS, "--json", "-b", "5", "--img-size", "40x48", "-k", "10")
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["path"] for line in lines] == sorted(str(path) for path in folder.glob("*.png"))
+    model = vit.load_pretrained(DIGITS)
+    transform = create_transform(model, (40, 48))
+    for line in lines:
+        with torch.no_grad():
+            expected = model(transform(load_image(line["path"]))[None]).softmax(dim=-1)[0]
+        assert len(line["predictions"]) == 10
+        for answer in line["predictions"]:
+            assert answer["label"] == str(answer["class"])
+            assert abs(answer["probability"] - expected[answer["class"]].item()) < 1e-5
+
+
+def test_predict_names_imagenets_classes(folder, imagenet_file):
+    result = run("predict", next(folder.glob("*.png")), "--model", imagenet_file, "--json", "--img-size", "64")
+    (line,) = result.stdout.splitlines()
+    for answer in json.loads(line)["predictions"]:
+        assert answer["synset"] == imagenet_synsets()[answer["class"]]
+        assert isinstance(answer["label"], str)
+    table = run("predict", next(folder.glob("*.png")), "--model", imagenet_file, "--img-size", "64").stdout
+    assert re.search(r"%  n\d{8}  \w", table)
+
+
+def test_predict_native_sizes(tmp_path, folder):
+    images, _ = digit_images()
+    images[0].resize((30, 50)).save(tmp_path / "a.png")
+    images[1].resize((61, 33)).save(tmp_path / "b.png")
+    result = run("predict", tmp_path, "--model", DIGITS, "--img-size", "native", "--json")
+    assert result.returncode == 0 and len(result.stdout.splitlines()) == 2
+    refused = run("predict", tmp_path, "--model", DIGITS, "--img-size", "native", "--mode", "squash")
+    assert refused.returncode == 2 and "keeps the aspect ratio" in refused.stderr
+
+
+def test_predict_reports_and_skips_what_it_cannot_read(tmp_path, folder):
+    for path in sorted(folder.glob("*.png"))[:3]:
+        shutil.copy(path, tmp_path)
+    good = sorted(tmp_path.glob("*.png"))
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "cut.png").write_bytes(good[0].read_bytes()[:60])
+    Image.new("F", (8, 8)).save(tmp_path / "float.tiff")
+    result = run("predict", tmp_path, tmp_path / "gone.png", "--model", DIGITS, "--json")
+    assert result.returncode == 1
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert sum("predictions" in line for line in lines) == 3 and sum("error" in line for line in lines) == 4
+    errors = result.stderr.splitlines()
+    assert len(errors) == 5 and errors[-1] == "vit predict: 4 of 7 could not be read"
+    for name in ("empty.png", "cut.png", "float.tiff", "gone.png"):
+        assert sum(name in line for line in errors) == 1
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "{empty}"], "holds no images"),
+        (["predict", "{empty}/*.jpg"], "no file matches"),
+        (["predict", "{image}", "--model", "gone.safetensors"], "gone.safetensors does not exist"),
+        (["predict", "{image}", "--model", "{empty}"], "holds no model.safetensors"),
+        (["predict", "{image}", "--model", "vit_smal_patch16_224"], "Did you mean 'vit_small_patch16_224"),
+        (["predict", "{image}", "--model", DIGITS, "--img-size", "30"], "nearest size that works is 32 x 32"),
+        (["predict", "{image}", "--img-size", "0"], "expected a whole number above 0, got '0'"),
+        (["predict", "{image}", "--img-size", "3x"], "expected a whole number above 0, got ''"),
+        (["predict", "{image}", "--batch-size", "-1"], "expected a whole number above 0, got '-1'"),
+        (["predict", "{image}", "--device", "abacus"], "'abacus' cannot be used here"),
+        (["predict", "{image}", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["predict", "{image}", "--model", "{headless}"], "has no classifier"),
+        (["predict"], "the following arguments are required: IMAGE"),
+        (["inspect", "{image}"], "is not a complete safetensors file"),
+        (["convert", DIGITS, "{empty}/x.safetensors", "--to", "tim"], "Did you mean 'timm'"),
+        (["convert", DIGITS, "{empty}/x.pth", "--to", "vit"], "must end in .safetensors"),
+        (["convert", DIGITS, "{image}", "--to", "vit"], "exist|is a file|Not a directory|File exists"),
+        (["predictt"], "invalid choice: 'predictt'"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(arguments, message, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = {"empty": tmp_path / "empty", "image": next(folder.glob("*.png")), "headless": tmp_path / "m.safetensors"}
+    names["empty"].mkdir()
+    vit.save_checkpoint(vit.create_model(DIGITS, depth=1, num_classes=0), names["headless"])
+    try:
+        code = main([argument.format(**names) for argument in arguments])
+    except SystemExit as stop:  # argparse's own
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == ""
+    assert re.search(message, err.splitlines()[-1]), err
+    assert list(names["empty"].iterdir()) == []
+
+
+def test_without_a_network_the_default_model_says_how_to_go_on(folder, tmp_path):
+    start = time.perf_counter()
+    result = run("predict", next(folder.glob("*.png")), HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="0",
+                 HF_ENDPOINT="http://127.0.0.1:9")  # fmt: skip
+    assert result.returncode == 2 and time.perf_counter() - start < 30
+    assert len(result.stderr.splitlines()) == 1
+    for part in ("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", "pass a local file or folder", "`vit demo`"):
+        assert part in result.stderr
+
+
+def test_inspect(tmp_path, imagenet_file):
+    shown = run("inspect", imagenet_file).stdout
+    for part in ("blocks.0.attn.qkv.weight", "1152x384", "layout", "timm", "num_heads = 6", "crop_pct = 0.9", "sha256"):
+        assert part in shown
+    facts = json.loads(run("inspect", imagenet_file, "--json").stdout)
+    assert facts["layout"] == "timm" and facts["config"]["depth"] == 1
+    assert facts["parameters"] == sum(p.numel() for p in vit.load_pretrained(imagenet_file).parameters())
+
+
+def test_inspect_shows_a_checkpoint_that_cannot_be_loaded(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"conv1.weight": torch.ones(3, 4)}, tmp_path / "m.safetensors")
+    result = run("inspect", tmp_path / "m.safetensors")
+    assert result.returncode == 2
+    assert "conv1.weight" in result.stdout and "3x4" in result.stdout
+    assert "cannot be loaded: unknown layout" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_convert_there_and_back(tmp_path):
+    assert run("convert", DIGITS, tmp_path / "ours.safetensors", "--to", "vit").returncode == 0
+    result = run("convert", tmp_path / "ours.safetensors", tmp_path / "theirs", "--to", "timm")
+    assert result.returncode == 0 and "vit -> timm" in result.stdout and "read back to the bit" in result.stdout
+    original = vit.load_pretrained(DIGITS)
+    back = vit.load_pretrained(tmp_path / "theirs")
+    assert all(torch.equal(a, b) for a, b in zip(original.parameters(), back.parameters()))
+    assert back.config == original.config and back.categories == original.categories
+
+    before = (tmp_path / "ours.safetensors").read_bytes()
+    refused = run("convert", DIGITS, tmp_path / "ours.safetensors", "--to", "vit")
+    assert refused.returncode == 2 and "--force replaces" in refused.stderr
+    assert (tmp_path / "ours.safetensors").read_bytes() == before
+    assert run("convert", DIGITS, tmp_path / "ours.safetensors", "--to", "vit", "--force").returncode == 0
+
+
+def test_demo(tmp_path):
+    start = time.perf_counter()
+    result = run("demo", "-o", tmp_path / "new" / "demo.png", HF_ENDPOINT="http://127.0.0.1:9")
+    elapsed = time.perf_counter() - start
+    assert result.returncode == 0, result.stderr
+    assert elapsed < 60  # 15 s on a quiet machine
+    rows = re.findall(r"^(\d+x\d+) +\d+x\d+ +([\d.]+)%", result.stdout, re.M)
+    accuracy = {size: float(value) for size, value in rows}
+    assert set(accuracy) == {"32x32", "48x48", "32x48"}
+    assert accuracy["32x32"] >= 98 and min(accuracy.values()) >= 97
+    assert float(re.search(r"^sdpa +([\d.e-]+)$", result.stdout, re.M).group(1)) <= 1e-5
+    picture = Image.open(tmp_path / "new" / "demo.png")
+    assert picture.width > 800 and len(picture.getcolors(1 << 20)) > 100
+    assert str(tmp_path / "new" / "demo.png") in result.stdout
+
+
+def test_the_reader_may_stop_reading(folder):
+    command = f"{Path(sys.executable).with_name('vit')} predict {folder} --model {DIGITS} | head -n 1"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in result.stderr and "Broken" not in result.stderr
+
+
+def test_batches_keep_order_and_group_by_shape():
+    shapes = [(3, 8, 8), (3, 8, 8), None, (3, 8, 8), (3, 8, 16), None, (3, 8, 8)]
+    items = [(Path(str(i)), ImageError("x") if s is None else torch.zeros(s)) for i, s in enumerate(shapes)]
+    groups = [[int(str(path)) for path, _ in batch] for batch in batches(items, 3)]
+    assert groups == [[0, 1, 2], [3], [4, 5], [6]]
+    assert list(batches([], 3)) == []
+
+
+def test_decoding_stays_a_bounded_way_ahead(folder):
+    """Thousands of files stream: what is decoded and not yet used is bounded."""
+    decoded = []
+    path = next(folder.glob("*.png"))
+    transform = create_transform(vit.load_pretrained(DIGITS))
+    stream = decode([path] * 1000, lambda image: (decoded.append(1), transform(image))[1])
+    first = next(stream)
+    time.sleep(0.2)
+    assert first[1].shape == (3, 32, 32) and 1 <= len(decoded) <= 8 * 8 + 9
+    stream.close()
+    assert len(decoded) < 200

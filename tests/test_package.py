@@ -1,0 +1,95 @@
+"""What is installed: one top-level name, everything in it, nothing that the model does not need."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    copy = tmp_path_factory.mktemp("source") / "repository"
+    files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    for name in files.stdout.splitlines():  # a copy: building leaves files beside the sources
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--quiet", "--wheel-dir", str(folder), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+def test_wheel_content(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"vit"}
+    for folder, package in (("vit", "vit"), ("weights", "vit/weights"), ("kernels", "vit/kernels")):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert f"{package}/{file.relative_to(ROOT / folder)}" in names
+    data = {f"vit/data/{file.relative_to(ROOT / 'vit' / 'data')}" for file in (ROOT / "vit/data").rglob("*.*")}
+    assert data <= set(names) and "vit/py.typed" in names
+    assert any(name.endswith("LICENSE") for name in names)
+    checkpoint = zipfile.ZipFile(wheel).getinfo("vit/data/vit_digits_patch4_32/model.safetensors")
+    assert checkpoint.file_size <= 3_000_000
+
+
+def test_an_installed_wheel_runs_outside_the_repository(wheel, tmp_path):
+    """Unpacked by itself, without the repository on the path: `vit.weights` and `vit.kernels` come from the wheel."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        "import vit, vit.weights, vit.kernels, sys; model = vit.load_pretrained('vit_digits_patch4_32');"
+        "print(vit.weights.__file__); print(vit.kernels.__file__); print(model.config.num_classes)"
+    )
+    start = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); "
+    done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    weights, kernels, classes = done.stdout.split()
+    assert weights.startswith(str(tmp_path)) and kernels.startswith(str(tmp_path)) and classes == "10"
+
+
+def test_a_missing_vit_weights_says_how_to_install_it():
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in str(f)];"
+        f"sys.path.insert(0, {str(ROOT)!r}); import vit; vit.load_pretrained('x')"
+    )
+    done = subprocess.run([sys.executable, "-S", "-c", "import site; site.main(); " + code], capture_output=True,
+                          text=True, cwd=ROOT)  # fmt: skip
+    assert done.returncode == 1
+    assert "vit.weights is not installed: run `pip install -e .`" in done.stderr
+
+
+def test_importing_vit_stays_light():
+    code = "import sys, vit; print(' '.join(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
+    for heavy in ("safetensors", "huggingface_hub", "timm", "torchvision", "vit.weights", "vit.kernels", "tqdm"):
+        assert heavy not in loaded, heavy
+
+
+def test_only_tests_and_examples_import_other_peoples_models():
+    for folder in ("vit", "weights", "kernels"):
+        for file in (ROOT / folder).rglob("*.py"):
+            others = r"^\s*(?:import|from) (timm|torchvision|transformers|sklearn|skimage)\b"
+            assert not re.findall(others, file.read_text(), re.M), file
+
+
+def test_arrows_run_one_way():
+    """The model knows neither its checkpoints nor its kernels, but for the three places that look up, lazily."""
+    may_look_up = {"vit/__init__.py", "vit/attention.py"}
+    for file in (ROOT / "vit").rglob("*.py"):
+        name = file.relative_to(ROOT).as_posix()
+        eager = re.findall(r"^(?:import|from) vit\.(?:weights|kernels)\b", file.read_text(), re.M)
+        assert not eager, name
+        lazy = re.findall(r"vit\.(?:weights|kernels)", re.sub(r'"""[\s\S]*?"""|#.*', "", file.read_text()))
+        assert not lazy or name in may_look_up or name.startswith("vit/cli/"), name
+    for file in (ROOT / "kernels").rglob("*.py"):
+        assert "vit.weights" not in file.read_text()
+    for file in (ROOT / "weights").rglob("*.py"):
+        assert "vit.kernels" not in file.read_text()
