@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,8 @@ def make_optimizer(model: vit.ViT) -> torch.optim.AdamW:
     """AdamW that decays matrices only: neither biases and norms nor the tokens and positions."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
-    return torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=1e-3, weight_decay=0.05)
+    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.05)
 
 
 def make_batches(count: int, epochs: int) -> list[Tensor]:
@@ -134,12 +136,12 @@ def count_right(model: vit.ViT, images: list[Image.Image], labels: Tensor, size:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=80, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--threads", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=DATA / MODEL, help="the checkpoint's folder; default: %(default)s")
-    parser.add_argument("--heldout", type=Path, default=DATA / "digits", help="the images' folder; default: %(default)s")
+    parser.add_argument("--output", type=Path, default=DATA / MODEL, help="the checkpoint's folder")
+    parser.add_argument("--heldout", type=Path, default=DATA / "digits", help="the images' folder")
     args = parser.parse_args()
     if args.epochs < 1 or args.threads < 1:
         parser.error("--epochs and --threads must be at least 1")

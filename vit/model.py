@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -218,7 +218,7 @@ class ViT(nn.Module):
 
     def select_blocks(self, numbers: Sequence[int] | None = None) -> list[Block]:
         """The blocks with these numbers, negative ones counted from the end; None for all. ValueError beyond them."""
-        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        blocks = cast(list[Block], list(self.blocks))
         for i in numbers or ():
             if not -len(blocks) <= i < len(blocks):
                 raise ValueError(f"block {i} is out of range: there are {len(blocks)}, numbered from 0")

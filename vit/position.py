@@ -49,8 +49,8 @@ def bicubic_antialiased(old: int, new: int, device: torch.device) -> Tensor:
     """
     centres = (torch.arange(new, device=device, dtype=torch.float32) + 0.5) * (old / new)  # [new], in old samples
     samples = torch.arange(old, device=device, dtype=torch.float32) + 0.5  # [old]
-    stretch = torch.sym_max(old, new) / new  # 1 when enlarging, old/new when shrinking
-    x = torch.div((samples - centres[:, None]).abs(), stretch)  # [new, old], distances in widths of the filter
+    stretch = torch.full((), old / new, device=device).clamp(min=1)  # 1 when enlarging
+    x = (samples - centres[:, None]).abs() / stretch  # [new, old], distances in widths of the filter
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
