@@ -91,7 +91,7 @@ def make_optimizer(model: vit.ViT) -> torch.optim.AdamW:
     """AdamW that decays matrices only: neither biases and norms nor the tokens and positions."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
-    groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.05)
 
 

@@ -69,7 +69,7 @@ def test_a_missing_vit_weights_says_how_to_install_it():
 def test_importing_vit_stays_light():
     code = "import sys, vit; print(' '.join(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
-    for heavy in ("safetensors", "huggingface_hub", "timm", "torchvision", "vit.weights", "vit.kernels", "tqdm"):
+    for heavy in ("safetensors", "huggingface_hub", "timm", "torchvision", "vit.weights", "vit.kernels"):
         assert heavy not in loaded, heavy
 
 
