@@ -64,8 +64,12 @@ def draw(model: vit.ViT, image: Image.Image) -> Image.Image:
         patches = cut(seen, p)
         with torch.inference_mode():
             tokens = model.embed(vit.create_transform(model, (H, W))(image)[None])  # [1, T, D]
-        titles = (f"{H} x {W} pixels", f"{H // p} x {W // p} patches of {p} x {p}",
-                  f"{tokens.shape[1]} tokens of {tokens.shape[2]} numbers: 1 class + {len(patches)} patches")  # fmt: skip
+        _, T, D = tokens.shape
+        titles = [
+            f"{H} x {W} pixels",
+            f"{H // p} x {W // p} patches of {p} x {p}",
+            f"{T} tokens of {D} numbers: 1 class + {T - 1} patches",
+        ]
         rows.append(list(zip((seen, spread(patches, W // p, p), line_up(patches, 400)), titles)))
     widths = [max(row[i][0].width for row in rows) for i in range(3)]
     heights = [max(picture.height for picture, _ in row) for row in rows]
