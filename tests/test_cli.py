@@ -139,7 +139,12 @@ def test_predict_reports_and_skips_what_it_cannot_read(tmp_path, folder):
         (["inspect", "{image}"], "is not a complete safetensors file"),
         (["convert", DIGITS, "{empty}/x.safetensors", "--to", "tim"], "Did you mean 'timm'"),
         (["convert", DIGITS, "{empty}/x.pth", "--to", "vit"], "must end in .safetensors"),
-        (["convert", DIGITS, "{image}", "--to", "vit"], "exist|is a file|Not a directory|File exists"),
+        (["convert", DIGITS, "{image}", "--to", "vit"], "File exists|Not a directory"),
+        (["convert", DIGITS, "{empty}/x.safetensors", "--to", "timm"], "x.safetensors must be a folder"),
+        (["predict", ""], "expected the name of an image"),
+        (["predict", "{image}", "--device", "meta"], "'meta' cannot be used here"),
+        (["inspect", ""], "expected the name of a model"),
+        (["demo", "-o", "{empty}/x.xyz"], "must be a .png"),
         (["predictt"], "invalid choice: 'predictt'"),
     ],
 )

@@ -314,7 +314,7 @@ def test_preprocessing_refuses_nonsense():
         "mean has 1 channels and std 3": {"mean": (0.5,)},
         "unknown interpolation 'bicubik'. Did you mean 'bicubic'": {"interpolation": "bicubik"},
         r"crop_pct must lie in \(0, 1\], not 1.5": {"crop_pct": 1.5},
-        "mean must hold finite numbers": {"mean": (float("nan"), 0.5, 0.5)},
+        "each value of mean must be a finite number, not nan": {"mean": (float("nan"), 0.5, 0.5)},
     }.items():
         with pytest.raises(ValueError, match=message):
             vit.Preprocessing(**values)
@@ -323,3 +323,49 @@ def test_preprocessing_refuses_nonsense():
 def test_named_models_agree_with_their_preprocessing():
     for name, named in NAMED_MODELS.items():
         assert named.preprocessing.size == named.config.img_size, name
+
+
+def test_the_default_dtype_changes_no_position():
+    embedding = images(1, 1, 196, 16)[0]
+    expected = resample_position_embedding(embedding, (14, 14), (9, 5))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(resample_position_embedding(embedding, (14, 14), (9, 5)), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_shapes_can_be_asked_for_on_the_meta_device():
+    with torch.device("meta"):
+        model = vit.ViT(TINY)
+    assert model(torch.empty(2, 3, 40, 24, device="meta")).shape == (2, 7)
+
+
+def test_blocks_may_be_any_numbers(tiny):
+    tiny.set_attention("reference", blocks=(i for i in [-1]))
+    assert [block.attention.attend.__name__ for block in tiny.blocks] == ["sdpa", "reference"]
+    for blocks, message in ((0, "must be a list"), (["0"], "must be a whole number"), ([True], "whole number")):
+        with pytest.raises(ValueError, match=message):
+            tiny.set_attention("reference", blocks=blocks)
+
+
+def test_other_things_than_functions_are_refused(tiny):
+    for wrong, message in (
+        (torch.nn.Linear(2, 2), "is a module: only functions without weights"),
+        ([], r"must be a registered name or a function, not \[\]"),
+        (None, "must be a registered name or a function, not None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny.set_attention(wrong)
+    with pytest.raises(ValueError, match="name must be a text, not 5"):
+        vit.register_attention(5, vit.attention.sdpa)
+    with pytest.raises(ValueError, match="got list, not a tensor"):
+        tiny([images(3, 32, 32)])
+
+
+def test_registering_changes_no_other_model():
+    try:
+        vit.register_attention("sdpa", lambda q, k, v, *, bias=None: v, overwrite=True)
+        assert vit.ViT(TINY).blocks[0].attention.attend is vit.attention.sdpa
+    finally:
+        vit.register_attention("sdpa", vit.attention.sdpa, overwrite=True)

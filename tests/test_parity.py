@@ -6,6 +6,7 @@ from helpers import FLOAT32, GRADIENT, difference, images, ours_from, timm_twin
 
 import vit
 from vit.config import NAMED_MODELS, ViTConfig
+from vit.position import RULES
 
 SMALL = NAMED_MODELS["vit_small_patch16_224"].config
 SHALLOW = SMALL.override(depth=3, num_classes=17)
@@ -125,6 +126,21 @@ def test_the_parity_test_can_fail(wrong):
     model = vit.ViT(SHALLOW).eval()
     model.load_state_dict(converted.state_dict)
     assert difference(model(x), expected) > 100 * FLOAT32
+
+
+@torch.no_grad()
+def test_another_rule_for_positions_would_be_seen(monkeypatch):
+    """Through the whole model: bicubic without antialiasing, which is transformers' rule."""
+
+    def plain_bicubic(old, new, device):
+        return torch.nn.functional.interpolate(torch.eye(old)[None, None], size=(new, old), mode="bicubic")[0, 0]
+
+    twin = timm_twin(SHALLOW)
+    model = ours_from(twin, SHALLOW)
+    x = images(1, 3, 256, 160)
+    assert difference(model(x), twin(x)) <= FLOAT32
+    monkeypatch.setitem(RULES, "timm", plain_bicubic)
+    assert difference(model(x), twin(x)) > 100 * FLOAT32
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import struct
+import time
 from dataclasses import asdict
 
 import pytest
@@ -70,7 +71,7 @@ def test_configs_are_read_from_shapes(name):
     with torch.device("meta"):
         tensors = vit.ViT(config).state_dict()
     tensors = {name: torch.zeros(1).expand(tensor.shape) for name, tensor in tensors.items()}
-    declared = {"num_heads": 3} if config.embed_dim % 64 else {}
+    declared = {"num_heads": config.num_heads}
     found = vit.weights.convert(tensors, config=declared).config
     assert found == config.override(init_values=found.init_values)
     assert (found.init_values is None) == (config.init_values is None)
@@ -235,7 +236,7 @@ def test_overrides(timm_file):
 # Damage to a state dict of timm's -> the error that names it
 BAD_TENSORS = {
     "missing keys: blocks.1.norm2.bias": lambda sd: sd.pop("blocks.1.norm2.bias"),
-    "pos_embed|position_embedding is missing": lambda sd: sd.pop("pos_embed"),
+    "missing keys: pos_embed": lambda sd: sd.pop("pos_embed"),
     "missing keys: head.bias": lambda sd: sd.pop("head.bias"),
     "unexpected keys: fc_norm.weight, norm_pre.bias": lambda sd: sd.update(
         {"fc_norm.weight": torch.ones(64), "norm_pre.bias": torch.ones(64)}
@@ -292,7 +293,7 @@ def test_what_shapes_cannot_tell_is_asked_for():
     square = timm_twin(CONFIG.override(img_size=32)).state_dict()
     assert vit.weights.convert(square).config.num_heads == 1  # 64 wide
     wide = timm_twin(CONFIG.override(embed_dim=96, num_heads=3)).state_dict()
-    with pytest.raises(CheckpointError, match="embed_dim 96 is no multiple of 64: state num_heads="):
+    with pytest.raises(CheckpointError, match="nothing says how many heads share the width 96: state num_heads"):
         vit.weights.convert(wide)
     with pytest.raises(CheckpointError, match=r"25 rows, one for the class token and no square grid: state img_size="):
         vit.weights.convert(timm_twin(CONFIG).state_dict())
@@ -338,7 +339,7 @@ BAD_FILES = {
     "header's vit.config is not JSON": lambda path: header(
         path, lambda c: c["__metadata__"].update({"vit.config": "{"})
     ),
-    "header contradicts itself: std must be above 0": lambda path: header(
+    "header is not one of ours: std must be above 0": lambda path: header(
         path, change_part("vit.preprocessing", lambda c: c | {"std": [0, 1, 1]})
     ),
     "header's vit.categories is no list of texts": lambda path: header(
@@ -347,7 +348,7 @@ BAD_FILES = {
     "there are 2 categories for 7 classes": lambda path: header(
         path, lambda c: c["__metadata__"].update({"vit.categories": '["a", "b"]'})
     ),
-    "header contradicts itself: provenance must be an object": lambda path: header(
+    "header is not one of ours: provenance must be an object": lambda path: header(
         path, lambda c: c["__metadata__"].update({"vit.provenance": '{"source": 1}'})
     ),
 }
@@ -445,3 +446,131 @@ def test_converting_keeps_gradients_possible(timm_file):
     model(images(1, 3, 32, 48)).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert same(ours_from(timm_twin(SMALL), SMALL), model)
+
+
+def test_what_does_not_fit_the_model_is_not_saved(tmp_path, model):
+    """A file that could not be read back, or would come back otherwise, is refused before anything is written."""
+    original = model.preprocessing
+    for change, message in (
+        (lambda: setattr(model, "categories", ["a"]), "1 categories for 7 classes"),
+        (lambda: setattr(model, "categories", list(range(7))), "no list of texts"),
+        (lambda: setattr(model, "preprocessing", vit.Preprocessing(32, (0.5,), (0.5,))), "1 channels, the model 3"),
+        (lambda: model.norm.weight.data.fill_(math.nan), "norm.weight holds values that are not finite"),
+    ):
+        change()
+        for layout in ("vit", "timm"):
+            with pytest.raises(CheckpointError, match=message):
+                vit.save_checkpoint(model, tmp_path / "m", layout=layout)
+        model.categories, model.preprocessing = None, original
+    with pytest.raises(ValueError, match="expected a vit.ViT, not Linear"):
+        vit.save_checkpoint(torch.nn.Linear(2, 2), tmp_path / "m")
+    with pytest.raises(CheckpointError, match="has no values: .* on device meta"):
+        vit.save_checkpoint(vit.ViT(CONFIG).to("meta"), tmp_path / "m")
+    with pytest.raises(ValueError, match=r"x.safetensors must be a folder: the timm layout is"):
+        vit.save_checkpoint(vit.ViT(CONFIG), tmp_path / "x.safetensors", layout="timm")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tied_weights_are_written_out(tmp_path, model):
+    model.blocks[1] = model.blocks[0]
+    again = vit.load_pretrained(vit.save_checkpoint(model, tmp_path / "m.safetensors"))
+    assert same(model, again)
+
+
+def test_a_link_stays_a_link(tmp_path, model):
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "real.safetensors")
+    vit.save_checkpoint(model, tmp_path / "link.safetensors")
+    assert (tmp_path / "link.safetensors").is_symlink() and same(
+        model, vit.load_pretrained(tmp_path / "real.safetensors")
+    )
+
+
+def test_our_own_names_without_our_header_say_nothing_of_heads(tmp_path, model):
+    save_file(model.state_dict(), tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match="nothing says how many heads share the width 64"):
+        vit.load_pretrained(tmp_path / "m.safetensors", img_size=(32, 48))
+    assert same(model, vit.load_pretrained(tmp_path / "m.safetensors", img_size=(32, 48), num_heads=1))
+
+
+def raw(path, tensors):
+    """A safetensors file that claims shapes of float32 tensors and holds `data` for each."""
+    entries, data = {}, b""
+    for name, (shape, content) in tensors.items():
+        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    text = json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+@pytest.mark.parametrize("shape", [[0], [10**17, 0], [2**63, 0], [3, 0, 5]])
+def test_shapes_without_values_are_refused(tmp_path, shape):
+    with pytest.raises(CheckpointError, match="has no values|not a complete safetensors file"):
+        vit.load_pretrained(raw(tmp_path / "m.safetensors", {"blocks.0.attn.qkv.weight": (shape, b"")}))
+
+
+def test_thousands_of_tiny_blocks_are_refused_quickly(tmp_path):
+    tensors = {f"blocks.{i}.attn.qkv.weight": ([1], b"\0" * 4) for i in range(20_000)}
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match="missing keys"):
+        vit.load_pretrained(raw(tmp_path / "m.safetensors", tensors))
+    assert time.perf_counter() - start < 20
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "is not JSON"),
+        ('{"a": ' + "9" * 5000 + "}", "is not JSON"),
+        ('{"architecture": "X", "pretrained_cfg": {"mean": [1' + "0" * 400 + "]}}", "must be a finite number"),
+        ('{"architecture": "X", "model_args": {"act_layer": []}}', "has nothing for timm's argument act_layer"),
+        ('{"architecture": "X", "pretrained_cfg": {"license": 5}}', "license must be a text"),
+        ('{"architecture": "X", "pretrained_cfg": {"input_size": [-1, 2, 3]}}', "whole number of at least 1, not -1"),
+        ('{"architecture": "X", "pretrained_cfg": 3}', "must be objects"),
+    ],
+)
+def test_hostile_configs(timm_file, text, message):
+    (timm_file.parent / "config.json").write_text(text.replace("X", "vit_small_patch16_224"))
+    with pytest.raises(CheckpointError, match=message):
+        vit.load_pretrained(timm_file)
+
+
+def test_what_a_config_leaves_out_is_what_timm_takes(timm_file):
+    text = '{"architecture": "vit_small_patch16_224", "model_args": {"depth": 2}, "pretrained_cfg": {"crop_pct": 0.7}}'
+    (timm_file.parent / "config.json").write_text(text)
+    expected = timm.data.resolve_data_config(pretrained_cfg={"crop_pct": 0.7, "input_size": (3, 224, 224)})
+    found = vit.load_pretrained(timm_file).preprocessing
+    assert (found.mean, found.std, found.interpolation) == tuple(expected[k] for k in ("mean", "std", "interpolation"))
+    assert found.crop_pct == 0.7 and found.size == expected["input_size"][1:]
+
+
+def test_label_descriptions_are_the_names(timm_file):
+    names = [f"n{i}" for i in range(1000)]
+    content = {
+        "architecture": "vit_small_patch16_224",
+        "model_args": {"depth": 2},
+        "num_classes": 1000,
+        "label_names": names,
+        "label_descriptions": {"n1": "goldfish"},
+    }
+    (timm_file.parent / "config.json").write_text(json.dumps(content))
+    assert vit.load_pretrained(timm_file).categories == ["n0", "goldfish", *names[2:]]
+
+
+def test_arguments_of_other_kinds(timm_file):
+    for message, arguments in {
+        "in_chans must be a whole number of at least 1, not 0": {"in_chans": 0},
+        "in_chans must be a whole number of at least 1, not '3'": {"in_chans": "3"},
+        "num_classes must be a whole number": {"num_classes": -1},
+        "dtype must be a floating torch.dtype": {"dtype": torch.int32},
+        "dtype must be a floating": {"dtype": "bfloat16"},
+        r"unknown layout \[\]": {"layout": []},
+        "unknown layout 'timn'. Did you mean 'timm'": {"layout": "timn"},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            vit.load_pretrained(timm_file, **arguments)
+    for source in (None, "", 3):
+        with pytest.raises(ValueError, match="expected the name of a model, a file or a folder"):
+            vit.load_pretrained(source)
+    with pytest.raises(CheckpointError, match="is of type int, expected a tensor"):
+        vit.weights.convert({"blocks.0.attn.qkv.weight": 3})

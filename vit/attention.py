@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import unknown
 
@@ -47,6 +47,8 @@ def register_attention(name: str, fn: AttentionFunction, *, overwrite: bool = Fa
     Raises:
         ValueError: the name is taken and `overwrite` is not set, or `fn` cannot be called as described above.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"an attention's name must be a text, not {name!r}")
     if name in _registry and not overwrite:
         raise ValueError(f"attention {name!r} is registered already; overwrite=True replaces it")
     _check_signature(fn, name)
@@ -67,6 +69,8 @@ def get_attention(name_or_fn: str | AttentionFunction) -> AttentionFunction:
     if callable(name_or_fn):
         _check_signature(name_or_fn, getattr(name_or_fn, "__name__", repr(name_or_fn)))
         return name_or_fn
+    if not isinstance(name_or_fn, str):
+        raise ValueError(f"attention must be a registered name or a function, not {name_or_fn!r}")
     if name_or_fn not in _registry:
         importlib.import_module("vit.kernels")  # the faster backends register themselves there
     if name_or_fn not in _registry:
@@ -75,6 +79,8 @@ def get_attention(name_or_fn: str | AttentionFunction) -> AttentionFunction:
 
 
 def _check_signature(fn: AttentionFunction, name: str) -> None:
+    if isinstance(fn, nn.Module):  # all blocks would share its one set of weights, and checkpoints would not have them
+        raise ValueError(f"attention {name!r} is a module: only functions without weights can be set")
     try:
         inspect.signature(fn).bind("q", "k", "v", bias=None)
     except (TypeError, ValueError) as error:

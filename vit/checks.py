@@ -1,5 +1,6 @@
 """Checks that several files share. Each raises one ValueError that names the value and what was expected."""
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -32,7 +33,12 @@ def require_int(name: str, value: object, least: int) -> None:
 
 def require_float(name: str, value: object, above: float | None = None) -> None:
     """`value` must be a finite number, above `above` where that is given."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < float("inf"):
-        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e300:
+        raise ValueError(f"{name} must be a finite number, not {repr(value)[:40]}")
     if above is not None and value <= above:
         raise ValueError(f"{name} must be above {above}, not {value!r}")
+
+
+def nearest_multiple(side: float, patch: int) -> int:
+    """The multiple of `patch` nearest to `side`, in pixels: at least one patch, and the larger of two equally near."""
+    return max(1, math.floor(side / patch + 0.5)) * patch

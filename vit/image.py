@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import stat
 import threading
 import warnings
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from .checks import as_pair, unknown
+from .checks import as_pair, nearest_multiple, unknown
 
 if TYPE_CHECKING:
     from .model import ViT
@@ -61,6 +62,8 @@ def load_image(path: str | os.PathLike) -> Image.Image:
     if not isinstance(path, (str, os.PathLike)):
         raise ImageError(f"expected the path of an image file, not {type(path).__name__}")
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):
+            raise OSError("a pipe, not a file")
         with _open(path) as image:
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise Image.DecompressionBombError(f"{image.width * image.height} pixels")
@@ -236,11 +239,6 @@ def _center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def _crop_start(side: int, crop: int) -> int:
     """Where a crop starts along one side: below 0 when it is longer. Odd remainders fall as torchvision's do."""
     return round((side - crop) / 2) if side >= crop else -((crop - side) // 2)
-
-
-def nearest_multiple(side: float, patch: int) -> int:
-    """The multiple of `patch` nearest to `side`, in pixels: at least one patch, and the larger of two equally near."""
-    return max(1, math.floor(side / patch + 0.5)) * patch
 
 
 def create_transform(

@@ -1,4 +1,4 @@
-"""Attention maps: who looks at whom, under any attention backend."""
+"""Attention maps: who looks at whom."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -14,9 +14,10 @@ def attention_maps(model: ViT, images: Tensor, blocks: Sequence[int] = (-1,), qu
     """The softmax weights of some blocks, recomputed from their queries and keys.
 
     Fused backends never hold these weights, so they are computed beside the forward pass, for the asked rows only.
+    They are softmax(q k^T / sqrt(d)), whatever function attends: one that weighs otherwise has other weights.
 
     Args:
-        model: the model, under any attention backend.
+        model: the model, with any attention function.
         images: [B, C, H, W], as for `model`.
         blocks: which blocks; negative numbers count from the end.
         queries: "class" for the row of the class token, "all" for the rows of all tokens.

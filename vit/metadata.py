@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
-from .checks import as_pair, unknown
+from .checks import as_pair, require_float, unknown
 
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
@@ -29,8 +29,8 @@ class Preprocessing:
             values = getattr(self, name)
             if not isinstance(values, (list, tuple)) or not values:
                 raise ValueError(f"{name} must be a list with one number per channel, not {values!r}")
-            if not all(isinstance(v, (int, float)) and abs(v) < float("inf") for v in values):
-                raise ValueError(f"{name} must hold finite numbers, not {values!r}")
+            for value in values:
+                require_float(f"each value of {name}", value)
             object.__setattr__(self, name, tuple(float(v) for v in values))
         if len(self.mean) != len(self.std):
             raise ValueError(f"mean has {len(self.mean)} channels and std {len(self.std)}")
@@ -38,7 +38,8 @@ class Preprocessing:
             raise ValueError(f"std must be above 0, not {self.std}")
         if self.interpolation not in INTERPOLATIONS:
             raise ValueError(unknown("interpolation", self.interpolation, INTERPOLATIONS))
-        if not isinstance(self.crop_pct, (int, float)) or not 0.0 < self.crop_pct <= 1.0:
+        require_float("crop_pct", self.crop_pct)
+        if not 0.0 < self.crop_pct <= 1.0:
             raise ValueError(f"crop_pct must lie in (0, 1], not {self.crop_pct!r}")
 
     def with_channels(self, channels: int) -> Preprocessing:

@@ -10,7 +10,7 @@ Letters for shapes, here and everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import AttentionFunction, get_attention
+from .attention import AttentionFunction, get_attention, sdpa
+from .checks import nearest_multiple, require_int
 from .config import ViTConfig, named_model
 from .metadata import Preprocessing, Provenance
 from .position import resample_position_embedding
@@ -47,7 +48,7 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
-        self.attend: AttentionFunction = get_attention("sdpa")
+        self.attend: AttentionFunction = sdpa  # `ViT.set_attention` replaces it
 
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
@@ -120,7 +121,7 @@ class ViT(nn.Module):
         super().__init__()
         D, (h, w) = config.embed_dim, config.grid
         self.config = config
-        self.preprocessing = Preprocessing(size=config.img_size)
+        self.preprocessing = Preprocessing(size=config.img_size).with_channels(config.in_chans)
         self.categories: list[str] | None = None
         self.provenance: Provenance | None = None
 
@@ -184,20 +185,23 @@ class ViT(nn.Module):
         """The grid (h, w) of a batch of images that this model takes; raises ValueError for any other."""
         p, chans = self.config.patch_size, self.config.in_chans
         expected = f"expected [B, {chans}, H, W] floating images, H and W multiples of {p}"
+        if not isinstance(images, Tensor):
+            raise ValueError(f"{expected}; got {type(images).__name__}, not a tensor")
         if images.ndim != 4:
             raise ValueError(f"{expected}; got {images.ndim} dimensions: {list(images.shape)}")
         if images.shape[1] != chans:
             raise ValueError(f"{expected}; got {images.shape[1]} channels: {list(images.shape)}")
         if not images.is_floating_point():
             raise ValueError(f"{expected}; got {images.dtype}: scale and normalise as model.preprocessing says")
-        weights = self.patch_embed.proj.weight
-        if images.dtype != weights.dtype and not torch.is_autocast_enabled(images.device.type):
+        weights, device = self.patch_embed.proj.weight, images.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if images.dtype != weights.dtype and not autocast:
             raise ValueError(f"{expected} in the model's {weights.dtype}; got {images.dtype}: cast one of them")
         B, _, H, W = images.shape
         if B == 0:
             raise ValueError(f"{expected}; got an empty batch: {list(images.shape)}")
         if min(H, W) < p or H % p or W % p:
-            nearest = " x ".join(str(max(p, (side + p // 2) // p * p)) for side in (H, W))
+            nearest = " x ".join(str(nearest_multiple(side, p)) for side in (H, W))
             raise ValueError(f"{expected}; got {H} x {W}, the nearest size that works is {nearest}")
         return H // p, W // p
 
@@ -219,10 +223,16 @@ class ViT(nn.Module):
     def select_blocks(self, numbers: Sequence[int] | None = None) -> list[Block]:
         """The blocks with these numbers, negative ones counted from the end; None for all. ValueError beyond them."""
         blocks = cast(list[Block], list(self.blocks))
-        for i in numbers or ():
-            if not -len(blocks) <= i < len(blocks):
+        if numbers is None:
+            return blocks
+        if not isinstance(numbers, Iterable):
+            raise ValueError(f"blocks must be a list of numbers, not {numbers!r}")
+        numbers = list(numbers)
+        for i in numbers:
+            require_int("a block's number", i, least=-len(blocks))
+            if i >= len(blocks):
                 raise ValueError(f"block {i} is out of range: there are {len(blocks)}, numbered from 0")
-        return blocks if numbers is None else [blocks[i] for i in numbers]
+        return [blocks[i] for i in numbers]
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a new one with random weights; 0 removes it. Forgets `categories`."""

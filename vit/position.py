@@ -10,6 +10,7 @@ cannot be trained through `torch.compile` at changing sizes; products of matrice
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -33,12 +34,16 @@ def resample_position_embedding(
     # Resampling to the stored grid is the identity to the bit, so this changes no number.
     if not torch.compiler.is_exporting() and wanted == stored:
         return embedding
-    with torch.autocast(embedding.device.type, enabled=False):
+    with _without_autocast(embedding.device.type):
         rows, columns = (RULES[rule](*sizes, embedding.device) for sizes in zip(stored, wanted))  # [h', h], [w', w]
         grid = embedding[0].float()  # [h*w, D]
         grid = rows @ grid.reshape(stored[0], -1)  # [h', w*D]
         grid = columns @ grid.reshape(wanted[0], stored[1], -1)  # [h', w', D]
     return grid.reshape(1, wanted[0] * wanted[1], -1).to(embedding.dtype)  # [1, h'*w', D]
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def bicubic_antialiased(old: int, new: int, device: torch.device) -> Tensor:
@@ -49,7 +54,7 @@ def bicubic_antialiased(old: int, new: int, device: torch.device) -> Tensor:
     """
     centres = (torch.arange(new, device=device, dtype=torch.float32) + 0.5) * (old / new)  # [new], in old samples
     samples = torch.arange(old, device=device, dtype=torch.float32) + 0.5  # [old]
-    stretch = torch.full((), old / new, device=device).clamp(min=1)  # 1 when enlarging
+    stretch = torch.full((), old / new, device=device, dtype=torch.float32).clamp(min=1)  # 1 when enlarging
     x = (samples - centres[:, None]).abs() / stretch  # [new, old], distances in widths of the filter
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2

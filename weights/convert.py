@@ -15,7 +15,7 @@ from vit.model import ViT
 from .files import CheckpointError
 from .keymap import Layout
 from .layouts import detect_layout, get_layout
-from .shapes import config_from_shapes
+from .shapes import SHAPE_SOURCES, config_from_shapes, required_names
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -59,21 +59,15 @@ def convert(
         ValueError: an unknown layout.
     """
     source = detect_layout(state_dict) if source is None else source
-    ours, theirs = get_layout(source), get_layout(target)
+    source_layout, target_layout = get_layout(source), get_layout(target)
     _check_values(state_dict)
-    renamed = ours.to_ours(state_dict)
+    renamed = source_layout.to_ours(state_dict)
     tensors = {new: state_dict[old] for old, new in renamed.names.items()}
     declared = asdict(config) if isinstance(config, ViTConfig) else dict(config or {})
-    try:
-        config = config_from_shapes(tensors, declared)
-    except CheckpointError as error:
-        # A hole or a stranger explains a shape that does not fit better than the shape does.
-        strangers = f"; unexpected keys: {', '.join(renamed.unexpected)}" if renamed.unexpected else ""
-        raise CheckpointError(f"{error} ({source} layout){strangers}") from None
-    _check_complete(tensors, config, ours, renamed.unexpected)
-    names = theirs.to_theirs(tensors).names
+    found = _fit(tensors, declared, source_layout, renamed.unexpected)
+    names = target_layout.to_theirs(tensors).names
     report = Report(source, target, {old: names[new] for old, new in renamed.names.items()}, renamed.dropped)
-    return Converted({names[name]: tensor for name, tensor in tensors.items()}, config, report)
+    return Converted({names[name]: tensor for name, tensor in tensors.items()}, found, report)
 
 
 def skeleton(config: ViTConfig) -> ViT:
@@ -85,6 +79,10 @@ def skeleton(config: ViTConfig) -> ViT:
 def _check_values(tensors: Mapping[str, Tensor]) -> None:
     dtypes: dict[torch.dtype, str] = {}
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{name} is of type {type(tensor).__name__}, expected a tensor")
+        if tensor.is_meta or tensor.numel() == 0:
+            raise CheckpointError(f"{name} has no values: shape {list(tensor.shape)} on device {tensor.device}")
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, _FLOATS))}")
         dtypes.setdefault(tensor.dtype, name)
@@ -93,22 +91,49 @@ def _check_values(tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(f"the weights have several dtypes, expected one: {mixed}")
     for name, tensor in tensors.items():
         # NaN and infinity show in the extremes; asking these needs no memory.
-        if tensor.numel() and not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):
+        if not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):
             raise CheckpointError(f"{name} holds values that are not finite")
 
 
-def _check_complete(tensors: Mapping[str, Tensor], config: ViTConfig, layout: Layout, unexpected: list[str]) -> None:
-    """Every parameter filled, every key used, every shape right; or one error in the source's own names."""
-    expected = skeleton(config).state_dict()
+def _fit(tensors: Mapping[str, Tensor], declared: dict, layout: Layout, unexpected: list[str]) -> ViTConfig:
+    """The config with which every parameter is filled, every key used and every shape right.
+
+    Otherwise one error lists all that does not fit, in the source's own names.
+    """
+    required = required_names(tensors)
+    names = layout.to_theirs(tensors.keys() | required).names
+    missing = [names[name] for name in required if name not in tensors]
+    if not tensors.keys() >= set(SHAPE_SOURCES):
+        raise _misfit(layout, missing=missing, unexpected=unexpected)
+    try:
+        config = config_from_shapes(tensors, declared, layout.head_width)
+    except CheckpointError as error:
+        raise _misfit(layout, error=error, missing=missing, unexpected=unexpected) from None
+    expected = _expected_shapes(config)
     names = layout.to_theirs(expected.keys() | tensors.keys()).names
     missing = [names[name] for name in expected if name not in tensors]
     unexpected = unexpected + [names[name] for name in tensors if name not in expected]
-    misshaped = [
-        f"{names[name]} {list(tensors[name].shape)}, expected {list(wanted.shape)}"
-        for name, wanted in expected.items()
-        if name in tensors and tensors[name].shape != wanted.shape
+    shapes = [
+        f"{names[name]} {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
     ]
-    problems = (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", misshaped))
-    texts = [f"{what}: {', '.join(keys)}" for what, keys in problems if keys]
-    if texts:
-        raise CheckpointError(f"the weights do not fit the {layout.name} layout: {'; '.join(texts)}")
+    if missing or unexpected or shapes:
+        raise _misfit(layout, missing=missing, unexpected=unexpected, shapes=shapes)
+    return config
+
+
+def _expected_shapes(config: ViTConfig) -> dict[str, torch.Size]:
+    """The shapes of all parameters; blocks are alike, so one is built and the others are counted."""
+    one = skeleton(config.override(depth=1)).state_dict()
+    shapes = {name: tensor.shape for name, tensor in one.items()}
+    in_blocks = [name for name in shapes if name.startswith("blocks.0.")]
+    numbers = range(config.depth)
+    return shapes | {name.replace("blocks.0.", f"blocks.{i}."): shapes[name] for i in numbers for name in in_blocks}
+
+
+def _misfit(layout: Layout, error: Exception | None = None, **problems: list[str]) -> CheckpointError:
+    titles = {"missing": "missing keys", "unexpected": "unexpected keys", "shapes": "wrong shapes"}
+    texts = [f"{titles[kind]}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
+    texts = texts if error is None else [str(error), *texts]
+    return CheckpointError(f"the weights do not fit the {layout.name} layout: {'; '.join(texts)}")

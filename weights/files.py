@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import struct
-import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -75,6 +75,8 @@ def read_safetensors(path: str | Path) -> Checkpoint:
 def _read_tensor(file: BinaryIO, digest: hashlib._Hash, path: Path, name: str, entry: dict) -> Tensor:
     if entry["dtype"] not in _DTYPES:
         raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
+    if 0 in entry["shape"]:  # and other sides that no memory could hold, perhaps
+        raise CheckpointError(f"{path}: {name} has shape {entry['shape']}: it has no values")
     tensor = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
     data = tensor.reshape(-1).view(torch.uint8).numpy().data
     if file.readinto(data) != data.nbytes:  # type: ignore[attr-defined]
@@ -91,7 +93,12 @@ def write_checkpoint(
     Each is written under a temporary name and renamed, so that it holds all of its new content or all of its old;
     a failure before the last of the writing leaves both as they were.
     """
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    whole: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        whole[name] = tensor.clone() if tensor.data_ptr() in seen else tensor  # a file cannot share, tied weights do
+        seen.add(tensor.data_ptr())
     path.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         save_file(whole, stack.enter_context(_replacing(path)), metadata=dict(metadata))
@@ -108,7 +115,7 @@ def read_json(path: str | Path) -> dict:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers without end, nested without end
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, expected an object")
@@ -119,19 +126,15 @@ class _replacing:
     """A temporary path beside `path` that takes its name when the block ends well and is removed when it does not."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path = Path(os.path.realpath(path))  # a link stays, what it leads to is replaced
+        self.temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
 
     def __enter__(self) -> Path:
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        os.close(handle)
-        self.temporary = Path(name)
+        os.close(os.open(self.temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         return self.temporary
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
+        if kind is None:
+            os.replace(self.temporary, self.path)
+        else:
             self.temporary.unlink(missing_ok=True)
-            return
-        umask = os.umask(0)
-        os.umask(umask)
-        self.temporary.chmod(0o666 & ~umask)  # mkstemp's files are private; a checkpoint is a file like any other
-        os.replace(self.temporary, self.path)

@@ -14,6 +14,7 @@ class Layout:
     name: str
     names: Mapping[str, str]  # theirs -> ours, one to one
     markers: tuple[str, ...]  # keys that every checkpoint of this layout has and no other layout knows
+    head_width: int | None  # how wide its heads are where nothing states their number; None: it must be stated
     drops: Mapping[str, str] = field(default_factory=dict)  # beginnings of their keys that are left out -> why
 
     def to_ours(self, keys: Iterable[str]) -> Renamed:

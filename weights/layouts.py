@@ -14,7 +14,7 @@ LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (VIT, TIMM)}
 
 def get_layout(name: str) -> Layout:
     """The layout of that name; ValueError for an unknown one."""
-    if name not in LAYOUTS:
+    if not isinstance(name, str) or name not in LAYOUTS:
         raise ValueError(unknown("layout", name, sorted(LAYOUTS)))
     return LAYOUTS[name]
 

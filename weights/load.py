@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit.checks import unknown
+from vit.checks import require_int, unknown
 from vit.config import NAMED_MODELS, ViTConfig, list_models
 from vit.metadata import Provenance
 from vit.model import ViT
@@ -36,6 +36,7 @@ class Source:
     config: Path | None = None  # a config.json, where there is one
     commit: str | None = None
     sha256: str | None = None  # what it must be, where that is known
+    license: str | None = None  # where it is known without the file
 
 
 def load_pretrained(
@@ -71,14 +72,13 @@ def load_pretrained(
         ValueError: an unknown name or override.
     """
     ViTConfig.check_names(overrides)
+    for name, value, least in (("num_classes", num_classes, 0), ("in_chans", in_chans, 1)):
+        if value is not None:
+            require_int(name, value, least)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating torch.dtype such as torch.bfloat16, not {dtype!r}")
     found = find(source, revision)
-    checkpoint = read_safetensors(found.weights)
-    if found.sha256 not in (None, checkpoint.sha256):
-        # The cache holds a link to the bytes: they are what has to go.
-        raise CheckpointError(
-            f"{found.weights.resolve()} has sha256 {checkpoint.sha256}, but the Hub says {found.sha256}: "
-            "the download is damaged, delete it and try again"
-        )
+    checkpoint = read(found)
     try:
         layout = detect_layout(checkpoint.tensors) if layout is None else layout
         about = describe(found, checkpoint, layout, overrides)
@@ -86,9 +86,8 @@ def load_pretrained(
         model = build(converted.state_dict, converted.config, about, in_chans)
     except CheckpointError as error:
         raise CheckpointError(f"{found.weights}: {error}") from None
-    model.provenance = Provenance(
-        found.name, checkpoint.sha256, layout, found.commit, about.license, parent=about.parent
-    )
+    license = about.license or found.license
+    model.provenance = Provenance(found.name, checkpoint.sha256, layout, found.commit, license, parent=about.parent)
     if num_classes is not None and num_classes != model.config.num_classes:
         new = f"a new one for {num_classes} with random weights: train it" if num_classes else "none"
         warnings.warn(f"the head for {model.config.num_classes} classes is replaced by {new}", stacklevel=2)
@@ -96,8 +95,22 @@ def load_pretrained(
     return model.to(device=device, dtype=dtype).eval()
 
 
+def read(found: Source) -> Checkpoint:
+    """Read the weights, and hold them against the sha256 that is known of them."""
+    checkpoint = read_safetensors(found.weights)
+    if found.sha256 not in (None, checkpoint.sha256):
+        # The cache holds a link to the bytes: they are what has to go.
+        raise CheckpointError(
+            f"{found.weights.resolve()} has sha256 {checkpoint.sha256}, but the Hub says {found.sha256}: "
+            "the download is damaged, delete it and try again"
+        )
+    return checkpoint
+
+
 def find(source: str | Path, revision: str | None = None) -> Source:
     """The files behind a name or path, downloaded where they have to be."""
+    if not isinstance(source, (str, Path)) or source == "":
+        raise ValueError(f"expected the name of a model, a file or a folder, not {source!r}")
     path, name = Path(source), str(source)
     if revision is not None and (path.exists() or bundled_checkpoint(name)):
         raise ValueError(f"revision={revision!r} is for repositories of the Hub, and {name} is a local file or folder")
@@ -118,7 +131,8 @@ def find(source: str | Path, revision: str | None = None) -> Source:
     if revision is not None and asked is not None:
         raise ValueError(f"{name} names a revision already, so revision={revision!r} cannot go with it")
     files = download(repo, asked if revision is None else revision)
-    return Source(f"hf-hub:{repo}", files.weights, files.config, files.commit, files.sha256)
+    license = "apache-2.0" if name in list_models(pretrained=True) else None  # as timm's own table has it
+    return Source(f"hf-hub:{repo}", files.weights, files.config, files.commit, files.sha256, license)
 
 
 def _in_folder(folder: Path, name: str) -> Source:
@@ -145,6 +159,8 @@ def build(tensors: dict[str, Tensor], config: ViTConfig, about: Description, in_
     if categories is not None and len(categories) != config.num_classes:
         raise CheckpointError(f"there are {len(categories)} categories for {config.num_classes} classes")
     preprocessing = about.preprocessing or known_preprocessing(config)
+    if len(preprocessing.mean) != config.in_chans:
+        raise CheckpointError(f"preprocessing has {len(preprocessing.mean)} channels, the weights {config.in_chans}")
     if in_chans is not None and in_chans != config.in_chans:
         weight = tensors["patch_embed.proj.weight"]
         tensors = tensors | {"patch_embed.proj.weight": adapt_channels(weight, in_chans)}

@@ -26,7 +26,7 @@ _OURS = (
     "blocks.{}.scale2", "norm.weight", "norm.bias", "head.weight", "head.bias",
 )  # fmt: skip
 
-VIT = Layout("vit", names={name: name for name in _OURS}, markers=("blocks.0.attention.qkv.weight",))
+VIT = Layout("vit", names={name: name for name in _OURS}, markers=("blocks.0.attention.qkv.weight",), head_width=None)
 
 
 def write_header(model: ViT) -> dict[str, str]:
@@ -51,7 +51,7 @@ def read_header(metadata: Mapping[str, str]) -> Description:
         if key in metadata:
             try:
                 parts[key] = json.loads(metadata[key])
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise CheckpointError(f"the header's {key} is not JSON: {error}") from None
     try:
         declared = parts.get("vit.config", {})
@@ -69,8 +69,18 @@ def read_header(metadata: Mapping[str, str]) -> Description:
         )
     except CheckpointError:
         raise
-    except ValueError as error:
-        raise CheckpointError(f"the header contradicts itself: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"the header is not one of ours: {error}") from None
+
+
+def check_settings(model: ViT) -> None:
+    """What a header says of a model must read back, and fit the model: CheckpointError otherwise."""
+    about = read_header(write_header(model))
+    channels, classes = model.config.in_chans, model.config.num_classes
+    if about.preprocessing is not None and len(about.preprocessing.mean) != channels:
+        raise CheckpointError(f"preprocessing has {len(about.preprocessing.mean)} channels, the model {channels}")
+    if about.categories is not None and len(about.categories) != classes:
+        raise CheckpointError(f"there are {len(about.categories)} categories for {classes} classes")
 
 
 def _check_fields(key: str, values: object, kind: type) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vit.checks import unknown
+from vit.checks import require_int, unknown
 from vit.config import NAMED_MODELS, ViTConfig
 from vit.metadata import Preprocessing
 from vit.model import ViT
@@ -42,6 +42,7 @@ TIMM = Layout(
         "head.bias": "head.bias",
     },
     markers=("blocks.0.attn.qkv.weight",),
+    head_width=64,  # as in ViT-Ti, S, B and L
     drops={"pre_logits.": "the representation layer of older ImageNet-21k files; timm's models do not use it either"},
 )
 
@@ -98,11 +99,14 @@ def read_config(content: dict[str, Any], where: str, known_heads: bool = False) 
     if content.get("global_pool"):
         declared["global_pool"] = content["global_pool"]
     declared.update(_read_model_args(args, where))
+    license = settings.get("license")
+    if not isinstance(license, str | None):
+        raise CheckpointError(f"{where}: license must be a text, not {license!r}")
     return Description(
         declared=declared,
         preprocessing=_read_preprocessing(settings, where),
         categories=_read_categories(content, settings, declared.get("num_classes"), where),
-        license=settings.get("license"),
+        license=license,
     )
 
 
@@ -113,27 +117,40 @@ def _read_model_args(args: dict[str, Any], where: str) -> dict[str, Any]:
             declared[name] = value
         elif name == "no_embed_class" and isinstance(value, bool):
             declared["class_position"] = not value
-        elif name == "act_layer" and value in _ACTS:
+        elif name == "act_layer" and isinstance(value, str) and value in _ACTS:
             declared["gelu"] = _ACTS[value]
-        elif value not in _WITHOUT_EFFECT.get(name, ()):
+        elif not any(value is harmless for harmless in _WITHOUT_EFFECT.get(name, ())):
             raise CheckpointError(f"{where}: this model has nothing for timm's argument {name}={value!r}")
     return declared
 
 
+# What timm takes where `pretrained_cfg` leaves something out.
+_DEFAULTS: dict[str, Any] = {
+    "input_size": [3, 224, 224],
+    "mean": (0.485, 0.456, 0.406),
+    "std": (0.229, 0.224, 0.225),
+    "interpolation": "bicubic",
+    "crop_pct": 0.875,
+}
+
+
 def _read_preprocessing(settings: dict[str, Any], where: str) -> Preprocessing | None:
-    if "mean" not in settings or "input_size" not in settings:
+    """What `pretrained_cfg` says, completed as timm does it; None where it says nothing of images."""
+    if not any(name in settings for name in _DEFAULTS):
         return None
     if settings.get("crop_mode", "center") != "center":
         raise CheckpointError(f"{where}: crop_mode {settings['crop_mode']!r}, expected 'center'")
-    names = ("mean", "std", "interpolation", "crop_pct")
+    values = {name: settings.get(name, default) for name, default in _DEFAULTS.items()}
+    channels, *size = values.pop("input_size")
     try:
-        return Preprocessing(size=tuple(settings["input_size"][1:]), **{n: settings[n] for n in names if n in settings})
+        require_int("input_size's channels", channels, least=1)
+        return Preprocessing(tuple(size), **values).with_channels(channels)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from None
 
 
 def _read_categories(content: dict, settings: dict, num_classes: int | None, where: str) -> list[str] | None:
-    """The label names that are given, or ImageNet's where there are 1,000 classes, as timm takes them to be."""
+    """The labels' descriptions or names, or ImageNet's where there are 1,000 classes, as timm takes them to be."""
     labels = content.get("label_names", settings.get("label_names"))
     if isinstance(labels, dict):
         labels = [labels.get(str(i)) for i in range(len(labels))]
@@ -141,7 +158,10 @@ def _read_categories(content: dict, settings: dict, num_classes: int | None, whe
         return imagenet_categories() if num_classes == 1000 else None
     if not isinstance(labels, list) or len(labels) != num_classes or not all(isinstance(n, str) for n in labels):
         raise CheckpointError(f"{where}: label_names must name each of the {num_classes} classes")
-    return labels
+    described = content.get("label_descriptions", settings.get("label_descriptions")) or {}
+    if not isinstance(described, dict) or not all(isinstance(text, str) for text in described.values()):
+        raise CheckpointError(f"{where}: label_descriptions must give texts to names")
+    return [described.get(name, name) for name in labels]
 
 
 def write_config(model: ViT) -> dict[str, Any]:

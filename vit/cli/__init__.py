@@ -1,6 +1,7 @@
 """The command line: `vit demo | predict | inspect | convert`."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -15,11 +16,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 where all went well; 1 where some inputs were skipped; 2 on bad input, with one line on stderr; 130 where
         it was interrupted.
     """
-    parser = argparse.ArgumentParser(prog="vit", description="A Vision Transformer Small in plain PyTorch.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, predict, inspect, convert):
-        module.add_parser(commands)
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end the run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return args.run(args)
     except BrokenPipeError:  # the reader, `head` say, has had enough
@@ -31,3 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"vit {args.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands and their options."""
+    parser = argparse.ArgumentParser(prog="vit", description="A Vision Transformer Small in plain PyTorch.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in (demo, predict, inspect, convert):
+        module.add_parser(commands)
+    return parser

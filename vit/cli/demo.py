@@ -34,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     """Load, classify at three sizes, compare the attention backends, draw."""
     from vit.weights import load_pretrained
 
+    if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or args.output.is_dir():
+        raise ValueError(f"--output must be a .png, .jpg or .webp file, not {args.output}")
     model = load_pretrained(MODEL)
     images, truth = digit_images()
     print(f"{MODEL}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.provenance.layout} layout,")  # type: ignore[union-attr]

@@ -18,12 +18,12 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the tensors and, where they make a model, its config; raises CheckpointError where they do not."""
     from vit.weights.convert import convert
-    from vit.weights.files import CheckpointError, read_safetensors
+    from vit.weights.files import CheckpointError
     from vit.weights.layouts import detect_layout
-    from vit.weights.load import describe, find
+    from vit.weights.load import describe, find, read
 
     found = find(args.checkpoint)
-    checkpoint = read_safetensors(found.weights)
+    checkpoint = read(found)
     facts: dict[str, Any] = {
         "file": str(found.weights),
         "sha256": checkpoint.sha256,

@@ -38,7 +38,7 @@ def image_size(text: str) -> int | tuple[int, int] | str:
 def device(text: str) -> torch.device:
     """A device that this machine has, for argparse."""
     try:
-        torch.empty(1, device=text)
+        torch.empty(1, device=text).item()
     except Exception as error:  # each device type has its own way of not being there
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return torch.device(text)

@@ -23,6 +23,11 @@ from vit.resources import imagenet_categories, imagenet_synsets
 
 from . import options
 
+# What counts as an image when a folder is searched; a file that is named is read whatever its ending.
+ENDINGS = {
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2", ".avif",
+}  # fmt: skip
+
 Decoded = tuple[Path, Tensor | ImageError]  # a file, and its pixels or what is wrong with it
 
 
@@ -47,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
     """Find the images, load the model, print labels as they come."""
     from vit.weights import load_pretrained
 
-    warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is reported; the rest was read
     paths = find_images(args.images)
     if args.img_size == "native" and args.mode == "squash":
         raise ValueError("--img-size native keeps the aspect ratio, so --mode squash cannot go with it")
@@ -58,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
     transform = create_transform(model, None if native else args.img_size, mode="native" if native else args.mode)
 
     failures = 0
-    with tqdm(total=len(paths), unit="image", delay=1, disable=not sys.stderr.isatty()) as bar:
+    in_terminal = sys.stderr is not None and sys.stderr.isatty()
+    with warnings.catch_warnings(), tqdm(total=len(paths), unit="image", delay=1, disable=not in_terminal) as bar:
+        warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is reported; the rest was read
         for batch in batches(decode(paths, transform), args.batch_size):
             for path, outcome in label(model, batch, args.top_k):
                 failures += isinstance(outcome, ImageError)
@@ -73,14 +79,15 @@ def find_images(arguments: Iterable[str]) -> list[Path]:
     """Files as they are named; the images in folders and matches of globs, sorted.
 
     Raises:
-        ValueError: a folder without images, or a glob without a match.
+        ValueError: an empty name, a folder without images, or a glob without a match.
     """
-    endings = Image.registered_extensions()
     paths: list[Path] = []
     for argument in arguments:
         path = Path(argument)
+        if not argument:
+            raise ValueError("expected the name of an image, a folder or a glob, not ''")
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file())
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
             if not found:
                 raise ValueError(f"the folder {argument} holds no images")
         elif not path.exists() and glob.has_magic(argument):

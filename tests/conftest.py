@@ -1,0 +1,32 @@
+"""Fixtures that several files share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from helpers import randomize
+from hub_server import HubServer
+
+DEFAULT = "vit_small_patch16_224.augreg_in21k_ft_in1k"
+COMMIT = "1b" * 20
+
+
+@pytest.fixture(scope="session")
+def default_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default checkpoint's stand-in: timm's own files for that name, with random weights in them."""
+    folder = tmp_path_factory.mktemp("default")
+    with torch.device("meta"):
+        model = timm.create_model(DEFAULT)
+    model = randomize(model.to_empty(device="cpu"))
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture
+def default_hub(default_checkpoint: Path) -> Iterator[HubServer]:
+    """A Hub on the loopback that has the stand-in under the default checkpoint's name."""
+    content = {name: (default_checkpoint / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    with HubServer(f"timm/{DEFAULT}", {COMMIT: content}, {"main": COMMIT}) as server:
+        yield server
