@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -228,6 +229,18 @@ def test_the_reader_may_stop_reading(folder):
     command = f"{Path(sys.executable).with_name('vit')} predict {folder} --model {DIGITS} | head -n 1"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert "Traceback" not in result.stderr and "Broken" not in result.stderr
+
+
+def test_a_terminal_gets_a_progress_bar(folder):
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+    main_end, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    command = [Path(sys.executable).with_name("vit"), "predict", folder, "--model", DIGITS]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, timeout=120)
+    drawn = os.read(main_end, 1 << 20).decode()
+    os.close(terminal)
+    assert done.returncode == 0 and "/12 [" in drawn and "image/s" in drawn
+    assert b"/12" not in done.stdout
 
 
 def test_batches_keep_order_and_group_by_shape():

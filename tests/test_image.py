@@ -572,6 +572,7 @@ def test_models_that_no_image_fits():
     with pytest.raises(ValueError, match="1 or 3 channels, not 2"):
         to_mode(CAT, 2)
     without_statistics = ViT(GREY.config)
+    without_statistics.preprocessing = create_model("vit_small_patch16_224", depth=1).preprocessing
     with pytest.raises(ValueError, match=r"model\.preprocessing has 3 channels and the model 1"):
         create_transform(without_statistics)
     ragged = create_model("vit_small_patch16_224", depth=1)

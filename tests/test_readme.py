@@ -14,8 +14,9 @@ from vit.cli import main, make_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
-SHELL = re.findall(r"```sh\n(.*?)```", README, re.S)
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.S | re.M)
+PYTHON = [text for language, text in BLOCKS if language == "python"]
+SHELL = [text for language, text in BLOCKS if language == "sh"]
 
 
 def test_python_blocks_run(default_hub, tmp_path):
@@ -64,7 +65,7 @@ def test_the_demo_prints_what_the_readme_shows(tmp_path, capsys):
         text = re.sub(r"(%) +[\d.]+ ", r"\1 TIME ", text)
         return [re.sub(r"\d\.\de[-+]\d+", "ERROR", line) for line in text.splitlines() if not line.startswith("where")]
 
-    shown = next(block for block in re.findall(r"```\n(.*?)```", README, re.S) if "vit_digits_patch4_32:" in block)
+    (shown,) = [text for language, text in BLOCKS if not language]
     assert steady(shown) == steady(printed)
 
 

@@ -62,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     transform = create_transform(model, None if native else args.img_size, mode="native" if native else args.mode)
 
     failures = 0
-    in_terminal = sys.stderr is not None and sys.stderr.isatty()
-    with warnings.catch_warnings(), tqdm(total=len(paths), unit="image", delay=1, disable=not in_terminal) as bar:
+    shown = len(paths) > 1 and sys.stderr is not None and sys.stderr.isatty()
+    with warnings.catch_warnings(), tqdm(total=len(paths), unit="image", leave=False, disable=not shown) as bar:
         warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is reported; the rest was read
         for batch in batches(decode(paths, transform), args.batch_size):
             for path, outcome in label(model, batch, args.top_k):
@@ -128,14 +128,12 @@ def decode(paths: Iterable[Path], transform: Callable[[Image.Image], Tensor]) ->
 def batches(items: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
     """Group neighbours whose tensors have one shape; files that could not be read ride along."""
     batch: list[Decoded] = []
-    shape = None
     for item in items:
-        new = item[1].shape if isinstance(item[1], Tensor) else shape
-        if batch and (len(batch) == size or (shape is not None and new != shape)):
+        shapes = {outcome.shape for _, outcome in (*batch, item) if isinstance(outcome, Tensor)}
+        if len(batch) == size or len(shapes) > 1:
             yield batch
-            batch, shape = [], None
+            batch = []
         batch.append(item)
-        shape = new if new is not None else shape
     if batch:
         yield batch
 
