@@ -194,7 +194,7 @@ class ViT(nn.Module):
         if not images.is_floating_point():
             raise ValueError(f"{expected}; got {images.dtype}: scale and normalise as model.preprocessing says")
         weights, device = self.patch_embed.proj.weight, images.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        autocast = device != "meta" and torch.is_autocast_enabled(device)  # meta tensors have none
         if images.dtype != weights.dtype and not autocast:
             raise ValueError(f"{expected} in the model's {weights.dtype}; got {images.dtype}: cast one of them")
         B, _, H, W = images.shape
