@@ -1,10 +1,10 @@
 """What several tests need: weights that hide no mistake, timm's twin of a config, and what "equal" means."""
 
-import timm
 import torch
 from torch import Tensor, nn
 
 import vit
+from vit.weights.peers import timm_model
 
 FLOAT32 = 1e-5  # max|a - b| <= FLOAT32 * max|b|, on logits and tokens
 GRADIENT = 2e-5
@@ -32,30 +32,8 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
 def timm_twin(config: vit.ViTConfig) -> nn.Module:
     """timm's model of the same architecture, with random non-trivial weights, in eval mode."""
     with torch.device("meta"):  # drawing weights that are replaced at once takes longer than the tests do
-        model = _timm_model(config)
+        model = timm_model(config)
     return randomize(model.to_empty(device="cpu")).eval()
-
-
-def _timm_model(config: vit.ViTConfig) -> nn.Module:
-    return timm.create_model(
-        "vit_small_patch16_224",
-        img_size=config.img_size,
-        patch_size=config.patch_size,
-        in_chans=config.in_chans,
-        num_classes=config.num_classes,
-        global_pool=config.global_pool,
-        fc_norm=False,
-        embed_dim=config.embed_dim,
-        depth=config.depth,
-        num_heads=config.num_heads,
-        mlp_ratio=config.mlp_ratio,
-        init_values=config.init_values,
-        reg_tokens=config.reg_tokens,
-        no_embed_class=not config.class_position,
-        act_layer={"erf": "gelu", "tanh": "gelu_tanh"}[config.gelu],
-        drop_path_rate=config.drop_path_rate,
-        dynamic_img_size=True,
-    )
 
 
 def ours_from(twin: nn.Module, config: vit.ViTConfig) -> vit.ViT:

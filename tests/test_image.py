@@ -110,6 +110,15 @@ def test_crop_equals_timm(name, size):
     assert ours.dtype == torch.float32 and ours.is_contiguous()
 
 
+def test_a_models_own_mode_counts_where_none_is_asked_for():
+    model = create_model("vit_small_patch16_224", depth=1)
+    model.preprocessing = replace(model.preprocessing, mode="squash")
+    assert torch.equal(create_transform(model)(CHINA), create_transform(model, mode="squash")(CHINA))
+    assert not torch.equal(create_transform(model, mode="crop")(CHINA), create_transform(model)(CHINA))
+    with pytest.raises(ValueError, match="unknown mode 'border'"):
+        replace(model.preprocessing, mode="border")
+
+
 @pytest.mark.parametrize("model", [LARGE, DINOV2], ids=["384", "dinov2"])
 @pytest.mark.parametrize("name", ["china", "portrait", "odd"])
 def test_other_models_equal_timm(model, name):
@@ -541,7 +550,7 @@ def test_images_that_cannot_be_used(image, message):
     "arguments, message",
     [
         ({"mode": "squish"}, "unknown mode 'squish'. Did you mean 'squash'.*crop, squash, native"),
-        ({"mode": None}, "unknown mode None"),
+        ({"mode": 3}, "unknown mode 3"),
         ({"size": 230}, "size 230 x 230 is not made of whole patches of 16 x 16 pixels; .* works is 224 x 224"),
         ({"size": (7, 248), "mode": "squash"}, "size 7 x 248 is .*the nearest size that works is 16 x 256"),
         ({"size": 0}, "size must be a whole number above 0"),

@@ -7,6 +7,7 @@ from helpers import FLOAT32, GRADIENT, difference, images, ours_from, timm_twin
 import vit
 from vit.config import NAMED_MODELS, ViTConfig
 from vit.position import RULES
+from vit.weights.keymap import sort_keys
 
 SMALL = NAMED_MODELS["vit_small_patch16_224"].config
 SHALLOW = SMALL.override(depth=3, num_classes=17)
@@ -82,7 +83,8 @@ def test_gradients_equal_timm(name, attention, native):
         net(x).square().sum().backward()
         grads.append({name: parameter.grad for name, parameter in net.named_parameters()} | {"images": x.grad})
     ours, theirs = grads
-    names = vit.weights.LAYOUTS["timm"].to_ours(n for n in theirs if n != "images").names
+    groups = sort_keys(vit.weights.LAYOUTS["timm"], (n for n in theirs if n != "images"), prefixed=False).groups
+    names = {key: ours for ours, (_, (key,)) in groups.items()}
     assert set(names.values()) == set(ours) - {"images"}
     assert difference(ours["images"], theirs["images"]) <= GRADIENT
     for their_name, our_name in names.items():

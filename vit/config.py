@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ from .checks import as_pair, require_float, require_int, unknown
 from .metadata import Preprocessing
 from .position import RULES
 
-GLOBAL_POOLS = ("token", "avg")
+GLOBAL_POOLS = ("token", "avg", "token_avg", "dist")
 GELUS = ("erf", "tanh")
 
 
@@ -28,19 +28,25 @@ class ViTConfig:
     patch_size: int = 16  # p, in pixels
     in_chans: int = 3
     num_classes: int = 1000  # 0: no head, the pooled features come out
-    global_pool: str = "token"  # what the head reads: the class "token", or the "avg" of the patch tokens
+    # What the head reads: the class "token", the "avg" of the patch tokens, both side by side ("token_avg", as DINOv2's
+    # classifiers do), or the class token while a second head reads the distillation token ("dist", as DeiT's do)
+    global_pool: str = "token"
     embed_dim: int = 384  # D
     depth: int = 12  # blocks
     num_heads: int = 6  # A
     mlp_ratio: float = 4.0  # the MLP's hidden width over D
     init_values: float | None = None  # LayerScale's starting value (arXiv:2103.17239, Eq. 3); None: no LayerScale
-    reg_tokens: int = 0  # registers (arXiv:2309.16588), after the class token; they have no position
-    class_position: bool = True  # does the class token have a row in the position embedding? (timm: not no_embed_class)
+    fc_norm: bool = False  # the last norm follows the pooling instead of preceding it (MAE's fine-tuned models)
+    dist_token: bool = False  # a distillation token (DeiT, arXiv:2012.12877) after the class token
+    reg_tokens: int = 0  # registers (arXiv:2309.16588), after these; they have no position
+    class_position: bool = True  # do the class and distillation tokens have rows in the position embedding?
     eps: float = 1e-6  # of every LayerNorm
     gelu: str = "erf"  # the exact form, or its "tanh" approximation (arXiv:1606.08415)
     position_rule: str = "timm"  # how the position embedding is resampled, a name in vit.position.RULES
     drop_path_rate: float = 0.0  # stochastic depth (arXiv:1603.09382) in training: rises to this, block by block
     grad_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more time
+    # Where a loaded model's values came from: field -> "shapes", "config.json", "the caller" ...
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "img_size", as_pair(self.img_size, "img_size"))
@@ -48,7 +54,7 @@ class ViTConfig:
             require_int(name, getattr(self, name), least=1)
         for name in ("num_classes", "reg_tokens"):
             require_int(name, getattr(self, name), least=0)
-        for name in ("class_position", "grad_checkpointing"):
+        for name in ("fc_norm", "dist_token", "class_position", "grad_checkpointing"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         for name, known in (("global_pool", GLOBAL_POOLS), ("gelu", GELUS), ("position_rule", tuple(RULES))):
@@ -65,6 +71,10 @@ class ViTConfig:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
         if not float(self.embed_dim * self.mlp_ratio).is_integer():
             raise ValueError(f"embed_dim {self.embed_dim} * mlp_ratio {self.mlp_ratio} is not a whole number")
+        if self.global_pool == "dist" and not self.dist_token:
+            raise ValueError("global_pool 'dist' reads the distillation token, and dist_token is False")
+        if self.fc_norm and self.global_pool not in ("token", "avg"):
+            raise ValueError(f"fc_norm goes with global_pool 'token' or 'avg', not with {self.global_pool!r}")
         height, width = self.img_size
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"img_size {height}x{width} is not a multiple of patch_size {self.patch_size}")
@@ -76,8 +86,13 @@ class ViTConfig:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """P: the tokens before the patches, which are the class token and the registers."""
-        return 1 + self.reg_tokens
+        """P: the tokens before the patches: class token, distillation token, registers."""
+        return 1 + self.dist_token + self.reg_tokens
+
+    @property
+    def num_position_rows(self) -> int:
+        """How many of the prefix tokens have a row of their own in the position embedding: 0, 1 or 2."""
+        return (1 + self.dist_token) * self.class_position
 
     @property
     def mlp_dim(self) -> int:
@@ -91,12 +106,22 @@ class ViTConfig:
             ValueError: a name that is no field (the nearest one is named), or a value that does not fit.
         """
         self.check_names(values)
-        return replace(self, **values)
+        sources = {name: source for name, source in self.sources.items() if name not in values}
+        return replace(self, **values, sources=sources)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields as plain data, without `sources`: `ViTConfig(**config.to_dict()) == config`."""
+        return {name: getattr(self, name) for name in self.field_names()}
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """The fields that make a model."""
+        return [f.name for f in fields(cls) if f.name != "sources"]
 
     @classmethod
     def check_names(cls, names: Iterable[str]) -> None:
         """Each must be a field's name; ValueError for the first that is not."""
-        known = [f.name for f in fields(cls)]
+        known = cls.field_names()
         for name in names:
             if name not in known:
                 raise ValueError(unknown("config field", name, known))

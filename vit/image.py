@@ -242,7 +242,7 @@ def _crop_start(side: int, crop: int) -> int:
 
 
 def create_transform(
-    model: ViT, size: int | tuple[int, int] | None = None, crop_pct: float | None = None, mode: str = "crop"
+    model: ViT, size: int | tuple[int, int] | None = None, crop_pct: float | None = None, mode: str | None = None
 ) -> Transform:
     """What makes a PIL image the [C, H, W] tensor that `model` expects.
 
@@ -259,12 +259,13 @@ def create_transform(
         size: (H, W) or one number for a square, multiples of the patch; None for the model's own. In "native" one
             number, to whose nearest multiple the short side is resized; None keeps the image's own pixels.
         crop_pct: in (0, 1], "crop" only; None for the model's own.
-        mode: one of MODES.
+        mode: one of MODES; None for the model's own, which is "crop" but for those who evaluate otherwise.
 
     Raises:
         ValueError: an unknown mode, a size or crop_pct that it cannot use, or a model whose channels are not 1 or 3.
     """
     config, settings = model.config, model.preprocessing
+    mode = settings.mode if mode is None else mode
     if mode not in MODES:
         raise ValueError(unknown("mode", mode, MODES))
     _mode_for(config.in_chans)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 
 from .checks import as_pair, require_float, unknown
 
+MODES = ("crop", "squash")
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
@@ -21,7 +22,8 @@ class Preprocessing:
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # per channel, for pixels in [0, 1]
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     interpolation: str = "bicubic"  # one of Pillow's filters, which are antialiased
-    crop_pct: float = 0.9  # the image is first resized to size / crop_pct
+    crop_pct: float = 0.9  # in "crop" the image is first resized to size / crop_pct
+    mode: str = "crop"  # or "squash": resized to size whatever its proportions, nothing cut off
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", as_pair(self.size, "size"))
@@ -41,6 +43,8 @@ class Preprocessing:
         require_float("crop_pct", self.crop_pct)
         if not 0.0 < self.crop_pct <= 1.0:
             raise ValueError(f"crop_pct must lie in (0, 1], not {self.crop_pct!r}")
+        if self.mode not in MODES:
+            raise ValueError(unknown("mode", self.mode, MODES))
 
     def with_channels(self, channels: int) -> Preprocessing:
         """The same for another number of channels: each gets the mean of `mean` and `std`, for want of statistics."""

@@ -127,12 +127,16 @@ class ViT(nn.Module):
 
         self.patch_embed = PatchEmbed(config)
         self.class_token = nn.Parameter(torch.zeros(1, 1, D))
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, D)) if config.dist_token else None
         self.register_tokens = nn.Parameter(torch.zeros(1, config.reg_tokens, D)) if config.reg_tokens else None
-        self.position_embedding = nn.Parameter(torch.zeros(1, config.class_position + h * w, D))
+        self.position_embedding = nn.Parameter(torch.zeros(1, config.num_position_rows + h * w, D))
         rates = [config.drop_path_rate * i / max(config.depth - 1, 1) for i in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
-        self.norm = nn.LayerNorm(D, eps=config.eps)
+        norm = nn.LayerNorm(D, eps=config.eps)
+        self.norm: nn.Module = nn.Identity() if config.fc_norm else norm  # of every token, before the pooling
+        self.fc_norm: nn.Module = norm if config.fc_norm else nn.Identity()  # or of the pooled features
         self.head = make_head(config)
+        self.head_dist = make_head(config) if config.global_pool == "dist" else None
         self.init_weights()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -160,23 +164,40 @@ class ViT(nn.Module):
         return self.norm(x)  # [B, T, D], Eq. 4 for every token
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """[B, P + N, D] tokens -> [B, num_classes] logits, or with `pre_logits` the [B, D] features before the head."""
-        if self.config.global_pool == "token":
-            pooled = tokens[:, 0]  # [B, D], the class token
-        else:
-            pooled = tokens[:, self.config.num_prefix_tokens :].mean(dim=1)  # [B, D], the mean of the patches
+        """[B, P + N, D] tokens -> [B, num_classes] logits, or with `pre_logits` the [B, D] features before the head.
+
+        With global_pool "token_avg" the features are [B, 2D]; with "dist" each token has its own head, and logits as
+        well as features are the mean of the two (timm's, whether training or not).
+        """
+        if self.head_dist is not None:
+            x, y = tokens[:, 0], tokens[:, 1]  # each [B, D], the class and the distillation token
+            return (x + y) / 2 if pre_logits else (self.head(x) + self.head_dist(y)) / 2
+        pooled = self.fc_norm(self.pool(tokens))  # [B, D]
         return pooled if pre_logits else self.head(pooled)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """[B, P + N, D] tokens -> [B, D], what the head reads; [B, 2D] for "token_avg"."""
+        class_token, patches = tokens[:, 0], tokens[:, self.config.num_prefix_tokens :]
+        if self.config.global_pool == "avg":
+            return patches.mean(dim=1)  # [B, D]
+        if self.config.global_pool == "token_avg":
+            return torch.cat([class_token, patches.mean(dim=1)], dim=1)  # [B, 2D]
+        return class_token  # [B, D]
 
     def embed(self, images: Tensor) -> Tensor:
         """Eq. 1: [B, in_chans, H, W] images -> [B, P + N, D] tokens, positions added."""
         grid = self.check_images(images)  # (h, w)
         x = self.patch_embed(images)  # [B, N, D]
 
-        n = int(self.config.class_position)  # rows of the position embedding that belong to the class token
-        class_position, positions = self.position_embedding[:, :n], self.position_embedding[:, n:]
+        n = self.config.num_position_rows
+        prefix_positions, positions = self.position_embedding[:, :n], self.position_embedding[:, n:]
         x = x + resample_position_embedding(positions, self.config.grid, grid, self.config.position_rule)  # [B, N, D]
 
-        prefix = self.class_token + class_position if n else self.class_token  # [1, 1, D]
+        prefix: Tensor = self.class_token  # [1, 1, D]
+        if self.dist_token is not None:
+            prefix = torch.cat([prefix, self.dist_token], dim=1)  # [1, 2, D]
+        if n:
+            prefix = prefix + prefix_positions  # [1, n, D]
         if self.register_tokens is not None:
             prefix = torch.cat([prefix, self.register_tokens], dim=1)  # [1, P, D]
         return torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)  # [B, P + N, D]
@@ -241,19 +262,23 @@ class ViT(nn.Module):
         weights = self.patch_embed.proj.weight
         self.head = make_head(self.config).to(weights.device, weights.dtype)
         self.head.apply(init_linear)
+        if self.head_dist is not None:
+            self.head_dist = make_head(self.config).to(weights.device, weights.dtype)
+            self.head_dist.apply(init_linear)
 
     def init_weights(self) -> None:
         """Random weights as timm draws them: truncated normals of std 0.02, a nearly zero class token."""
         nn.init.trunc_normal_(self.position_embedding, std=0.02)
-        nn.init.normal_(self.class_token, std=1e-6)
-        if self.register_tokens is not None:
-            nn.init.normal_(self.register_tokens, std=1e-6)
+        for token in (self.class_token, self.dist_token, self.register_tokens):
+            if token is not None:
+                nn.init.normal_(token, std=1e-6)
         self.apply(init_linear)
 
 
 def make_head(config: ViTConfig) -> nn.Module:
-    """The classifier, D -> num_classes; the identity where there are no classes."""
-    return nn.Linear(config.embed_dim, config.num_classes) if config.num_classes else nn.Identity()
+    """The classifier, D -> num_classes (2D -> for "token_avg"); the identity where there are no classes."""
+    width = config.embed_dim * (2 if config.global_pool == "token_avg" else 1)
+    return nn.Linear(width, config.num_classes) if config.num_classes else nn.Identity()
 
 
 def init_linear(module: nn.Module) -> None:

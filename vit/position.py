@@ -11,6 +11,7 @@ cannot be trained through `torch.compile` at changing sizes; products of matrice
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,37 +31,109 @@ def resample_position_embedding(
     Returns:
         [1, h'*w', D] in `embedding`'s dtype; `embedding` itself where the grids are the same.
     """
-    # An exported graph serves many grids, so it must not even ask whether its example has the stored one.
-    # Resampling to the stored grid is the identity to the bit, so this changes no number.
-    if not torch.compiler.is_exporting() and wanted == stored:
+    # An exported graph serves many grids, so it must not even ask whether its example has the stored one: it holds a
+    # condition instead, in `_unless_stored`.
+    exporting = torch.compiler.is_exporting()
+    if not exporting and wanted == stored:
         return embedding
     with _without_autocast(embedding.device.type):
-        rows, columns = (RULES[rule](*sizes, embedding.device) for sizes in zip(stored, wanted))  # [h', h], [w', w]
+        matrices = [RULES[rule](*sizes, embedding.device) for sizes in zip(stored, wanted)]
+        rows, columns = _unless_stored(matrices, stored, wanted) if exporting else matrices  # [h', h], [w', w]
         grid = embedding[0].float()  # [h*w, D]
         grid = rows @ grid.reshape(stored[0], -1)  # [h', w*D]
         grid = columns @ grid.reshape(wanted[0], stored[1], -1)  # [h', w', D]
     return grid.reshape(1, wanted[0] * wanted[1], -1).to(embedding.dtype)  # [1, h'*w', D]
 
 
+def _unless_stored(matrices: list[Tensor], stored: tuple[int, int], wanted: tuple[int, int]) -> list[Tensor]:
+    """The matrices, or identities of their shapes where both sides are the stored ones: `if` as a graph can hold it.
+
+    "dinov2" needs it, whose matrices are no identities there. All others are, but only if the exported graph's backend
+    rounds as PyTorch does.
+    """
+    device = matrices[0].device
+    same = [torch.full((), new, device=device) == old for old, new in zip(stored, wanted)]
+    identities = [torch.eye(*m.shape, dtype=m.dtype, device=device) for m in matrices]
+    return [torch.where(same[0] & same[1], i, m) for i, m in zip(identities, matrices)]
+
+
 def _without_autocast(device: str) -> AbstractContextManager:
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
-def bicubic_antialiased(old: int, new: int, device: torch.device) -> Tensor:
-    """timm's rule: Keys' cubic convolution (1981, Eq. 15, a = -1/2), widened when shrinking so that nothing is skipped.
+# The rules. How many samples there are and how many there should be -> [new, old] float32, each row the weights of the
+# old samples in one new sample; rows sum to 1. Both may be symbols of a traced graph, hence no `if` and no `max`.
 
-    Returns:
-        [new, old] float32, each row the weights of the old samples in one new sample; rows sum to 1.
+
+def bicubic_antialiased(old: int, new: int, device: torch.device) -> Tensor:
+    """timm's rule: the filter is widened when shrinking so that nothing is skipped, and cut off at the border.
+
+    DINOv2's models with registers were trained with this one too (antialiasing, and an offset of 0).
     """
-    centres = (torch.arange(new, device=device, dtype=torch.float32) + 0.5) * (old / new)  # [new], in old samples
-    samples = torch.arange(old, device=device, dtype=torch.float32) + 0.5  # [old]
+    centres = (_count(new, device) + 0.5) * (old / new)  # [new], in old samples
+    samples = _count(old, device) + 0.5  # [old]
     stretch = torch.full((), old / new, device=device, dtype=torch.float32).clamp(min=1)  # 1 when enlarging
-    x = (samples - centres[:, None]).abs() / stretch  # [new, old], distances in widths of the filter
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    weights = cubic((samples - centres[:, None]).abs() / stretch, a=-0.5)  # [new, old]
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-# How many samples there are and how many there should be -> [new, old] weights.
-RULES: dict[str, Callable[[int, int, torch.device], Tensor]] = {"timm": bicubic_antialiased}
+def bicubic(old: int, new: int, device: torch.device, offset: float = 0.0) -> Tensor:
+    """PyTorch's `interpolate(mode="bicubic")`, as transformers' ViT and DINOv2 call it: by the size wanted.
+
+    DINO and DINOv2 call it by a factor, (new + 0.1) / old lest rounding lose a sample, and PyTorch places the samples
+    by that factor as it is. So `offset` 0.1 moves every sample, even at new == old, where those models do not resample.
+    """
+    return _clamped((_count(new, device) + 0.5) * (old / (new + offset)) - 0.5, old)
+
+
+def bicubic_aligned(old: int, new: int, device: torch.device) -> Tensor:
+    """torchvision's rule: the same with `align_corners=True`. torchvision has it for squares, when loading."""
+    return _clamped(_aligned(old, new, device), old)
+
+
+def linear_aligned(old: int, new: int, device: torch.device) -> Tensor:
+    """The rule of google-research/vision_transformer's loader, which is `scipy.ndimage.zoom(order=1)`.
+
+    Except for scipy's slips: for some sizes (16 -> 30, 24 -> 22 ...) it rounds the last sample to beyond the border and
+    returns zeros for it. Here it is the border's sample.
+    """
+    distances = (_aligned(old, new, device)[:, None] - _count(old, device)).abs()  # [new, old]
+    return (1 - distances).clamp(min=0)
+
+
+def cubic(x: Tensor, a: float) -> Tensor:
+    """Keys' cubic convolution (1981, Eq. 15 for a = -1/2) at distances x >= 0: exactly 1 at 0, and 0 at 1, 2 ..."""
+    near = ((a + 2) * x - (a + 3)) * x * x + 1
+    far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
+    return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+def _count(n: int, device: torch.device) -> Tensor:
+    """0, 1 ... n - 1 in float32."""
+    return torch.arange(n, device=device, dtype=torch.float32)
+
+
+def _aligned(old: int, new: int, device: torch.device) -> Tensor:
+    """[new] positions in old samples, from the first one to the last; a single one is at the first."""
+    last = torch.full((), new - 1, device=device, dtype=torch.float32).clamp(min=1)
+    return _count(new, device) * (old - 1) / last  # divided last: the step, rounded, would leave the grid
+
+
+def _clamped(positions: Tensor, old: int) -> Tensor:
+    """[new] positions in old samples -> [new, old] cubic weights of the four nearest; beyond the border is the border.
+
+    PyTorch's coefficient without antialiasing is -3/4.
+    """
+    taps = positions.floor()[:, None] + _count(4, positions.device) - 1  # [new, 4]
+    weights = cubic((positions[:, None] - taps).abs(), a=-0.75)  # [new, 4]
+    hits = taps.clamp(0, old - 1)[:, :, None] == _count(old, positions.device)  # [new, 4, old], one in each row
+    return (weights[:, :, None] * hits).sum(dim=1)  # [new, old]
+
+
+RULES: dict[str, Callable[[int, int, torch.device], Tensor]] = {
+    "timm": bicubic_antialiased,
+    "transformers": bicubic,
+    "torchvision": bicubic_aligned,
+    "jax": linear_aligned,
+    "dinov2": partial(bicubic, offset=0.1),
+}

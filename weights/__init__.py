@@ -1,9 +1,10 @@
 """Checkpoints in and out: files, key maps, the Hub."""
 
+from .checkpoint import CheckpointError
 from .convert import Converted, Report, convert
-from .files import CheckpointError
+from .detect import detect_layout
 from .hub import HubError
-from .layouts import LAYOUTS, detect_layout
+from .layouts import LAYOUTS
 from .load import load_pretrained
 from .save import save_checkpoint
 

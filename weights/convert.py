@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,12 +12,24 @@ from torch import Tensor
 from vit.config import ViTConfig
 from vit.model import ViT
 
-from .files import CheckpointError
-from .keymap import Layout
-from .layouts import detect_layout, get_layout
-from .shapes import SHAPE_SOURCES, config_from_shapes, required_names
+from .checkpoint import CheckpointError
+from .detect import Place, explain, locate
+from .keymap import SAME, Entry, Layout, sort_keys, split_number
+from .layouts import get_layout
+from .layouts.own import VIT
+from .shapes import SHAPE_SOURCES, Claims, config_from_shapes, required_names
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One of our parameters, on its way."""
+
+    ours: str
+    source: list[str]  # keys that it was made of
+    target: list[str]  # keys that were made of it
+    transforms: list[str]  # what changed its values, in order; empty: nothing
 
 
 @dataclass(frozen=True)
@@ -26,8 +38,16 @@ class Report:
 
     source: str  # layouts
     target: str
-    names: dict[str, str]  # source key -> target key
+    why: str  # how the source's layout was told
+    prefix: str  # what stood before the names of the source
+    steps: list[Step]
     dropped: dict[str, str]  # source key -> why it was left out
+    left: list[str]  # source keys beside the model: an optimiser's, another model's
+    notes: list[str] = field(default_factory=list)  # changes that cannot be undone, settings that cannot be held
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -39,41 +59,98 @@ class Converted:
     report: Report
 
 
+@dataclass(frozen=True)
+class Ours:
+    """A state dict in our names, and how it was read."""
+
+    tensors: dict[str, Tensor]
+    theirs: Mapping[str, Tensor]  # what they were made of, without a wrapper
+    config: ViTConfig
+    layout: Layout
+    why: str
+    prefix: str
+    groups: dict[str, tuple[Entry, list[str]]]  # our name -> entry, source keys
+    dropped: dict[str, str]
+    left: list[str]
+
+
 def convert(
     state_dict: Mapping[str, Tensor],
     source: str | None = None,
     target: str = "vit",
     config: ViTConfig | Mapping[str, Any] | None = None,
+    prefix: str | None = None,
 ) -> Converted:
-    """Rename a state dict from one layout to another; no value is copied or changed.
+    """Convert a state dict from one layout to another.
+
+    Values that are arranged alike in both are neither copied nor changed.
 
     Args:
         state_dict: the weights: finite, all of one floating dtype.
-        source: its layout; None detects it.
+        source: its layout, one of `vit.weights.LAYOUTS`; None detects it.
         target: the layout to convert to.
         config: what is known of the model beyond the shapes: a whole config, or some of its fields.
+        prefix: take only the keys that begin so, out of a larger model; the report lists what is left behind.
 
     Raises:
         CheckpointError: keys missing, left over or of the wrong shape (all are listed), weights that are not finite
-            or not floating, or a config that the weights contradict.
+            or not floating, a config that the weights contradict, or a model that the target cannot hold.
         ValueError: an unknown layout.
     """
-    source = detect_layout(state_dict) if source is None else source
-    source_layout, target_layout = get_layout(source), get_layout(target)
-    _check_values(state_dict)
-    renamed = source_layout.to_ours(state_dict)
-    tensors = {new: state_dict[old] for old, new in renamed.names.items()}
-    declared = asdict(config) if isinstance(config, ViTConfig) else dict(config or {})
-    found = _fit(tensors, declared, source_layout, renamed.unexpected)
-    names = target_layout.to_theirs(tensors).names
-    report = Report(source, target, {old: names[new] for old, new in renamed.names.items()}, renamed.dropped)
-    return Converted({names[name]: tensor for name, tensor in tensors.items()}, found, report)
+    target_layout = get_layout(target)
+    stated = config.to_dict() if isinstance(config, ViTConfig) else dict(config or {})
+    ours = to_ours(state_dict, source, {"the caller": stated}, prefix)
+    return to_theirs(ours, target_layout)
 
 
-def skeleton(config: ViTConfig) -> ViT:
-    """A model of that config on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        return ViT(config)
+def to_ours(state_dict: Mapping[str, Tensor], source: str | None, claims: Claims, prefix: str | None = None) -> Ours:
+    """Read a state dict in any layout; see `convert`."""
+    inside, outside = _take(state_dict, prefix)
+    place = locate(inside, source)
+    layout = place.layout
+    state, dropped, left, odd = _unwrap(inside, place)
+    _check_values(state)
+    if layout.unpack is not None:
+        state = layout.unpack(state)
+    sorted_keys = sort_keys(layout, state, place.prefixed)
+    extra = {} if layout.facts is None else layout.facts(state)
+    tensors, shapes = _transform(state, sorted_keys.groups, extra.get("num_heads", 0))
+    problems = {"missing": sorted_keys.missing, "unexpected": odd + sorted_keys.unexpected, "shapes": shapes}
+    config = _fit(tensors, claims, place, extra, problems)
+    theirs = {key: state[key] for _, keys in sorted_keys.groups.values() for key in keys}
+    return Ours(
+        tensors, theirs, config, layout, explain(place), (prefix or "") + place.wrapper, sorted_keys.groups,
+        dropped | sorted_keys.dropped, outside + left,
+    )  # fmt: skip
+
+
+def _take(state_dict: Mapping[str, Tensor], prefix: str | None) -> tuple[dict[str, Tensor], list[str]]:
+    """What lies under a prefix, without it, and the keys of what does not."""
+    if not prefix:
+        return dict(state_dict), []
+    inside = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    if not inside:
+        some = ", ".join(sorted(state_dict)[:3]) or "none"
+        raise CheckpointError(f"no key begins with the prefix {prefix!r}; the first keys are {some}")
+    return inside, [key for key in state_dict if not key.startswith(prefix)]
+
+
+def _unwrap(
+    state: Mapping[str, Tensor], place: Place
+) -> tuple[dict[str, Tensor], dict[str, str], list[str], list[str]]:
+    """The model's tensors without their wrapper, what is dropped beside it, left outside, and what is unexpected."""
+    inside, dropped, left, odd = {}, {}, [], []
+    for key, tensor in state.items():
+        if key.startswith(place.wrapper):
+            inside[key[len(place.wrapper) :]] = tensor
+        elif not key.startswith(place.container):
+            left.append(key)
+        else:  # beside the model within its container, as DINO's projection head beside its backbone
+            rest = key[len(place.container) :]
+            why = next((why for beginning, why in place.layout.drops.items() if rest.startswith(beginning)), None)
+            dropped.update({key: why} if why else {})
+            odd.extend([] if why else [key])
+    return inside, dropped, left, odd
 
 
 def _check_values(tensors: Mapping[str, Tensor]) -> None:
@@ -95,35 +172,61 @@ def _check_values(tensors: Mapping[str, Tensor]) -> None:
             raise CheckpointError(f"{name} holds values that are not finite")
 
 
-def _fit(tensors: Mapping[str, Tensor], declared: dict, layout: Layout, unexpected: list[str]) -> ViTConfig:
+def _transform(
+    state: Mapping[str, Tensor], groups: Mapping[str, tuple[Entry, list[str]]], heads: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Our tensors, made of theirs, and what could not be made for its shape. Incomplete groups are passed over."""
+    tensors, shapes = {}, []
+    for ours, (entry, keys) in groups.items():
+        if all(keys):
+            try:
+                tensors[ours] = entry.transform.to_ours([state[key] for key in keys], heads)
+            except ValueError as error:
+                shapes.append(f"{' + '.join(keys)}: {error}")
+    return tensors, shapes
+
+
+def _fit(
+    tensors: Mapping[str, Tensor], claims: Claims, place: Place, extra: Mapping[str, Any], problems: dict[str, list]
+) -> ViTConfig:
     """The config with which every parameter is filled, every key used and every shape right.
 
     Otherwise one error lists all that does not fit, in the source's own names.
     """
-    required = required_names(tensors)
-    names = layout.to_theirs(tensors.keys() | required).names
-    missing = [names[name] for name in required if name not in tensors]
+    layout = place.layout
+    if problems["missing"] or problems["shapes"]:
+        raise _misfit(layout, problems)
+    missing = [name for name in required_names(tensors) if name not in tensors]
+    problems["missing"] = _their_keys(place, missing)
     if not tensors.keys() >= set(SHAPE_SOURCES):
-        raise _misfit(layout, missing=missing, unexpected=unexpected)
+        raise _misfit(layout, problems)
     try:
-        config = config_from_shapes(tensors, declared, layout.head_width)
+        config = config_from_shapes(tensors, claims, layout, extra)
     except CheckpointError as error:
-        raise _misfit(layout, error=error, missing=missing, unexpected=unexpected) from None
-    expected = _expected_shapes(config)
-    names = layout.to_theirs(expected.keys() | tensors.keys()).names
-    missing = [names[name] for name in expected if name not in tensors]
-    unexpected = unexpected + [names[name] for name in tensors if name not in expected]
-    shapes = [
-        f"{names[name]} {list(tensors[name].shape)}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tensors[name].shape != shape
-    ]
-    if missing or unexpected or shapes:
-        raise _misfit(layout, missing=missing, unexpected=unexpected, shapes=shapes)
+        raise _misfit(layout, problems, error) from None
+    expected = expected_shapes(config)
+    problems["missing"] = _their_keys(place, [name for name in expected if name not in tensors])
+    problems["unexpected"] += _their_keys(place, [name for name in tensors if name not in expected])
+    for name, shape in expected.items():
+        if name in tensors and tensors[name].shape != shape:
+            (entry, _), keys = layout.entry(name), _their_keys(place, [name])
+            where = keys[0] if entry and entry.transform is SAME else f"{' + '.join(keys)}, as {name},"
+            problems["shapes"].append(f"{where} {list(tensors[name].shape)}, expected {list(shape)}")
+    if any(problems.values()):
+        raise _misfit(layout, problems)
     return config
 
 
-def _expected_shapes(config: ViTConfig) -> dict[str, torch.Size]:
+def _their_keys(place: Place, names: list[str]) -> list[str]:
+    keys = []
+    for name in names:
+        entry, number = place.layout.entry(name)
+        theirs = place.layout.keys(entry, place.prefixed) if entry else [f"{name}, which it has no place for"]
+        keys += [key.replace("{}", number) for key in theirs]
+    return keys
+
+
+def expected_shapes(config: ViTConfig) -> dict[str, torch.Size]:
     """The shapes of all parameters; blocks are alike, so one is built and the others are counted."""
     one = skeleton(config.override(depth=1)).state_dict()
     shapes = {name: tensor.shape for name, tensor in one.items()}
@@ -132,8 +235,83 @@ def _expected_shapes(config: ViTConfig) -> dict[str, torch.Size]:
     return shapes | {name.replace("blocks.0.", f"blocks.{i}."): shapes[name] for i in numbers for name in in_blocks}
 
 
-def _misfit(layout: Layout, error: Exception | None = None, **problems: list[str]) -> CheckpointError:
+def skeleton(config: ViTConfig) -> ViT:
+    """A model of that config on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return ViT(config)
+
+
+def _misfit(layout: Layout, problems: Mapping[str, list[str]], error: Exception | None = None) -> CheckpointError:
     titles = {"missing": "missing keys", "unexpected": "unexpected keys", "shapes": "wrong shapes"}
     texts = [f"{titles[kind]}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
     texts = texts if error is None else [str(error), *texts]
     return CheckpointError(f"the weights do not fit the {layout.name} layout: {'; '.join(texts)}")
+
+
+def to_theirs(ours: Ours, target: Layout) -> Converted:
+    """Write what was read in another layout; CheckpointError where that cannot hold it."""
+    tensors, config, notes = adapt_positions(ours.tensors, ours.config, target)
+    _check_needs(tensors, config, target)
+    prefixed = bool(target.prefix) and "head.weight" in tensors
+    result: dict[str, Tensor] = {}
+    steps = []
+    for name, tensor in tensors.items():
+        entry, number = target.entry(name)
+        assert entry is not None  # _check_needs
+        keys = [key.replace("{}", number) for key in target.keys(entry, prefixed)]
+        result |= zip(keys, entry.transform.to_theirs(tensor, config.num_heads))
+        read, source = ours.groups[name]
+        transforms = [one.transform.name for one in (read, entry) if one.transform is not SAME]
+        steps.append(Step(name, [ours.prefix + key for key in source], keys, transforms))
+    for key, shape in target.zeros.items():
+        sizes = [getattr(config, side) if isinstance(side, str) else side for side in shape]
+        dtype = tensors["class_token"].dtype
+        result[(target.prefix if prefixed else "") + key] = torch.zeros(sizes, dtype=dtype)
+        notes.append(f"{key} is written as zeros: this model has none")
+    if target.pack is not None:
+        result = target.pack(result)
+    report = Report(ours.layout.name, target.name, ours.why, ours.prefix, steps, ours.dropped, ours.left, notes)
+    return Converted(result, config, report)
+
+
+def adapt_positions(
+    tensors: dict[str, Tensor], config: ViTConfig, target: Layout
+) -> tuple[dict[str, Tensor], ViTConfig, list[str]]:
+    """Give the class token a row in the position embedding, or take it away, where the target insists.
+
+    A row of zeros changes nothing. A row is taken away by adding it to the token, where it ends up anyhow; that
+    cannot be undone.
+    """
+    n = 1 + config.dist_token
+    never = target.class_rows == "never" or (target.class_rows == "unless registers" and config.reg_tokens > 0)
+    positions = tensors["position_embedding"]
+    if config.class_position and never:
+        added = {"class_token": tensors["class_token"] + positions[:, :1], "position_embedding": positions[:, n:]}
+        if config.dist_token:
+            added["dist_token"] = tensors["dist_token"] + positions[:, 1:2]
+        note = "the class token's position is added to the class token, since the target has no place for it"
+        return tensors | added, config.override(class_position=False), [note]
+    if not config.class_position and target.class_rows == "always":
+        rows = torch.cat([torch.zeros_like(positions[:, :n]), positions], dim=1)
+        note = "the class token gets a position of zeros, since the target has one"
+        return tensors | {"position_embedding": rows}, config.override(class_position=True), [note]
+    return tensors, config, []
+
+
+def _check_needs(tensors: Mapping[str, Tensor], config: ViTConfig, target: Layout) -> None:
+    """Can the target hold this model? CheckpointError names everything that it cannot."""
+    problems = [
+        f"{name} {getattr(config, name)!r} (it has {' or '.join(map(repr, values))})"
+        for name, values in target.needs.items()
+        if getattr(config, name) not in values
+    ]
+    problems += sorted({split_number(name)[0].replace("{}", "*") for name in tensors if target.entry(name)[0] is None})
+    present = {split_number(name)[0] for name in tensors}
+    problems += [f"a model without {name.replace('{}', '*')}" for name in target.requires if name not in present]
+    if problems:
+        raise CheckpointError(f"the {target.name} layout cannot hold {', '.join(problems)}")
+
+
+def from_model(model: ViT) -> Ours:
+    """A model's own weights, checked as those of a file are."""
+    return to_ours(model.state_dict(), VIT.name, {"the model": model.config.to_dict()})

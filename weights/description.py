@@ -10,10 +10,25 @@ from vit.metadata import Preprocessing, Provenance
 
 @dataclass(frozen=True)
 class Description:
-    """Read from a file's own header (`own.py`) or from a `config.json` (`timm.py`)."""
+    """Read from a file's own header, or from a `config.json` of timm's or transformers'."""
 
+    where: str = ""  # where it was read
     declared: dict[str, Any] = field(default_factory=dict)  # fields of ViTConfig
     preprocessing: Preprocessing | None = None
     categories: list[str] | None = None
     license: str | None = None
     parent: Provenance | None = None
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """What a model carries beside its weights and config, for the files that are written with them."""
+
+    preprocessing: Preprocessing
+    categories: list[str] | None = None
+    provenance: Provenance | None = None
+
+    @property
+    def license(self) -> str | None:
+        """The weights' licence, where it is known."""
+        return None if self.provenance is None else self.provenance.license

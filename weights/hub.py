@@ -10,9 +10,12 @@ from pathlib import Path
 
 from vit.config import NAMED_MODELS
 
+from .checkpoint import CheckpointError, read_json
+
 # Seconds until a silent Hub counts as unreachable. HF_HUB_ETAG_TIMEOUT, where it is set, takes precedence.
 _TIMEOUT = 5
 
+# endings by which a name is a file's, whether or not it is there
 FILE_SUFFIXES = {".safetensors", ".npz", ".npy", ".pth", ".pt", ".bin", ".ckpt", ".onnx", ".json", ".tar", ".zip"}
 
 _OTHERWISE = "pass a local file or folder instead, or run `vit demo`, which needs no network"
@@ -24,12 +27,13 @@ class HubError(OSError):
 
 @dataclass(frozen=True)
 class HubFiles:
-    """A checkpoint in huggingface_hub's cache. Both files belong to one commit."""
+    """A checkpoint in huggingface_hub's cache. All files belong to one commit."""
 
     repo: str  # "timm/vit_small_patch16_224.augreg_in21k_ft_in1k"
     commit: str  # its full hash
     weights: Path  # a link to a blob: deleting a damaged download means deleting weights.resolve() as well
     config: Path
+    preprocessor: Path | None  # transformers' preprocessor_config.json, where there is one
     sha256: str | None  # what the Hub says that the weights' sha256 is; None where it does not say
 
 
@@ -58,8 +62,9 @@ def parse_name(name: str) -> tuple[str, str | None] | None:
 def download(
     repo: str, revision: str | None = None, *, endpoint: str | None = None, cache_dir: Path | None = None
 ) -> HubFiles:
-    """Fetch a repository's config.json and model.safetensors, or find them in the cache.
+    """Fetch a repository's config.json and weights, or find them in the cache.
 
+    The weights are model.safetensors, or else the files of model.safetensors.index.json, or else pytorch_model.bin.
     What is in the cache is not downloaded again, and serves where the Hub cannot be reached or HF_HUB_OFFLINE is set.
     A download that breaks off goes on from there. The weights' bytes are not checked here: compare their sha256.
 
@@ -74,9 +79,53 @@ def download(
     """
     config = _fetch(repo, "config.json", revision, endpoint, cache_dir)
     commit = config.parent.name  # .../snapshots/<commit>/config.json
-    # by commit: a branch may move between the two requests
-    weights = _fetch(repo, "model.safetensors", commit, endpoint, cache_dir)
-    return HubFiles(repo, commit, weights, config, _promised_sha256(weights))
+    # by commit: a branch may move between the requests
+    where = (commit, endpoint, cache_dir)
+    preprocessor = _fetch_if_there(repo, "preprocessor_config.json", *where) if _is_transformers(config) else None
+    weights = _fetch_if_there(repo, "model.safetensors", *where)
+    if weights is None and (weights := _fetch_if_there(repo, "model.safetensors.index.json", *where)) is not None:
+        for shard in _shards(weights):
+            _fetch(repo, shard, *where)
+    if weights is None and (weights := _fetch_if_there(repo, "pytorch_model.bin", *where)) is None:
+        _fetch(repo, "model.safetensors", *where)  # raises: the error names the usual file
+    assert weights is not None
+    return HubFiles(repo, commit, weights, config, preprocessor, _promised_sha256(weights))
+
+
+def _is_transformers(config: Path) -> bool:
+    try:
+        return "model_type" in read_json(config)
+    except CheckpointError:
+        return False  # what is wrong with it is said when it is read for its content
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names; what they are worth is checked when they are read."""
+    files = read_json(index).get("weight_map")
+    names = set(files.values()) if isinstance(files, dict) and all(map(_is_name, files.values())) else set()
+    return sorted(names)
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name
+
+
+def _fetch_if_there(
+    repo: str, file: str, revision: str | None, endpoint: str | None, cache_dir: Path | None
+) -> Path | None:
+    """As `_fetch`, but None where the repository has no such file."""
+    from huggingface_hub import errors, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo, file, cache_dir=cache_dir, revision=revision)
+    if cached is not None and not isinstance(cached, str):
+        return None  # huggingface_hub remembers that it is not there
+    try:
+        return _fetch(repo, file, revision, endpoint, cache_dir)
+    except HubError as error:
+        cause = error.__cause__
+        if isinstance(cause, errors.EntryNotFoundError) and not isinstance(cause, errors.LocalEntryNotFoundError):
+            return None
+        raise
 
 
 def _fetch(repo: str, file: str, revision: str | None, endpoint: str | None, cache_dir: Path | None) -> Path:

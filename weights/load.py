@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,13 @@ from vit.metadata import Provenance
 from vit.model import ViT
 from vit.resources import bundled_checkpoint, imagenet_categories
 
-from . import own, timm
-from .convert import convert, skeleton
-from .description import Description
-from .files import Checkpoint, CheckpointError, read_json, read_safetensors
+from .checkpoint import Checkpoint, CheckpointError, read_json
+from .convert import Ours, skeleton, to_ours
+from .description import Attributes, Description
+from .formats import read_checkpoint
 from .hub import FILE_SUFFIXES, download, parse_name
-from .layouts import detect_layout
+from .layouts import own, timm_config, transformers_config
+from .patch import resample_patch_projection
 from .shapes import known_preprocessing
 
 
@@ -34,9 +37,19 @@ class Source:
     name: str  # for the provenance
     weights: Path
     config: Path | None = None  # a config.json, where there is one
+    preprocessor: Path | None = None  # a preprocessor_config.json of transformers
     commit: str | None = None
     sha256: str | None = None  # what it must be, where that is known
     license: str | None = None  # where it is known without the file
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint that was read and fits: the weights in our names, and what goes with them."""
+
+    checkpoint: Checkpoint
+    ours: Ours
+    attributes: Attributes
 
 
 def load_pretrained(
@@ -44,7 +57,10 @@ def load_pretrained(
     *,
     num_classes: int | None = None,
     in_chans: int | None = None,
+    patch_size: int | None = None,
     layout: str | None = None,
+    prefix: str | None = None,
+    sha256: str | None = None,
     revision: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
@@ -53,41 +69,43 @@ def load_pretrained(
     """Load a model with its weights, in eval mode.
 
     Args:
-        source: one of `vit.list_models(pretrained=True)`, "hf-hub:organization/name", a `.safetensors` file, or a
-            folder with `model.safetensors` and `config.json`.
+        source: one of `vit.list_models(pretrained=True)`, "hf-hub:organization/name", a file (.safetensors, its
+            .index.json, .npz, .pth, .pt, .bin, .ckpt, .onnx), or a folder as timm and transformers write them.
         num_classes: another number of classes than the checkpoint's: a new head with random weights takes the place
             of its own, and a warning says so. 0 removes the head.
         in_chans: another number of channels: the patch projection is adapted as timm does it (summed for one
             channel; otherwise repeated and scaled).
+        patch_size: another side of patches, in pixels: the patch projection is resampled (FlexiViT,
+            arXiv:2212.08013). The stored grid stays, so the model's own image size changes with it.
         layout: how the file names its weights; None detects it.
+        prefix: take only the weights whose names begin so, out of a larger model ("backbone."); a warning lists
+            what is left behind.
+        sha256: what the file must have, in hexadecimal.
         revision: a branch, tag or commit of the Hub's repository.
         device: where the model goes.
         dtype: what the weights are cast to; None keeps the file's.
         overrides: fields of `ViTConfig` that the file cannot know or says wrongly (num_heads=12, eps=1e-5 ...), or
-            that are the user's to choose (drop_path_rate, grad_checkpointing).
+            that are the user's to choose (drop_path_rate, grad_checkpointing). `model.config.sources` tells of each
+            field where its value came from.
 
     Raises:
         FileNotFoundError, HubError (an OSError): nothing is there, or the Hub cannot be reached.
         CheckpointError (a ValueError): the file cannot be used; see `vit.weights.convert`.
         ValueError: an unknown name or override.
     """
-    ViTConfig.check_names(overrides)
-    for name, value, least in (("num_classes", num_classes, 0), ("in_chans", in_chans, 1)):
+    for name, value, least in (
+        ("num_classes", num_classes, 0),
+        ("in_chans", in_chans, 1),
+        ("patch_size", patch_size, 1),
+    ):
         if value is not None:
             require_int(name, value, least)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype must be a floating torch.dtype such as torch.bfloat16, not {dtype!r}")
-    found = find(source, revision)
-    checkpoint = read(found)
-    try:
-        layout = detect_layout(checkpoint.tensors) if layout is None else layout
-        about = describe(found, checkpoint, layout, overrides)
-        converted = convert(checkpoint.tensors, layout, "vit", about.declared | overrides)
-        model = build(converted.state_dict, converted.config, about, in_chans)
-    except CheckpointError as error:
-        raise CheckpointError(f"{found.weights}: {error}") from None
-    license = about.license or found.license
-    model.provenance = Provenance(found.name, checkpoint.sha256, layout, found.commit, license, parent=about.parent)
+    loaded = load(find(source, revision), layout, prefix, sha256, overrides)
+    if prefix and loaded.ours.left:
+        warnings.warn(f"left behind: {_summary(loaded.ours.left)}", stacklevel=2)
+    model = build(loaded, in_chans, patch_size)
     if num_classes is not None and num_classes != model.config.num_classes:
         new = f"a new one for {num_classes} with random weights: train it" if num_classes else "none"
         warnings.warn(f"the head for {model.config.num_classes} classes is replaced by {new}", stacklevel=2)
@@ -95,9 +113,34 @@ def load_pretrained(
     return model.to(device=device, dtype=dtype).eval()
 
 
-def read(found: Source) -> Checkpoint:
+def load(
+    found: Source,
+    layout: str | None = None,
+    prefix: str | None = None,
+    sha256: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """Read a checkpoint and convert it to our names; the arguments are those of `load_pretrained`."""
+    overrides = dict(overrides or {})
+    ViTConfig.check_names(overrides)
+    checkpoint = read(found, sha256)
+    try:
+        about = describe(found, checkpoint, "num_heads" in overrides)
+        claims = {"the caller": overrides, about.where: about.declared}
+        ours = to_ours(checkpoint.tensors | _others(checkpoint), layout, claims, prefix)
+        attributes = _attributes(found, checkpoint, about, ours)
+    except CheckpointError as error:
+        raise CheckpointError(f"{found.weights}: {error}") from None
+    return Loaded(checkpoint, ours, attributes)
+
+
+def read(found: Source, sha256: str | None = None) -> Checkpoint:
     """Read the weights, and hold them against the sha256 that is known of them."""
-    checkpoint = read_safetensors(found.weights)
+    if sha256 is not None and (not isinstance(sha256, str) or not re.fullmatch("[0-9a-fA-F]{64}", sha256)):
+        raise ValueError(f"sha256 must be 64 hexadecimal digits, not {sha256!r}")
+    checkpoint = read_checkpoint(found.weights)
+    if sha256 is not None and sha256.lower() != checkpoint.sha256:
+        raise CheckpointError(f"{found.weights} has sha256 {checkpoint.sha256}, expected {sha256.lower()}")
     if found.sha256 not in (None, checkpoint.sha256):
         # The cache holds a link to the bytes: they are what has to go.
         raise CheckpointError(
@@ -105,6 +148,11 @@ def read(found: Source) -> Checkpoint:
             "the download is damaged, delete it and try again"
         )
     return checkpoint
+
+
+def _others(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is no tensor, so that a model's keys that hold something else are refused by their type."""
+    return dict(checkpoint.others)
 
 
 def find(source: str | Path, revision: str | None = None) -> Source:
@@ -117,14 +165,15 @@ def find(source: str | Path, revision: str | None = None) -> Source:
     if path.is_dir():
         return _in_folder(path, name)
     if path.is_file():
-        beside = path.parent / "config.json"
-        return Source(name, path, beside if beside.is_file() else None)
+        return _with_configs(name, path)
     if bundled := bundled_checkpoint(name):
         return _in_folder(bundled, name)
     if name in NAMED_MODELS:
         name = f"{name}.{NAMED_MODELS[name].tag}"
     if (parsed := parse_name(name)) is None:
-        if path.suffix in FILE_SUFFIXES or len(path.parts) > 1:
+        if path.suffix in FILE_SUFFIXES:
+            raise FileNotFoundError(f"{name} does not exist")
+        if len(path.parts) > 1:
             raise FileNotFoundError(f"{name} does not exist (a repository of the Hub is written hf-hub:{name})")
         raise ValueError(unknown("model", name, list_models(pretrained=True)))
     repo, asked = parsed
@@ -132,44 +181,82 @@ def find(source: str | Path, revision: str | None = None) -> Source:
         raise ValueError(f"{name} names a revision already, so revision={revision!r} cannot go with it")
     files = download(repo, asked if revision is None else revision)
     license = "apache-2.0" if name in list_models(pretrained=True) else None  # as timm's own table has it
-    return Source(f"hf-hub:{repo}", files.weights, files.config, files.commit, files.sha256, license)
+    return Source(
+        f"hf-hub:{repo}", files.weights, files.config, files.preprocessor, files.commit, files.sha256, license
+    )
+
+
+# The weights in a folder, the first that is there.
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
 def _in_folder(folder: Path, name: str) -> Source:
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    if not weights.is_file():
-        raise FileNotFoundError(f"{folder} holds no model.safetensors")
-    return Source(name, weights, config if config.is_file() else None)
+    for file in WEIGHT_FILES:
+        if (folder / file).is_file():
+            return _with_configs(name, folder / file)
+    raise FileNotFoundError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}")
 
 
-def describe(found: Source, checkpoint: Checkpoint, layout: str, overrides: Mapping[str, Any]) -> Description:
-    """What the checkpoint's header or its config.json says of the model."""
-    if layout == "vit":
+def _with_configs(name: str, weights: Path) -> Source:
+    config, preprocessor = (weights.parent / file for file in ("config.json", "preprocessor_config.json"))
+    return Source(name, weights, config if config.is_file() else None, preprocessor if preprocessor.is_file() else None)
+
+
+def describe(found: Source, checkpoint: Checkpoint, known_heads: bool = False) -> Description:
+    """What the checkpoint's header or the config.json beside it says of the model: the header, where there is one."""
+    if any(key.startswith("vit.") for key in checkpoint.metadata):
         return own.read_header(checkpoint.metadata)
-    if found.config is not None:
-        return timm.read_config(read_json(found.config), str(found.config), known_heads="num_heads" in overrides)
-    return Description()
+    if found.config is None:
+        return Description()
+    content, where = read_json(found.config), str(found.config)
+    if "model_type" not in content:
+        return timm_config.read_config(content, where, known_heads)
+    about = transformers_config.read_config(content, where)
+    if found.preprocessor is None:
+        return about
+    settings = transformers_config.read_preprocessing(read_json(found.preprocessor), str(found.preprocessor))
+    return replace(about, preprocessing=settings)
 
 
-def build(tensors: dict[str, Tensor], config: ViTConfig, about: Description, in_chans: int | None = None) -> ViT:
-    """A model around weights that fit: they become its parameters without being copied."""
+def _attributes(found: Source, checkpoint: Checkpoint, about: Description, ours: Ours) -> Attributes:
+    """What the model carries, as the files say it or as it is usual."""
+    config = ours.config
     categories = about.categories
     if categories is None and about == Description() and config.num_classes == 1000:
         categories = imagenet_categories()  # what timm, too, takes 1,000 classes to be
     if categories is not None and len(categories) != config.num_classes:
         raise CheckpointError(f"there are {len(categories)} categories for {config.num_classes} classes")
-    preprocessing = about.preprocessing or known_preprocessing(config)
+    preprocessing = about.preprocessing or known_preprocessing(config, ours.layout)
     if len(preprocessing.mean) != config.in_chans:
         raise CheckpointError(f"preprocessing has {len(preprocessing.mean)} channels, the weights {config.in_chans}")
+    provenance = Provenance(
+        found.name, checkpoint.sha256, ours.layout.name, found.commit, about.license or found.license, about.parent
+    )
+    return Attributes(preprocessing, categories, provenance)
+
+
+def build(loaded: Loaded, in_chans: int | None = None, patch_size: int | None = None) -> ViT:
+    """A model around weights that fit: they become its parameters without being copied."""
+    config, tensors, preprocessing = loaded.ours.config, loaded.ours.tensors, loaded.attributes.preprocessing
+    weight = tensors["patch_embed.proj.weight"]
     if in_chans is not None and in_chans != config.in_chans:
-        weight = tensors["patch_embed.proj.weight"]
-        tensors = tensors | {"patch_embed.proj.weight": adapt_channels(weight, in_chans)}
-        config = config.override(in_chans=in_chans)
+        weight, config = adapt_channels(weight, in_chans), config.override(in_chans=in_chans)
+    if patch_size is not None and patch_size != config.patch_size:
+        weight, (h, w) = resample_patch_projection(weight, patch_size), config.grid
+        config = config.override(patch_size=patch_size, img_size=(h * patch_size, w * patch_size))
+        preprocessing = replace(preprocessing, size=config.img_size)
     model = skeleton(config)
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict({**tensors, "patch_embed.proj.weight": weight}, assign=True)
     model.preprocessing = preprocessing.with_channels(config.in_chans)
-    model.categories = categories
+    model.categories = loaded.attributes.categories
+    model.provenance = loaded.attributes.provenance
     return model
+
+
+def _summary(keys: list[str]) -> str:
+    """Keys, counted by how they begin."""
+    counts = Counter(re.split(r"[./]", key)[0] for key in keys)
+    return ", ".join(f"{name} ({count})" for name, count in counts.most_common())
 
 
 def adapt_channels(weight: Tensor, channels: int) -> Tensor:

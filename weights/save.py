@@ -1,16 +1,33 @@
-"""A model to a file."""
+"""A model to files."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from vit.config import ViTConfig
 from vit.model import ViT
 
-from .convert import convert
-from .files import write_checkpoint
-from .layouts import get_layout
-from .own import check_settings, write_header
-from .timm import write_config
+from .checkpoint import Checkpoint, CheckpointError, replacing, write_json
+from .convert import Converted, Ours, adapt_positions, from_model, to_ours, to_theirs
+from .description import Attributes
+from .formats.npz import read_npz, write_npz
+from .formats.safetensors import read_safetensors, write_safetensors
+from .layouts import get_layout, timm_config, transformers_config
+from .layouts.google import AUGREG, BIG_VISION, BIG_VISION_SCANNED
+from .layouts.own import check_attributes, write_header
+
+_NPZ = {layout.name for layout in (AUGREG, BIG_VISION, BIG_VISION_SCANNED)}
+_TIMM = {"timm", "deit"}  # layouts with timm's config.json
+
+
+def _is_transformers(layout: str) -> bool:
+    return layout.startswith("transformers") and not layout.endswith("_memory")
 
 
 def save_checkpoint(model: ViT, path: str | Path, layout: str = "vit") -> Path:
@@ -18,10 +35,12 @@ def save_checkpoint(model: ViT, path: str | Path, layout: str = "vit") -> Path:
 
     Args:
         model: the model, on any device and in any floating dtype; both its weights and dtype are kept to the bit.
-        path: a `.safetensors` file, or a folder in which `model.safetensors` is written; "timm" takes a folder only,
-            since its `config.json` speaks for all that lies beside it.
-        layout: "vit" puts config, preprocessing, categories and provenance into the file's header; "timm" writes
-            timm's names and the `config.json` from which timm loads them.
+        path: a `.safetensors` file, or a folder in which `model.safetensors` is written. "timm", "deit" and
+            transformers' layouts take a folder only, since their `config.json` speaks for all that lies beside it.
+            Google's layouts also take an `.npz` file.
+        layout: one of `vit.weights.LAYOUTS`. timm's and transformers' come with the `config.json` from which timm
+            and transformers load them; the others carry config, preprocessing, categories and provenance in the
+            file's header. An npz file holds weights only: what it cannot say is listed by `vit convert`.
 
     Returns:
         The file that was written.
@@ -34,22 +53,106 @@ def save_checkpoint(model: ViT, path: str | Path, layout: str = "vit") -> Path:
     if not isinstance(model, ViT):
         raise ValueError(f"expected a vit.ViT, not {type(model).__name__}: save a model as it was before compiling")
     file = target_files(path, layout)[0]
-    check_settings(model)
-    converted = convert(model.state_dict(), "vit", layout, model.config)
-    config = write_config(model) if layout == "timm" else None
-    header = write_header(model) if layout == "vit" else {"format": "pt"}
-    write_checkpoint(file, converted.state_dict, header, config)
+    write(from_model(model), Attributes(model.preprocessing, model.categories, model.provenance), file, layout)
     return file
 
 
 def target_files(path: str | Path, layout: str) -> list[Path]:
-    """The files that `save_checkpoint` writes: the weights, then the `config.json` where the layout has one."""
+    """The files that are written: the weights, then the JSON files beside them where the layout has any."""
     get_layout(layout)
     path = Path(path)
-    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".npz", ".onnx", ".json") and not path.is_dir():
-        raise ValueError(f"{path} must end in .safetensors or be a folder: other formats are not written")
-    is_file = path.suffix == ".safetensors" and not path.is_dir()
-    if layout == "timm" and is_file:
-        raise ValueError(f"{path} must be a folder: the timm layout is model.safetensors with a config.json beside it")
-    file = path if is_file else path / "model.safetensors"
-    return [file, file.parent / "config.json"] if layout == "timm" else [file]
+    is_folder = path.is_dir() or path.suffix not in (
+        ".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".npy", ".onnx", ".json", ".jpg", ".png",
+    )  # fmt: skip
+    beside = _beside(layout)
+    if is_folder:
+        return [path / "model.safetensors", *(path / name for name in beside)]
+    if path.suffix != ".safetensors" and not (path.suffix == ".npz" and layout in _NPZ):
+        kinds = ".safetensors, .npz" if layout in _NPZ else ".safetensors"
+        raise ValueError(f"{path} must end in {kinds} or be a folder: other formats are not written as {layout}")
+    if beside:
+        raise ValueError(
+            f"{path} must be a folder: the {layout} layout is model.safetensors with {beside[0]} beside it"
+        )
+    return [path]
+
+
+def _beside(layout: str) -> tuple[str, ...]:
+    if layout in _TIMM:
+        return ("config.json",)
+    return ("config.json", "preprocessor_config.json") if _is_transformers(layout) else ()
+
+
+def write(ours: Ours, attributes: Attributes, file: Path, layout: str, verify: bool = False) -> tuple[Converted, str]:
+    """Write weights that fit in a layout; what came of them and of each setting stands in the result's report.
+
+    Each file is written under a temporary name and renamed, so that it holds all of its new content or all of its
+    old; a failure before the last of the writing leaves all as they were. With `verify` the weights are read back
+    and compared to the bit before that, and their sha256 is returned ("" otherwise).
+    """
+    target = get_layout(layout)
+    converted = to_theirs(ours, target)
+    check_attributes(converted.config, attributes)
+    contents = _configs(converted.config, attributes, layout)
+    if contents or file.suffix == ".npz":  # the others carry everything in their header
+        converted.report.notes.extend(_unrecorded(converted, layout, contents.get("config.json")))
+    sha256 = ""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        temporary = stack.enter_context(replacing(file))
+        if file.suffix == ".npz":
+            write_npz(temporary, converted.state_dict)
+        else:
+            header = {} if contents else write_header(converted.config, attributes)
+            write_safetensors(temporary, converted.state_dict, {"format": "pt", **header})
+        if verify:
+            read = read_npz if file.suffix == ".npz" else read_safetensors
+            sha256 = _verify(read(temporary), adapt_positions(ours.tensors, ours.config, target)[0], converted, layout)
+        for name, content in contents.items():
+            write_json(stack.enter_context(replacing(file.parent / name)), content)
+    return converted, sha256
+
+
+def _configs(config: ViTConfig, attributes: Attributes, layout: str) -> dict[str, dict[str, Any]]:
+    """The JSON files that go with a layout, by name."""
+    if layout in _TIMM:
+        return {"config.json": timm_config.write_config(config, attributes)}
+    if not _is_transformers(layout):
+        return {}
+    return {
+        "config.json": transformers_config.write_config(config, attributes),
+        "preprocessor_config.json": transformers_config.write_preprocessing(attributes),
+    }
+
+
+def _verify(written: Checkpoint, tensors: Mapping[str, Tensor], converted: Converted, layout: str) -> str:
+    """What was written must come back to the bit; its sha256."""
+    again = to_ours(written.tensors, layout, {"the writer": converted.config.to_dict()}).tensors
+    odd = [
+        name
+        for name in {**tensors, **again}
+        if name not in tensors or name not in again or not _same_bits(tensors[name], again[name])
+    ]
+    if odd:
+        raise CheckpointError(f"{', '.join(odd)} did not come back as written in the {layout} layout")
+    return written.sha256
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def _unrecorded(converted: Converted, layout: str, content: dict[str, Any] | None) -> list[str]:
+    """The settings that a file without our header cannot say, and that its reader will take to be otherwise."""
+    config = converted.config
+    stated: Mapping[str, Any] = {"img_size": config.img_size}
+    if content is not None:
+        reader = timm_config if layout in _TIMM else transformers_config
+        stated = reader.read_config(content, "config.json").declared
+    read = to_ours(converted.state_dict, layout, {"the writer": stated}).config
+    return [
+        f"the file cannot say {name}={getattr(config, name)!r}: state it when reading, or get {getattr(read, name)!r}"
+        for name in ViTConfig.field_names()
+        if getattr(read, name) != getattr(config, name)
+        and name not in ("init_values", "drop_path_rate", "grad_checkpointing")  # which change no answer
+    ]

@@ -1,11 +1,11 @@
-"""What the shapes of the weights tell of a model's config, held against what is declared of it."""
+"""What the shapes of the weights tell of a model's config, held against what is stated of it."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,17 +14,21 @@ from vit.checks import as_pair
 from vit.config import NAMED_MODELS, ViTConfig
 from vit.metadata import Preprocessing
 
-from .files import CheckpointError
-from .own import VIT
+from .checkpoint import CheckpointError
+from .keymap import Layout
+from .layouts.own import VIT
 
 # The weights that the shapes are read from, besides the optional ones.
 SHAPE_SOURCES = ("position_embedding", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
-_OPTIONAL = ("register_tokens", "blocks.{}.scale1", "blocks.{}.scale2", "head.weight", "head.bias")
+_OPTIONAL = re.compile(r"(dist_token|register_tokens|blocks\.\{\}\.scale|norm\.|fc_norm\.|head).*")
+
+# Statements about the model, the first one first: who states it -> fields of ViTConfig.
+Claims = Mapping[str, Mapping[str, Any]]
 
 
 def required_names(names: Iterable[str]) -> list[str]:
     """The weights that no ViT lacks, for as many blocks as `names` has numbers of (at least one)."""
-    templates = [template for template in VIT.names if template not in _OPTIONAL]
+    templates = [entry.ours for entry in VIT.entries if not _OPTIONAL.fullmatch(entry.ours)]
     depth = max(1, _depth(names))
     return [name for t in templates for name in ([t.format(i) for i in range(depth)] if "{}" in t else [t])]
 
@@ -34,39 +38,70 @@ def _depth(names: Iterable[str]) -> int:
     return len({match.group(1) for name in names if (match := re.match(r"blocks\.(\d+)\.", name))})
 
 
-def config_from_shapes(tensors: Mapping[str, Tensor], declared: Mapping[str, Any], head_width: int | None) -> ViTConfig:
-    """The config of a state dict in our names.
+def config_from_shapes(
+    tensors: Mapping[str, Tensor], claims: Claims, layout: Layout, extra: Mapping[str, Any] | None = None
+) -> ViTConfig:
+    """The config of a state dict in our names; its `sources` say where each value came from.
 
-    Shapes tell everything but the heads, eps, the GELU, the pooling and a grid that is not square; these come from
-    `declared`, or else are this family's own: eps 1e-6, erf, class token, square, and heads of the layout's width.
+    Shapes tell everything but the heads, eps, the GELU, the pooling, the rule for positions and a grid that is not
+    square. Those are taken from the claims, or else are what goes without saying in the layout.
 
     Args:
         tensors: the weights, in our names, `SHAPE_SOURCES` among them.
-        declared: fields of `ViTConfig` that a header, a config.json or the caller states.
-        head_width: how wide heads are where their number is not declared; None: it has to be.
+        claims: what the caller, a header or a config.json states, in the order in which they count.
+        layout: the layout that the weights came in.
+        extra: what the shapes tell in that layout alone (the heads).
 
     Raises:
-        CheckpointError: shapes contradict what is declared, or cannot tell what has to be known.
+        CheckpointError: shapes contradict what is stated, or cannot tell what has to be known.
     """
-    facts = _facts(tensors)
+    facts = _facts(tensors) | dict(extra or {})
+    stated, sources = _merge(claims)
     for name, value in facts.items():
-        if name in declared and declared[name] != value and name != "init_values":
-            raise CheckpointError(f"{name} is declared to be {declared[name]}, but the weights have {value}")
-    if "init_values" in declared and (declared["init_values"] is None) != (facts["init_values"] is None):
+        if name in stated and stated[name] != value and name not in ("init_values", "global_pool"):
+            raise CheckpointError(f"{name} is declared to be {stated[name]}, but the weights have {value}")
+    if "init_values" in stated and (stated["init_values"] is None) != (facts["init_values"] is None):
         has = "have" if facts["init_values"] is not None else "lack"
-        raise CheckpointError(f"init_values is declared as {declared['init_values']}, the weights {has} LayerScale")
-    values: dict[str, Any] = {**facts, **declared}
-    if "num_heads" not in declared:
-        if head_width is None or values["embed_dim"] % head_width:
-            raise CheckpointError(f"nothing says how many heads share the width {values['embed_dim']}: state num_heads")
-        values["num_heads"] = values["embed_dim"] // head_width
+        raise CheckpointError(f"init_values is declared as {stated['init_values']}, the weights {has} LayerScale")
+    assumed = dict(layout.defaults) | (dict(layout.register_defaults) if facts["reg_tokens"] else {})
+    values: dict[str, Any] = {**assumed, **facts, **stated}
+    if "num_heads" not in values:
+        values["num_heads"] = assumed["num_heads"] = _default_heads(layout, values["embed_dim"])
     try:
-        values |= _positions(tensors["position_embedding"].shape[1], values)
-        return ViTConfig().override(**values)
+        positions = _positions(tensors["position_embedding"].shape[1], values, layout)
+        config = ViTConfig().override(**values | positions)
     except CheckpointError:
         raise
     except ValueError as error:
         raise CheckpointError(str(error)) from None
+    sources = (
+        dict.fromkeys(config.field_names(), "the default")
+        | dict.fromkeys(assumed, f"the {layout.name} layout's default")
+        | dict.fromkeys({**facts, **positions}, "the shapes")
+        | sources
+    )
+    return replace(config, sources=sources)
+
+
+def _merge(claims: Claims) -> tuple[dict[str, Any], dict[str, str]]:
+    """What is stated, and by whom; of several statements about one field the first counts."""
+    stated: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, fields in claims.items():
+        for name, value in fields.items():
+            if name not in stated:
+                stated[name], sources[name] = value, source
+    return stated, sources
+
+
+def _default_heads(layout: Layout, width: int) -> int:
+    heads = layout.heads or (width // layout.head_width if layout.head_width and width % layout.head_width == 0 else 0)
+    if not heads:
+        raise CheckpointError(
+            f"nothing says how many heads share the width {width}: state num_heads "
+            f"(num_heads=... in Python, --set num_heads=... on the command line)"
+        )
+    return heads
 
 
 def _facts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -80,46 +115,67 @@ def _facts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     shape("position_embedding", 3)
     D, in_chans, patch_size, _ = shape("patch_embed.proj.weight", 4)
     hidden, _ = shape("blocks.0.mlp.fc1.weight", 2)
-    return {
+    classes, width = shape("head.weight", 2) if "head.weight" in tensors else (0, D)
+    facts: dict[str, Any] = {
         "embed_dim": D,
         "in_chans": in_chans,
         "patch_size": patch_size,
         "depth": _depth(tensors),
         "mlp_ratio": hidden / D,
         "init_values": 1.0 if "blocks.0.scale1" in tensors else None,  # trained: what it started from is not known
+        "dist_token": "dist_token" in tensors,
         "reg_tokens": shape("register_tokens", 3)[1] if "register_tokens" in tensors else 0,
-        "num_classes": shape("head.weight", 2)[0] if "head.weight" in tensors else 0,
+        "fc_norm": "fc_norm.weight" in tensors,
+        "num_classes": classes,
     }
+    if "fc_norm.weight" in tensors:
+        facts["global_pool"] = "avg"
+    elif "head_dist.weight" in tensors:
+        facts["global_pool"] = "dist"
+    elif width == 2 * D:
+        facts["global_pool"] = "token_avg"
+    return facts
 
 
-def _positions(rows: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Does the class token have a row in the position embedding, and what is the grid of the others?
+def _positions(rows: int, values: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """Do the class and distillation tokens have rows in the position embedding, and what is the grid of the others?
 
-    With a declared size the number of rows answers the first question. Without one the grid is taken to be square,
-    and the class token to have a row unless there are registers, as in timm's models.
+    With a stated size the number of rows answers the first question. Without one the layout does, and the grid has
+    to be square.
     """
-    p = values["patch_size"]
+    p, prefix = values["patch_size"], 1 + values["dist_token"]
     if "img_size" in values:
         H, W = as_pair(values["img_size"], "img_size")
-        class_position = values.get("class_position", rows == (H // p) * (W // p) + 1)
-        if rows - class_position != (H // p) * (W // p):
+        class_position = values.get("class_position", rows == (H // p) * (W // p) + prefix)
+        if rows - class_position * prefix != (H // p) * (W // p):
             raise CheckpointError(f"position_embedding has {rows} rows, which img_size {H}x{W} does not give")
         return {"class_position": class_position}
-    class_position = values.get("class_position", not values["reg_tokens"])
-    side = math.isqrt(max(rows - class_position, 0))
-    if side == 0 or side * side != rows - class_position:
-        raise CheckpointError(
-            f"position_embedding has {rows} rows, {'one for the class token and ' if class_position else ''}"
-            "no square grid: state img_size=(height, width) or class_position"
-        )
-    return {"class_position": class_position, "img_size": (side * p, side * p)}
+    choices = [values["class_position"]] if "class_position" in values else _usual_class_rows(layout, values)
+    for class_position in choices:
+        side = math.isqrt(max(rows - class_position * prefix, 0))
+        if side > 0 and side * side == rows - class_position * prefix:
+            return {"class_position": class_position, "img_size": (side * p, side * p)}
+    raise CheckpointError(
+        f"position_embedding has {rows} rows, which leave no square grid: state img_size=(height, width)"
+    )
 
 
-def known_preprocessing(config: ViTConfig) -> Preprocessing:
-    """The preprocessing of the named model that this is, or the default at this size, where no file says it."""
+def _usual_class_rows(layout: Layout, values: Mapping[str, Any]) -> list[bool]:
+    """Whether the class token has a row in a layout's models, the likelier answer first."""
+    if layout.class_rows == "unless registers" and values["reg_tokens"]:
+        return [False]
+    if layout.class_rows == "unless registers" and values["init_values"] is not None:
+        return [True, False]  # DINOv2 has one and DeiT-III has none: no square is one more than another
+    return [layout.class_rows != "never"]
+
+
+def known_preprocessing(config: ViTConfig, layout: Layout) -> Preprocessing:
+    """Where no file says it: the layout's, or that of the named model that this is, or the default at this size."""
+    if layout.preprocessing is not None:
+        return replace(layout.preprocessing, size=config.img_size).with_channels(config.in_chans)
     # fields that may differ without the images being prepared otherwise
     loose = {"num_classes": 0, "init_values": None, "drop_path_rate": 0.0, "grad_checkpointing": False, "in_chans": 3}
     for named in NAMED_MODELS.values():
-        if asdict(named.config) | loose == asdict(config) | loose:
+        if named.config.to_dict() | loose == config.to_dict() | loose:
             return named.preprocessing.with_channels(config.in_chans)
     return Preprocessing(size=config.img_size).with_channels(config.in_chans)

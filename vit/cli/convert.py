@@ -1,40 +1,59 @@
-"""`vit convert`: a checkpoint from one layout to another."""
+"""`vit convert`: a checkpoint from one layout to another, with a report of what was done."""
 
 import argparse
+import json
+from pathlib import Path
 from typing import Any
 
-import torch
+from . import options
 
 
 def add_parser(commands: Any) -> None:
     """Declare the command and its options."""
     parser = commands.add_parser("convert", help="write a checkpoint in another layout")
-    parser.add_argument("source", metavar="SRC", help="a name, a .safetensors file or a folder")
-    parser.add_argument("target", metavar="DST", help="a .safetensors file, or a folder for model.safetensors")
-    parser.add_argument("--to", required=True, metavar="LAYOUT", help="vit or timm")
+    parser.add_argument("source", metavar="SRC", help="a name, a file or a folder")
+    parser.add_argument("target", metavar="DST", help="a .safetensors or .npz file, or a folder for model.safetensors")
+    parser.add_argument(
+        "--to", required=True, metavar="LAYOUT", help="vit, timm, transformers, torchvision, augreg ..."
+    )
     parser.add_argument("--force", action="store_true", help="replace what DST holds")
+    parser.add_argument(
+        "--check", action="store_true", help="run source and result on a fixed input, the source in its own library"
+    )
+    parser.add_argument("--json", action="store_true", help="print the whole report, which is written beside DST too")
+    options.add_reading(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Load, save, load again and compare."""
-    from vit.weights.files import CheckpointError
-    from vit.weights.load import load_pretrained
-    from vit.weights.save import save_checkpoint, target_files
+    """Convert, and print the report."""
+    from vit.weights.proof import convert_file, report_path
+    from vit.weights.save import target_files
 
     files = target_files(args.target, args.to)
     existing = [str(file) for file in files if file.exists()]
     if existing and not args.force:
-        raise ValueError(f"{' and '.join(existing)} exist: --force replaces them")
-    model = load_pretrained(args.source)
-    file = save_checkpoint(model, args.target, layout=args.to)
-    again = load_pretrained(file)
-    before, after = model.state_dict(), again.state_dict()
-    if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
-        raise CheckpointError(f"{file} does not read back as it was written")
-    assert model.provenance is not None and again.provenance is not None
-    print(f"{model.provenance.layout} -> {args.to}: {len(before)} tensors, read back to the bit")
-    print(f"from  {model.provenance.source}  sha256 {model.provenance.sha256}")
-    for target in files:
-        print(f"to    {target}" + (f"  sha256 {again.provenance.sha256}" if target == file else ""))
+        raise ValueError(f"{' and '.join(existing)} exist{'s' * (len(existing) == 1)}: --force replaces what is there")
+    reading = options.reading(args)
+    overrides = {name: reading.pop(name) for name, _ in args.settings}
+    report = convert_file(args.source, args.target, args.to, check=args.check, overrides=overrides, **reading)
+    print(json.dumps(report, indent=2) if args.json else as_text(report, report_path(files[0])))
     return 0
+
+
+def as_text(report: dict[str, Any], file: Path) -> str:
+    """The report in lines: what was read and why, what was done, what was written."""
+    source, target = report["source"], report["target"]
+    lines = [
+        f"{source['layout']} -> {target['layout']}: {report['tensors']} tensors, {report['round_trip']}",
+        f"from        {source['file']}  sha256 {source['sha256']}",
+        *(f"to          {name}" + f"  sha256 {target['sha256']}" * (i == 0) for i, name in enumerate(target["files"])),
+        f"layout      {source['layout']}: {source['why']}",
+        f"transforms  {'; '.join(report['transforms']) or 'none: names only'}",
+    ]
+    lines += [f"dropped     {key}: {why}" for key, why in report["dropped"].items()]
+    if report["left"]:
+        lines.append(f"left        {len(report['left'])} keys beside the model: {', '.join(report['left'][:5])} ...")
+    lines += [f"note        {note}" for note in report["notes"]]
+    lines += [f"check       {what}: {difference:.1e}" for what, difference in (report["check"] or {}).items()]
+    return "\n".join([*lines, f"report      {file}"])

@@ -1,4 +1,4 @@
-"""`vit inspect`: what a checkpoint holds, whether or not it can be loaded."""
+"""`vit inspect`: what a checkpoint holds, whether or not it can be loaded, and how two of them differ."""
 
 import argparse
 import json
@@ -6,21 +6,37 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from . import options
+
 
 def add_parser(commands: Any) -> None:
     """Declare the command and its options."""
-    parser = commands.add_parser("inspect", help="show what a checkpoint holds")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a name, a .safetensors file or a folder")
+    parser = commands.add_parser(
+        "inspect",
+        help="show what a checkpoint holds, or how two differ",
+        description="Show what a checkpoint holds; with two, how they differ, tensor by tensor across layouts "
+        "(exit code 1 where they do).",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a name, a file or a folder")
+    parser.add_argument("other", metavar="OTHER", nargs="?", help="a second one, to compare with")
     parser.add_argument("--json", action="store_true", help="one JSON object")
+    options.add_reading(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the tensors and, where they make a model, its config; raises CheckpointError where they do not."""
-    from vit.weights.convert import convert
-    from vit.weights.files import CheckpointError
-    from vit.weights.layouts import detect_layout
-    from vit.weights.load import describe, find, read
+    reading = options.reading(args)
+    overrides = {name: reading.pop(name) for name, _ in args.settings}
+    if args.other is not None:
+        return compare(args, overrides)
+    return show(args, reading, overrides)
+
+
+def show(args: argparse.Namespace, reading: dict[str, Any], overrides: dict[str, Any]) -> int:
+    """One checkpoint."""
+    from vit.weights import CheckpointError
+    from vit.weights.load import find, load, read
 
     found = find(args.checkpoint)
     checkpoint = read(found)
@@ -33,18 +49,18 @@ def run(args: argparse.Namespace) -> int:
             name: {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
             for name, tensor in checkpoint.tensors.items()
         },
-        "metadata": checkpoint.metadata,
+        "metadata": dict(checkpoint.metadata),
     }
     problem = None
     try:
-        facts["layout"] = layout = detect_layout(checkpoint.tensors)
-        about = describe(found, checkpoint, layout, {})
-        facts["config"] = asdict(convert(checkpoint.tensors, layout, "vit", about.declared).config)
-        if about.preprocessing is not None:
-            facts["preprocessing"] = asdict(about.preprocessing)
+        loaded = load(found, **reading, overrides=overrides)
+        config = loaded.ours.config
+        facts |= {"layout": loaded.ours.layout.name, "why": loaded.ours.why}
+        facts["config"] = {n: {"value": v, "from": config.sources.get(n, "")} for n, v in config.to_dict().items()}
+        facts["preprocessing"] = asdict(loaded.attributes.preprocessing)
     except CheckpointError as error:
         facts["problem"] = str(error)
-        problem = CheckpointError(f"{found.weights} cannot be loaded: {error}")
+        problem = CheckpointError(f"this cannot be loaded: {error}")
     print(json.dumps(facts) if args.json else as_text(facts), flush=True)
     if problem is not None:
         raise problem
@@ -60,12 +76,37 @@ def as_text(facts: dict[str, Any]) -> str:
         for name, tensor in tensors.items()
     ]
     lines.append("")
-    for key in ("file", "layout", "sha256", "commit"):
+    for key in ("file", "layout", "why", "sha256", "commit"):
         if facts.get(key) is not None:
             lines.append(f"{key:14} {facts[key]}")
     lines.append(f"{'parameters':14} {facts['parameters']:,} in {len(tensors)} tensors")
-    for key in ("config", "preprocessing", "metadata"):
+    for name, entry in facts.get("config", {}).items():
+        lines.append(f"{'config':14} {name} = {entry['value']}  ({entry['from']})")
+    for key in ("preprocessing", "metadata"):
         for name, value in facts.get(key, {}).items():
             text = str(value)
             lines.append(f"{key:14} {name} = {text if len(text) <= 80 else text[:77] + '...'}")
     return "\n".join(lines)
+
+
+def compare(args: argparse.Namespace, overrides: dict[str, Any]) -> int:
+    """Two checkpoints, in any layouts."""
+    from vit.weights.load import find, load
+    from vit.weights.proof import compare as compare_tensors
+    from vit.weights.proof import compare_settings
+
+    if args.layout or args.prefix or args.sha256:
+        raise ValueError("--layout, --prefix and --sha256 are for one checkpoint, not for two")
+    a, b = (load(find(name), overrides=overrides) for name in (args.checkpoint, args.other))
+    rows, settings = compare_tensors(a, b), compare_settings(a, b)
+    different = [row for row in rows if row.difference != 0.0 or row.remark]
+    if args.json:
+        print(json.dumps({"tensors": [asdict(row) for row in rows], "settings": settings}))
+    else:
+        print(f"{a.ours.layout.name} and {b.ours.layout.name}: {len(rows)} tensors, {len(different)} differ")
+        for row in different:
+            numbers = "" if row.difference is None else f"max|a-b| {row.difference:.1e}, relative {row.relative:.1e}"
+            print(f"{row.name}  {numbers}{', ' * bool(numbers and row.remark)}{row.remark}")
+        for name, (one, two) in settings.items():
+            print(f"{name}: {one} and {two}")
+    return 1 if different or settings else 0

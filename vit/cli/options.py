@@ -1,6 +1,8 @@
 """Options that several commands share, and their values checked."""
 
 import argparse
+import json
+from typing import Any
 
 import torch
 
@@ -11,6 +13,35 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model: a name, a file or a folder."""
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME_OR_PATH", help="default: %(default)s")
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """--layout, --prefix, --sha256 and --set: what the checkpoint does not say itself."""
+    parser.add_argument("--layout", metavar="LAYOUT", help="how the checkpoint names its weights; default: detected")
+    parser.add_argument("--prefix", metavar="TEXT", help="take only the weights whose names begin so: backbone.")
+    parser.add_argument("--sha256", metavar="HEX", help="what the file must have")
+    parser.add_argument(
+        "--set", dest="settings", type=setting, action="append", default=[], metavar="FIELD=VALUE",
+        help="state what the checkpoint cannot say: num_heads=12, eps=1e-5, img_size=224x448 ...; may be repeated",
+    )  # fmt: skip
+
+
+def reading(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_reading` took, as arguments of `load_pretrained`."""
+    return {"layout": args.layout, "prefix": args.prefix, "sha256": args.sha256, **dict(args.settings)}
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """ "num_heads=12" -> ("num_heads", 12), for argparse."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"expected FIELD=VALUE such as num_heads=12, got {text!r}")
+    if name == "img_size":
+        return name, image_size(value)
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:

@@ -36,11 +36,12 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("predict", help="label images", description="Label images: files, folders, globs.")
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (searched through) or globs")
     options.add_model(parser)
+    options.add_reading(parser)
     parser.add_argument(
         "--img-size", type=options.image_size, help="384, 224x448 (height x width) or native; default: the model's own"
     )
     parser.add_argument(
-        "--mode", choices=("crop", "squash"), default="crop", help="how to get there from another shape"
+        "--mode", choices=("crop", "squash"), help="how to get there from another shape; default: the model's own"
     )
     parser.add_argument("-k", "--top-k", type=options.positive, default=5, help="labels per image (%(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object per line and image")
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     paths = find_images(args.images)
     if args.img_size == "native" and args.mode == "squash":
         raise ValueError("--img-size native keeps the aspect ratio, so --mode squash cannot go with it")
-    model = load_pretrained(args.model, device=args.device, dtype=options.DTYPES[args.dtype])
+    model = load_pretrained(args.model, device=args.device, dtype=options.DTYPES[args.dtype], **options.reading(args))
     if model.config.num_classes == 0:
         raise ValueError(f"{args.model} has no classifier, so there is nothing to predict")
     native = args.img_size == "native"

@@ -10,34 +10,41 @@ from typing import Any
 from vit.checks import unknown
 from vit.config import ViTConfig
 from vit.metadata import Preprocessing, Provenance
-from vit.model import ViT
 
-from .description import Description
-from .files import CheckpointError
-from .keymap import Layout
+from ..checkpoint import CheckpointError
+from ..description import Attributes, Description
+from ..keymap import Entry, Layout
 
 _OURS = (
-    "class_token", "register_tokens", "position_embedding", "patch_embed.proj.weight", "patch_embed.proj.bias",
+    "class_token", "dist_token", "register_tokens", "position_embedding",
+    "patch_embed.proj.weight", "patch_embed.proj.bias",
     "blocks.{}.norm1.weight", "blocks.{}.norm1.bias",
     "blocks.{}.attention.qkv.weight", "blocks.{}.attention.qkv.bias",
     "blocks.{}.attention.proj.weight", "blocks.{}.attention.proj.bias", "blocks.{}.scale1",
     "blocks.{}.norm2.weight", "blocks.{}.norm2.bias",
     "blocks.{}.mlp.fc1.weight", "blocks.{}.mlp.fc1.bias", "blocks.{}.mlp.fc2.weight", "blocks.{}.mlp.fc2.bias",
-    "blocks.{}.scale2", "norm.weight", "norm.bias", "head.weight", "head.bias",
+    "blocks.{}.scale2", "norm.weight", "norm.bias", "fc_norm.weight", "fc_norm.bias",
+    "head.weight", "head.bias", "head_dist.weight", "head_dist.bias",
 )  # fmt: skip
 
-VIT = Layout("vit", names={name: name for name in _OURS}, markers=("blocks.0.attention.qkv.weight",), head_width=None)
+VIT = Layout(
+    "vit",
+    "this project's own",
+    tuple(Entry(name, (name,)) for name in _OURS),
+    markers=("blocks.0.attention.qkv.weight",),
+    class_rows="either",
+)
 
 
-def write_header(model: ViT) -> dict[str, str]:
+def write_header(config: ViTConfig, attributes: Attributes) -> dict[str, str]:
     """What a file's header says of a model: its config, preprocessing, categories and provenance, each as JSON."""
     parts = {
-        "vit.config": asdict(model.config),
-        "vit.preprocessing": asdict(model.preprocessing),
-        "vit.categories": model.categories,
-        "vit.provenance": None if model.provenance is None else asdict(model.provenance),
+        "vit.config": config.to_dict(),
+        "vit.preprocessing": asdict(attributes.preprocessing),
+        "vit.categories": attributes.categories,
+        "vit.provenance": None if attributes.provenance is None else asdict(attributes.provenance),
     }
-    return {"format": "pt", **{key: json.dumps(part) for key, part in parts.items() if part is not None}}
+    return {key: json.dumps(part) for key, part in parts.items() if part is not None}
 
 
 def read_header(metadata: Mapping[str, str]) -> Description:
@@ -55,12 +62,13 @@ def read_header(metadata: Mapping[str, str]) -> Description:
                 raise CheckpointError(f"the header's {key} is not JSON: {error}") from None
     try:
         declared = parts.get("vit.config", {})
-        _check_fields("vit.config", declared, ViTConfig)
+        _check_fields("vit.config", declared, ViTConfig.field_names())
         settings = parts.get("vit.preprocessing")
         if settings is not None:
-            _check_fields("vit.preprocessing", settings, Preprocessing)
+            _check_fields("vit.preprocessing", settings, [f.name for f in fields(Preprocessing)])
         parent = parts.get("vit.provenance")
         return Description(
+            where="the file's header" if "vit.config" in metadata else "",
             declared=declared,
             preprocessing=None if settings is None else Preprocessing(**settings),
             categories=_check_categories(parts.get("vit.categories")),
@@ -73,18 +81,19 @@ def read_header(metadata: Mapping[str, str]) -> Description:
         raise CheckpointError(f"the header is not one of ours: {error}") from None
 
 
-def check_settings(model: ViT) -> None:
+def check_attributes(config: ViTConfig, attributes: Attributes) -> None:
     """What a header says of a model must read back, and fit the model: CheckpointError otherwise."""
-    about = read_header(write_header(model))
-    channels, classes = model.config.in_chans, model.config.num_classes
-    if about.preprocessing is not None and len(about.preprocessing.mean) != channels:
-        raise CheckpointError(f"preprocessing has {len(about.preprocessing.mean)} channels, the model {channels}")
-    if about.categories is not None and len(about.categories) != classes:
-        raise CheckpointError(f"there are {len(about.categories)} categories for {classes} classes")
+    about = read_header(write_header(config, attributes))
+    assert about.preprocessing is not None
+    if len(about.preprocessing.mean) != config.in_chans:
+        raise CheckpointError(
+            f"preprocessing has {len(about.preprocessing.mean)} channels, the model {config.in_chans}"
+        )
+    if about.categories is not None and len(about.categories) != config.num_classes:
+        raise CheckpointError(f"there are {len(about.categories)} categories for {config.num_classes} classes")
 
 
-def _check_fields(key: str, values: object, kind: type) -> None:
-    known = [f.name for f in fields(kind)]
+def _check_fields(key: str, values: object, known: list[str]) -> None:
     if not isinstance(values, dict):
         raise CheckpointError(f"the header's {key} is {values!r}, expected an object")
     for name in values:

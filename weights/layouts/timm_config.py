@@ -1,66 +1,35 @@
-"""timm's layout: its names for a ViT's parameters, and its `config.json`."""
+"""timm's `config.json`: read, and written so that timm loads the model."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from vit.checks import require_int, unknown
 from vit.config import NAMED_MODELS, ViTConfig
 from vit.metadata import Preprocessing
-from vit.model import ViT
 from vit.resources import imagenet_categories
 
-from .description import Description
-from .files import CheckpointError
-from .keymap import Layout
-
-TIMM = Layout(
-    "timm",
-    names={
-        "cls_token": "class_token",
-        "reg_token": "register_tokens",
-        "pos_embed": "position_embedding",
-        "patch_embed.proj.weight": "patch_embed.proj.weight",
-        "patch_embed.proj.bias": "patch_embed.proj.bias",
-        "blocks.{}.norm1.weight": "blocks.{}.norm1.weight",
-        "blocks.{}.norm1.bias": "blocks.{}.norm1.bias",
-        "blocks.{}.attn.qkv.weight": "blocks.{}.attention.qkv.weight",  # [3D, D]: rows of q, then k, then v
-        "blocks.{}.attn.qkv.bias": "blocks.{}.attention.qkv.bias",
-        "blocks.{}.attn.proj.weight": "blocks.{}.attention.proj.weight",
-        "blocks.{}.attn.proj.bias": "blocks.{}.attention.proj.bias",
-        "blocks.{}.ls1.gamma": "blocks.{}.scale1",
-        "blocks.{}.norm2.weight": "blocks.{}.norm2.weight",
-        "blocks.{}.norm2.bias": "blocks.{}.norm2.bias",
-        "blocks.{}.mlp.fc1.weight": "blocks.{}.mlp.fc1.weight",
-        "blocks.{}.mlp.fc1.bias": "blocks.{}.mlp.fc1.bias",
-        "blocks.{}.mlp.fc2.weight": "blocks.{}.mlp.fc2.weight",
-        "blocks.{}.mlp.fc2.bias": "blocks.{}.mlp.fc2.bias",
-        "blocks.{}.ls2.gamma": "blocks.{}.scale2",
-        "norm.weight": "norm.weight",
-        "norm.bias": "norm.bias",
-        "head.weight": "head.weight",
-        "head.bias": "head.bias",
-    },
-    markers=("blocks.0.attn.qkv.weight",),
-    head_width=64,  # as in ViT-Ti, S, B and L
-    drops={"pre_logits.": "the representation layer of older ImageNet-21k files; timm's models do not use it either"},
-)
+from ..checkpoint import CheckpointError
+from ..description import Attributes, Description
 
 # timm's model arguments -> our fields, where name and value are the same in both
 _SAME = (
     "img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "num_heads", "mlp_ratio",
-    "init_values", "reg_tokens", "drop_path_rate",
+    "init_values", "reg_tokens", "drop_path_rate", "fc_norm",
 )  # fmt: skip
-# arguments that change nothing here: any size works always, and there is no separate norm after average pooling
+# arguments that change nothing here: any size works always, and whether a norm follows the pooling shows in the weights
 _WITHOUT_EFFECT = {
     "dynamic_img_size": (True, False),
     "strict_img_size": (True, False),
     "dynamic_img_pad": (False,),
-    "fc_norm": (False, None),
+    "fc_norm": (None,),
     "class_token": (True,),
     "qkv_bias": (True,),
 }
 _ACTS = {"gelu": "erf", "gelu_tanh": "tanh"}
+# timm's plain ViTs without a name here: heads are 64 wide, eps 1e-6, the GELU exact; the weights' shapes tell the rest
+_PLAIN = re.compile(r"(vit|deit|deit3)_(tiny|small|base|large)(_distilled)?_patch[0-9]+(_reg[0-9]+)?(_[0-9]+|_dinov2)?")
 
 
 def read_config(content: dict[str, Any], where: str, known_heads: bool = False) -> Description:
@@ -82,13 +51,13 @@ def read_config(content: dict[str, Any], where: str, known_heads: bool = False) 
     settings = content.get("pretrained_cfg", content)  # older files are one flat object
     if not isinstance(args, dict) or not isinstance(settings, dict):
         raise CheckpointError(f"{where}: model_args and pretrained_cfg must be objects")
-    if name not in NAMED_MODELS and not known_heads and "num_heads" not in args:
+    if name not in NAMED_MODELS and not _PLAIN.fullmatch(name) and not known_heads and "num_heads" not in args:
         hint = "If it is a plain ViT, state its number of heads: num_heads=..."
         raise CheckpointError(f"{where}: {unknown('architecture', name, NAMED_MODELS)} {hint}")
     declared: dict[str, Any] = {}
     if name in NAMED_MODELS:
         named = NAMED_MODELS[name].config
-        declared.update({field: getattr(named, field) for field in _SAME if field != "num_classes"})
+        declared.update({field: getattr(named, field) for field in _SAME if field not in ("num_classes", "fc_norm")})
     if "input_size" in settings:
         size = settings["input_size"]
         if not isinstance(size, list) or len(size) != 3:
@@ -99,10 +68,13 @@ def read_config(content: dict[str, Any], where: str, known_heads: bool = False) 
     if content.get("global_pool"):
         declared["global_pool"] = content["global_pool"]
     declared.update(_read_model_args(args, where))
+    if "_distilled_" in name:  # there timm says "token", and averages both heads
+        declared |= {"dist_token": True, "global_pool": "dist"}
     license = settings.get("license")
     if not isinstance(license, str | None):
         raise CheckpointError(f"{where}: license must be a text, not {license!r}")
     return Description(
+        where="config.json",
         declared=declared,
         preprocessing=_read_preprocessing(settings, where),
         categories=_read_categories(content, settings, declared.get("num_classes"), where),
@@ -113,7 +85,7 @@ def read_config(content: dict[str, Any], where: str, known_heads: bool = False) 
 def _read_model_args(args: dict[str, Any], where: str) -> dict[str, Any]:
     declared = {}
     for name, value in args.items():
-        if name in _SAME:
+        if name in _SAME and not (name == "fc_norm" and value is None):
             declared[name] = value
         elif name == "no_embed_class" and isinstance(value, bool):
             declared["class_position"] = not value
@@ -138,13 +110,15 @@ def _read_preprocessing(settings: dict[str, Any], where: str) -> Preprocessing |
     """What `pretrained_cfg` says, completed as timm does it; None where it says nothing of images."""
     if not any(name in settings for name in _DEFAULTS):
         return None
-    if settings.get("crop_mode", "center") != "center":
-        raise CheckpointError(f"{where}: crop_mode {settings['crop_mode']!r}, expected 'center'")
+    crop_mode = settings.get("crop_mode", "center")
+    if crop_mode not in ("center", "squash") or (crop_mode == "squash" and settings.get("crop_pct") != 1.0):
+        raise CheckpointError(f"{where}: crop_mode {crop_mode!r}, expected 'center', or 'squash' with crop_pct 1.0")
     values = {name: settings.get(name, default) for name, default in _DEFAULTS.items()}
     channels, *size = values.pop("input_size")
     try:
         require_int("input_size's channels", channels, least=1)
-        return Preprocessing(tuple(size), **values).with_channels(channels)
+        mode = "squash" if crop_mode == "squash" else "crop"
+        return Preprocessing(tuple(size), **values, mode=mode).with_channels(channels)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error}") from None
 
@@ -164,49 +138,56 @@ def _read_categories(content: dict, settings: dict, num_classes: int | None, whe
     return [described.get(name, name) for name in labels]
 
 
-def write_config(model: ViT) -> dict[str, Any]:
+def write_config(config: ViTConfig, attributes: Attributes) -> dict[str, Any]:
     """The `config.json` with which timm loads a model; it states every argument, so no default matters.
+
+    Args:
+        config: of the weights as they are written.
+        attributes: its preprocessing, categories and licence.
 
     Raises:
         CheckpointError: timm's `config.json` has no place for one of the model's settings.
     """
-    config, settings = model.config, model.preprocessing
+    settings = attributes.preprocessing
     if config.eps != 1e-6:
         raise CheckpointError(f"timm's config.json cannot hold eps {config.eps}: its ViT has 1e-6")
-    if config.class_position and config.reg_tokens:
-        raise CheckpointError("timm's ViT has no registers without positions beside a class token with one")
     args = {name: getattr(config, name) for name in _SAME if name not in ("in_chans", "num_classes")}
-    args |= {"no_embed_class": not config.class_position, "fc_norm": False}
+    args |= {
+        "no_embed_class": not config.class_position,
+        "global_pool": "token" if config.dist_token else args["global_pool"],
+    }
     args["act_layer"] = next(theirs for theirs, ours in _ACTS.items() if ours == config.gelu)
     content: dict[str, Any] = {
         "architecture": _architecture(config),
         "num_classes": config.num_classes,
         "num_features": config.embed_dim,
-        "global_pool": config.global_pool,
+        "global_pool": args["global_pool"],
         "model_args": args,
         "pretrained_cfg": {
             "input_size": [config.in_chans, *settings.size],
             "fixed_input_size": True,
             "interpolation": settings.interpolation,
-            "crop_pct": settings.crop_pct,
-            "crop_mode": "center",
+            "crop_pct": settings.crop_pct if settings.mode == "crop" else 1.0,
+            "crop_mode": "center" if settings.mode == "crop" else "squash",
             "mean": settings.mean,
             "std": settings.std,
             "num_classes": config.num_classes,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "classifier": ["head", "head_dist"] if config.dist_token else "head",
         },
     }
-    if model.categories is not None:
-        content["label_names"] = model.categories
-    if model.provenance is not None and model.provenance.license is not None:
-        content["pretrained_cfg"]["license"] = model.provenance.license
+    if attributes.categories is not None:
+        content["label_names"] = attributes.categories
+    if attributes.license is not None:
+        content["pretrained_cfg"]["license"] = attributes.license
     return content
 
 
 def _architecture(config: ViTConfig) -> str:
     """The named model of the same shape; the arguments beside it say the rest."""
+    if config.dist_token:
+        return "deit_small_distilled_patch16_224"
     for name, named in NAMED_MODELS.items():
         same = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "img_size")
         if named.tag and all(getattr(named.config, field) == getattr(config, field) for field in same):

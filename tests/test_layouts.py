@@ -1,0 +1,330 @@
+"""The layouts, each against the library that it is from: both ways, to the bit, and refused where it does not fit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import FLOAT32, GRADIENT, difference, images, randomize
+from layout_cases import BASE, CASES, WRITTEN_ONLY, case_config, read_theirs, written_to_them
+
+import vit
+from vit.weights import CheckpointError, convert, detect_layout
+from vit.weights.keymap import FUSE, split_number
+from vit.weights.layouts import LAYOUTS, google
+from vit.weights.layouts.timm import DINOV2
+
+TINY = vit.ViTConfig(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, num_classes=5)
+
+
+def holdable(layout: str) -> vit.ViTConfig:
+    """A tiny config that a layout can hold."""
+    config = TINY.override(**{name: values[0] for name, values in LAYOUTS[layout].needs.items()})
+    if "dinov2" in layout or layout == "deit3":
+        config = config.override(init_values=0.5)
+    if "registers" in layout:
+        config = config.override(reg_tokens=3)
+    if layout == "deit3":
+        config = config.override(class_position=False)
+    return config
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_their_model_is_ours(case):
+    out, gradient = read_theirs(case_config(case, 2), gradients=True)
+    assert out <= FLOAT32 and gradient <= GRADIENT
+
+
+@pytest.mark.parametrize(("layout", "config"), {(c.layout, c.config) for c in CASES} | {
+    (layout, config) for layout, (_, config) in WRITTEN_ONLY.items()})  # fmt: skip
+def test_their_library_runs_what_we_write(layout, config):
+    assert written_to_them(layout, config.override(depth=2)) <= FLOAT32
+
+
+def test_a_layout_that_is_wrong_would_be_seen(monkeypatch):
+    """Square weights fit whether or not they are transposed, and q, k and v in any order."""
+    swapped = replace(FUSE, to_theirs=lambda whole, heads: list(whole.chunk(3))[::-1])
+    upright = replace(google.OUT, to_theirs=lambda whole, heads: [whole.unflatten(0, (heads, -1)).contiguous()])
+    for layout, right, wrong in (("transformers", FUSE, swapped), ("augreg", google.OUT, upright)):
+        assert written_to_them(layout, BASE.override(depth=2)) <= FLOAT32
+        entries = [replace(e, transform=wrong) if e.transform is right else e for e in LAYOUTS[layout].entries]
+        monkeypatch.setitem(LAYOUTS, layout, replace(LAYOUTS[layout], entries=tuple(entries)))
+        assert written_to_them(layout, BASE.override(depth=2)) > 100 * FLOAT32
+
+
+def test_eps_matters_and_is_kept():
+    """1e-12, 1e-6 and 1e-3 give different numbers, and transformers' model has the one that we write."""
+    results = {eps: written_to_them("transformers", BASE.override(depth=2, eps=eps)) for eps in (1e-12, 1e-3)}
+    assert max(results.values()) <= FLOAT32
+    model = randomize(vit.ViT(BASE.override(depth=2))).eval()
+    other = vit.ViT(BASE.override(depth=2, eps=1e-3)).eval()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        x = images(1, 3, 64, 64)
+        assert difference(other(x), model(x)) > 10 * FLOAT32
+
+
+# --- round trips
+
+
+@pytest.mark.parametrize("first", LAYOUTS)
+def test_there_and_back_through_every_other_layout(first):
+    """first -> ours -> second -> ours -> first, bit for bit; else refused by name, or marked as one way."""
+    config = holdable(first)
+    state = convert(randomize(vit.ViT(config)).state_dict(), "vit", first, config).state_dict
+    stated = config.to_dict()
+    outcomes = {}
+    for second in LAYOUTS:
+        try:
+            there = convert(state, first, second, stated)
+        except CheckpointError as error:
+            assert f"the {second} layout cannot hold " in str(error)
+            outcomes[second] = "refused"
+            continue
+        if there.config.class_position != config.class_position:
+            outcomes[second] = "one way"
+            assert any("position" in note for note in there.report.notes)
+            continue
+        back = convert(there.state_dict, second, first, there.config).state_dict
+        assert back.keys() == state.keys()
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(state.values(), map(back.get, state)))
+        outcomes[second] = "equal"
+    assert outcomes["vit"] == outcomes[first] == "equal"
+    plain = {"timm", "transformers", "transformers_memory", "torchvision", "torchvision_old", "augreg", "big_vision",
+             "big_vision_scanned"}  # fmt: skip
+    if first in plain:
+        assert {name for name in plain if outcomes[name] == "equal"} == plain
+
+
+def test_one_way_compares_by_outputs():
+    """timm's register models have no position for the class token: it is folded into the token."""
+    config = TINY.override(num_classes=0, reg_tokens=3, init_values=0.5)
+    model = randomize(vit.ViT(config)).eval()
+    x = images(2, 3, 32, 32)
+    folded = convert(model.state_dict(), "vit", "timm", config)
+    assert folded.config == config.override(class_position=False) and len(folded.report.notes) == 1
+    assert written_to_them("timm", config) <= FLOAT32
+    # and back: a row of zeros for it
+    again = convert(folded.state_dict, "timm", "transformers_dinov2_registers", folded.config)
+    ours = convert(again.state_dict, config=again.config)
+    other = vit.ViT(ours.config).eval()
+    other.load_state_dict(ours.state_dict)
+    with torch.no_grad():
+        assert ours.config.class_position
+        assert difference(other.forward_features(x), model.forward_features(x)) <= FLOAT32
+
+
+def test_a_distillation_tokens_position_is_folded_too():
+    config = TINY.override(dist_token=True, num_classes=0, class_position=False, global_pool="dist")
+    written = convert(randomize(vit.ViT(config)).state_dict(), config=config, target="deit")
+    assert written.state_dict["pos_embed"].shape[1] == 18 and not written.state_dict["pos_embed"][:, :2].any()
+
+
+# --- tables
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_tables_are_one_to_one(layout):
+    theirs = [key for entry in layout.entries for key in entry.theirs]
+    assert len(set(theirs)) == len(theirs)
+    assert len({entry.ours for entry in layout.entries}) == len(layout.entries)
+    known = {split_number(name)[0] for name in vit.ViT(TINY.override(
+        dist_token=True, global_pool="dist", reg_tokens=1, init_values=0.1)).state_dict()}  # fmt: skip
+    assert {entry.ours for entry in layout.entries} <= known | {"fc_norm.weight", "fc_norm.bias"}
+    for entry in layout.entries:  # numbered on both sides or on neither
+        assert all(("{}" in key) == ("{}" in entry.ours) for key in entry.theirs)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_transform_has_its_inverse(layout):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {name: tensor.shape for name, tensor in vit.ViT(holdable(layout)).state_dict().items()}
+    for entry in LAYOUTS[layout].entries:
+        name = entry.ours.replace("{}", "1")
+        if name in shapes:
+            value = torch.randn(shapes[name], generator=generator)
+            parts = entry.transform.to_theirs(value, 2)
+            assert len(parts) == len(entry.theirs) and torch.equal(entry.transform.to_ours(parts, 2), value)
+
+
+# --- detection
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_are_told_apart(layout):
+    state = convert(vit.ViT(holdable(layout)).state_dict(), "vit", layout, holdable(layout)).state_dict
+    if layout in ("dino", "mae"):  # without what they were trained with, these are timm's names
+        assert detect_layout(state) == "timm"
+        return
+    found = detect_layout(state)
+    assert found == layout and all(marker in found.why for marker in LAYOUTS[layout].markers)
+    if layout not in ("moco",):
+        wrapped = {f"state_dict.module.{key}": tensor for key, tensor in state.items()}
+        if "/" not in next(iter(state)):
+            assert detect_layout(wrapped) == layout and detect_layout(wrapped).prefix == "state_dict.module."
+
+
+def timm_state(**changes: object) -> dict[str, torch.Tensor]:
+    return convert(
+        randomize(vit.ViT(TINY.override(**changes))).state_dict(), "vit", "timm", TINY.override(**changes)
+    ).state_dict
+
+
+def under(prefix: str, state: dict) -> dict:
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
+def test_of_two_models_the_better_known_container_counts():
+    first, second = timm_state(), {key: tensor + 1 for key, tensor in timm_state().items()}
+    for better, worse in (("state_dict_ema.", "state_dict."), ("model_ema.", "model."), ("teacher.", "student.")):
+        both = under(worse, second) | under(better, first) | {"epoch": torch.ones(1)}
+        converted = convert(both)
+        assert torch.equal(converted.state_dict["class_token"], first["cls_token"])
+        assert converted.report.prefix == better and "epoch" in converted.report.left
+        assert f"{worse}cls_token" in converted.report.left
+        chosen = convert(both, prefix=worse)
+        assert torch.equal(chosen.state_dict["class_token"], second["cls_token"])
+
+
+@pytest.mark.parametrize("prefix", ["opt/target/", "params/", "params/img/"])
+def test_googles_prefixes(prefix):
+    state = convert(vit.ViT(TINY).state_dict(), "vit", "big_vision", TINY).state_dict
+    converted = convert(under(prefix, state) | {"opt/state/step": torch.ones(())})
+    assert converted.report.source == "big_vision" and converted.report.prefix == prefix
+    assert converted.report.left == ["opt/state/step"]
+
+
+def test_within_the_model_nothing_is_left_over():
+    for extra in ("teacher.decoder.weight", "teacher.backbone.extra"):
+        state = under("teacher.backbone.", timm_state()) | {extra: torch.ones(2)}
+        with pytest.raises(CheckpointError, match=f"unexpected keys: .*{extra.split('.')[-1]}"):
+            convert(state)
+
+
+def test_an_unknown_prefix_is_named_and_can_be_stated():
+    state = under("image_tower.trunk.", timm_state()) | {"text.weight": torch.ones(2)}
+    with pytest.raises(CheckpointError, match="in the timm layout lies under 'image_tower.trunk.': state it, prefix="):
+        convert(state)
+    converted = convert(state, prefix="image_tower.trunk.")
+    assert converted.report.left == ["text.weight"] and converted.report.prefix == "image_tower.trunk."
+    with pytest.raises(CheckpointError, match="no key begins with the prefix 'nowhere.'"):
+        convert(state, prefix="nowhere.")
+
+
+def test_two_layouts_at_once_are_refused():
+    both = timm_state() | convert(vit.ViT(TINY).state_dict(), "vit", "torchvision", TINY).state_dict
+    with pytest.raises(CheckpointError, match="fit several layouts: timm, torchvision; say which"):
+        detect_layout(both)
+
+
+def test_chunks_of_dinov2():
+    """Blocks in chunks, as the large models were trained: blocks.0.0, blocks.0.1, blocks.1.2 ..."""
+    config = TINY.override(num_classes=0, init_values=0.5, depth=3)
+    plain = convert(randomize(vit.ViT(config)).state_dict(), "vit", "dinov2", config).state_dict
+    chunked = {}
+    for key, tensor in plain.items():
+        template, number = split_number(key)
+        chunked[template.replace("{}", f"{int(number or 0) // 2}.{number}")] = tensor
+    assert "blocks.1.2.norm1.bias" in chunked
+    with pytest.raises(CheckpointError, match="unknown layout"):
+        detect_layout(chunked)
+    ours = convert(chunked, "dinov2", "vit")
+    assert torch.equal(ours.state_dict["blocks.2.norm1.bias"], plain["blocks.2.norm1.bias"])
+    with pytest.raises(CheckpointError, match="is a second blocks.2.norm1.bias"):
+        convert(chunked | {"blocks.0.2.norm1.bias": torch.ones(128)}, "dinov2", "vit")
+
+
+REFUSED = {
+    "transformer.layers.0.0.to_qkv.weight": "vit-pytorch",
+    "visual.class_embedding": "CLIP",
+    "vision_model.embeddings.class_embedding": "CLIP",
+    "image_encoder.blocks.0.attn.rel_pos_h": "SAM",
+    "blocks.0.attn.q_bias": "BEiT",
+    "rope_embed.periods": "DINOv3",
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_models_that_this_one_cannot_be_are_refused_by_name(key):
+    with pytest.raises(CheckpointError, match=f"{key} shows .*{REFUSED[key]}.*: this model cannot hold it"):
+        convert(timm_state() | {key: torch.ones(3)})
+
+
+# --- what shapes cannot tell
+
+
+def test_mocos_small_has_twelve_heads():
+    """Shapes cannot tell: with 6 heads it loads without complaint and is wrong."""
+    config = BASE.override(num_classes=0, depth=2, num_heads=12)
+    theirs = convert(randomize(vit.ViT(config)).state_dict(), "vit", "moco", config).state_dict
+    found = convert(under("module.", theirs)).config
+    assert found.num_heads == 12 and found.sources["num_heads"] == "the moco layout's default"
+    stated = convert(theirs, config={"num_heads": 6}).config
+    assert stated.num_heads == 6 and stated.sources["num_heads"] == "the caller"
+    outputs = []
+    for heads in (12, 6):
+        model = vit.ViT(config.override(num_heads=heads)).eval()
+        model.load_state_dict(convert(theirs).state_dict)
+        with torch.no_grad():
+            outputs.append(model.forward_features(images(1, 3, 64, 64)))
+    assert difference(outputs[1], outputs[0]) > 0.1
+
+
+def test_googles_kernels_tell_the_heads():
+    config = TINY.override(num_heads=4)
+    state = convert(vit.ViT(config).state_dict(), "vit", "augreg", config).state_dict
+    found = convert(state).config
+    assert found.num_heads == 4 and found.sources["num_heads"] == "the shapes"
+    with pytest.raises(CheckpointError, match="num_heads is declared to be 2, but the weights have 4"):
+        convert(state, config={"num_heads": 2})
+    state["Transformer/encoderblock_1/MultiHeadDotProductAttention_1/key/kernel"] = torch.ones(128, 8, 16)
+    with pytest.raises(CheckpointError, match=r"key/kernel.*has shape \[128, 8, 16\], expected \[\*, 4, \*\]"):
+        convert(state)
+
+
+@pytest.mark.parametrize(
+    ("layout", "rule"),
+    [("timm", "timm"), ("transformers", "transformers"), ("torchvision", "torchvision"), ("augreg", "jax"),
+     ("dinov2", "dinov2"), ("transformers_dinov2", "transformers"), ("transformers_dinov2_registers", "timm")],
+)  # fmt: skip
+def test_a_layout_chooses_the_rule_for_positions(layout, rule):
+    state = convert(vit.ViT(holdable(layout)).state_dict(), "vit", layout, holdable(layout)).state_dict
+    assert convert(state, config={"num_heads": 2}).config.position_rule == rule
+    assert convert(state, config={"num_heads": 2, "position_rule": "jax"}).config.position_rule == "jax"
+
+
+def test_dinov2s_register_models_antialias():
+    config = TINY.override(num_classes=0, init_values=0.5, reg_tokens=2)
+    state = convert(vit.ViT(config).state_dict(), "vit", "dinov2", config).state_dict
+    found = convert(state).config
+    assert found.position_rule == "timm" and found.class_position and found.reg_tokens == 2
+    assert DINOV2.drops.keys() == DINOV2.zeros.keys()
+
+
+def test_every_field_says_where_it_came_from():
+    found = convert(timm_state(), config={"eps": 1e-5}).config
+    assert found.sources.keys() == set(vit.ViTConfig.field_names())
+    assert found.sources["eps"] == "the caller" and found.sources["depth"] == "the shapes"
+    assert found.sources["num_heads"] == "the timm layout's default" and found.sources["gelu"] == "the default"
+    assert "eps" not in found.override(eps=1e-6).sources  # no longer what was read
+
+
+# --- what a target cannot hold
+
+
+@pytest.mark.parametrize(
+    ("changes", "target", "message"),
+    [
+        ({"reg_tokens": 2}, "torchvision", "cannot hold register_tokens"),
+        ({"init_values": 0.1}, "transformers", r"cannot hold blocks.\*.scale1, blocks.\*.scale2"),
+        ({"global_pool": "avg"}, "augreg", "cannot hold global_pool 'avg' .it has 'token'"),
+        ({"global_pool": "avg", "fc_norm": True}, "transformers", "cannot hold .*fc_norm"),
+        ({"gelu": "tanh"}, "torchvision", "cannot hold gelu 'tanh' .it has 'erf'"),
+        ({}, "transformers_dinov2", r"cannot hold a model without blocks.\*.scale1"),
+        ({}, "dinov2", "cannot hold num_classes 5"),
+        ({"dist_token": True, "global_pool": "dist"}, "timm", "cannot hold dist_token True"),
+    ],
+)
+def test_what_a_target_cannot_hold_is_refused_by_name(changes, target, message):
+    config = TINY.override(**changes)
+    with pytest.raises(CheckpointError, match=message):
+        convert(vit.ViT(config).state_dict(), target=target, config=config)

@@ -1,0 +1,75 @@
+"""The patch projection at other patch sizes, against timm's function and against what it is for."""
+
+import pytest
+import torch
+from helpers import FLOAT32, difference, images
+from timm.layers.patch_embed import resample_patch_embed
+from torch.nn.functional import conv2d, interpolate
+
+from vit.weights.patch import resample_patch_projection
+
+SIZES = [(old, new) for old in (16, 14) for new in (8, 12, 14, 15, 16, 24, 32) if new != old]
+
+
+@pytest.mark.parametrize("chans", [1, 3, 4])
+@pytest.mark.parametrize(("old", "new"), SIZES)
+def test_equals_timm(old, new, chans):
+    weight = images(8, chans, old, old)
+    assert difference(resample_patch_projection(weight, new), resample_patch_embed(weight, [new, new])) <= FLOAT32
+
+
+@pytest.mark.parametrize(("old", "new"), [(old, new) for old, new in SIZES if new > old])
+def test_enlarged_patches_give_the_same_tokens(old, new):
+    weight, patches = images(8, 3, old, old), images(5, 3, old, old, seed=2)
+    enlarged = interpolate(patches, size=(new, new), mode="bicubic", antialias=True)
+    tokens = conv2d(patches, weight)
+    assert difference(conv2d(enlarged, resample_patch_projection(weight, new)), tokens) <= FLOAT32
+
+    like_a_picture = interpolate(weight, size=(new, new), mode="bicubic", antialias=True)
+    assert difference(conv2d(enlarged, like_a_picture), tokens) > 0.1  # the test can fail
+
+
+@pytest.mark.parametrize(("old", "new"), [(16, 8), (16, 14), (14, 12)])
+def test_no_other_weights_are_nearer_when_shrinking(old, new):
+    """The mean of (<x, w> - <Bx, w'>)^2 over white noise x is |w - B^T w'|^2, whose gradient vanishes."""
+    weight = images(8, 3, old, old).double()
+    basis = torch.eye(old * old, dtype=torch.float64).reshape(old * old, 1, old, old)
+    B = interpolate(basis, size=(new, new), mode="bicubic", antialias=True).reshape(old * old, -1).T  # [p'p', pp]
+    shrunk = resample_patch_projection(weight, new).reshape(24, -1)
+    residual = weight.reshape(24, -1) - shrunk @ B
+    assert residual.abs().max() > 0.1
+    assert (residual @ B.T).abs().max() <= FLOAT32
+
+
+def test_the_same_size_is_the_identity():
+    weight = images(8, 3, 16, 16)
+    assert resample_patch_projection(weight, 16) is weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_keeps_the_dtype_and_rounds_once(dtype):
+    weight = images(8, 3, 16, 16).to(dtype)
+    resized = resample_patch_projection(weight, 12)
+    assert resized.dtype == dtype
+    assert torch.equal(resized, resample_patch_projection(weight.double(), 12).to(dtype))
+
+
+def test_patches_enlarged_twice_still_give_the_same_tokens():
+    weight, patches = images(8, 3, 14, 14), images(5, 3, 14, 14, seed=2)
+    tokens = conv2d(patches, weight)
+    for size in (16, 24):
+        weight = resample_patch_projection(weight, size)
+        patches = interpolate(patches, size=(size, size), mode="bicubic", antialias=True)
+    assert difference(conv2d(patches, weight), tokens) <= FLOAT32
+
+
+@pytest.mark.parametrize("size", [0, -8, 8.0, "8", None, True])
+def test_refuses_sizes_that_are_none(size):
+    with pytest.raises(ValueError, match="size must be a whole number of at least 1, not"):
+        resample_patch_projection(images(8, 3, 16, 16), size)
+
+
+@pytest.mark.parametrize("weight", [images(8, 3, 16, 8), images(8, 3, 16, 1)[..., 0], torch.ones(8, 3, 16, 16).long()])
+def test_refuses_weights_that_are_no_patch_projection(weight):
+    with pytest.raises(ValueError, match=r"expected \[D, C, p, p\] floating weights; got"):
+        resample_patch_projection(weight, 8)

@@ -1,0 +1,85 @@
+"""A file's contents, its hash, and files that are replaced whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: the text names the file or key, and what was expected."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file's contents, as they stand in it."""
+
+    path: Path
+    tensors: dict[str, Tensor]  # dictionaries within dictionaries are joined by dots: "model.norm.weight"
+    metadata: Mapping[str, str]  # the header's `__metadata__`, where there is one
+    sha256: str  # of the whole file; of a sharded one, of its shards' hashes in hexadecimal, one per line, by name
+    others: Mapping[str, str] = field(default_factory=dict)  # what is no tensor, by name -> its type
+
+
+class Hash:
+    """A sha256 that is computed in a thread of its own, while the next bytes are read or written."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1)
+
+    def update(self, data: Any) -> None:
+        """Take more bytes, which must not change any more."""
+        self._thread.submit(self._digest.update, data)
+
+    def hexdigest(self) -> str:
+        """Wait for the hash of all that was taken. Ends the thread."""
+        self._thread.shutdown()
+        return self._digest.hexdigest()
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: not JSON in UTF-8, or not an object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, numbers without end, nested without end
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}, expected an object")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, indented."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+class replacing:
+    """A temporary path beside `path` that takes its name when the block ends well and is removed when it does not."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(os.path.realpath(path))  # a link stays, what it leads to is replaced
+        self.temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
+
+    def __enter__(self) -> Path:
+        os.close(os.open(self.temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        return self.temporary
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink(missing_ok=True)

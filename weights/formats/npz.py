@@ -1,0 +1,208 @@
+"""NumPy's .npz files in and out: a zip file of arrays, as JAX's checkpoints are, checked before memory is taken.
+
+The format (https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html): per member a header with dtype,
+order and shape, then the values. numpy.load would believe the header and allocate what it asks for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from torch import Tensor
+
+from ..checkpoint import Checkpoint, CheckpointError
+
+# NumPy has no bfloat16: JAX's files hold it as two bytes without a meaning, and whoever reads them knows.
+_DTYPES = {
+    "f8": torch.float64, "f4": torch.float32, "f2": torch.float16, "V2": torch.bfloat16,
+    "i8": torch.int64, "i4": torch.int32, "i2": torch.int16, "i1": torch.int8,
+    "u8": torch.uint64, "u4": torch.uint32, "u2": torch.uint16, "u1": torch.uint8, "b1": torch.bool,
+}  # fmt: skip
+_CODES = {dtype: np.dtype(code).str for code, dtype in _DTYPES.items()}
+
+_HEADER = 4096  # characters: NumPy writes 128, and parsing Python's syntax takes much more memory than its text
+_COMPRESSION = 16  # times the file's size: weights hardly compress (0.93), what does is empty or a trap
+_CHUNK = 2**20  # bytes
+
+
+def read_npz(path: Path) -> Checkpoint:
+    """Read a whole file, compressed or not, as `numpy.load(path, allow_pickle=False)` would.
+
+    Each array is read into memory of its own, in C order and the machine's byte order; `|V2` becomes bfloat16. The
+    names are the members' without ".npy".
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: not an .npz file, a damaged one, one with anything but arrays of numbers in it, or one that
+            would take much more memory than it has bytes.
+    """
+    with reading(path, "a complete .npz file") as file, zipfile.ZipFile(file) as archive:
+        size = os.fstat(file.fileno()).st_size
+        entries = checked_entries(path, file, archive)
+        if not entries:
+            raise CheckpointError(f"{path} is empty, expected arrays")
+        for entry in entries:
+            if not entry.filename.endswith(".npy"):
+                raise CheckpointError(f"{path} has a member {entry.filename!r}, expected .npy members only")
+        wanted = sum(entry.file_size for entry in entries)
+        if wanted > _COMPRESSION * size:
+            raise CheckpointError(f"{path} has {size} bytes that unpack to {wanted}, expected {_COMPRESSION}x at most")
+        tensors = {entry.filename[: -len(".npy")]: _read_array(path, archive, entry) for entry in entries}
+        return Checkpoint(path, tensors, {}, file_sha256(file))
+
+
+def _read_array(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
+    """One member, whose end zipfile checks against its CRC."""
+    where = f"{path}: {entry.filename}"
+    with archive.open(entry) as member:
+        start = member.read(_HEADER + 12)  # the format's name, its version and the header's length take 12 at most
+        header = io.BytesIO(start)
+        shape, transposed, dtype = _read_header(where, header)
+        length = math.prod(shape) * dtype.itemsize
+        if header.tell() + length != entry.file_size:
+            raise CheckpointError(
+                f"{where} has {entry.file_size - header.tell()} bytes of values, expected {length} for {shape} {dtype}"
+            )
+        memory = torch.empty(length, dtype=torch.uint8, device="cpu")  # whatever the default is
+        values = memory.numpy().data
+        end = len(start) - header.tell()
+        values[:end] = start[header.tell() :]
+        while end < length:
+            chunk = member.read(_CHUNK)
+            if not chunk:
+                raise CheckpointError(f"{where} ends after {end} of {length} bytes of values")
+            values[end : end + len(chunk)] = chunk
+            end += len(chunk)
+    if not dtype.isnative:
+        memory.numpy().view(dtype).byteswap(inplace=True)
+    tensor = memory.view(_DTYPES[dtype.str[1:]])
+    if transposed:
+        return tensor.reshape(shape[::-1]).permute(*range(len(shape) - 1, -1, -1)).contiguous()
+    return tensor.reshape(shape)
+
+
+def _read_header(where: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether it is in Fortran's order, dtype. Leaves the file where the values begin."""
+    version = npy.read_magic(file)
+    readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+    if version not in readers:
+        raise CheckpointError(f"{where} has version {version}, expected (1, 0) or (2, 0)")
+    shape, transposed, dtype = readers[version](file, max_header_size=_HEADER)
+    if dtype.hasobject:
+        raise CheckpointError(f"{where} holds Python objects, which are code: expected numbers")
+    if dtype.names is not None or dtype.subdtype is not None or dtype.str[1:] not in _DTYPES:
+        raise CheckpointError(f"{where} has dtype {dtype}, expected one of {', '.join(_DTYPES)}")
+    if any(side < 0 for side in shape):
+        raise CheckpointError(f"{where} has shape {shape}: sides cannot be negative")
+    if 0 in shape:
+        raise CheckpointError(f"{where} has shape {shape}: it has no values")
+    return shape, transposed, dtype
+
+
+@contextmanager
+def reading(path: Path, expected: str) -> Iterator[BinaryIO]:
+    """The open file. What goes wrong inside the block, in any library and for whatever damage, is a CheckpointError."""
+    with path.open("rb") as file:
+        before = os.fstat(file.fileno())
+        try:
+            yield file
+        except CheckpointError:
+            raise
+        except Exception as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise CheckpointError(f"{path} is not {expected}: {type(error).__name__}: {reason}") from None
+        after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise CheckpointError(f"{path} was written to while it was read")
+
+
+def checked_entries(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """The members of a zip file: all that it has, lying in it, under names of their own, in the clear.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    entries = archive.infolist()
+    size = os.fstat(file.fileno()).st_size
+    _check_end(path, file, size, len(entries))
+    if len({entry.filename for entry in entries}) < len(entries):
+        raise CheckpointError(f"{path} has two members of one name")
+    for entry in entries:
+        name = entry.filename
+        utf8 = name.isascii() or entry.flag_bits & 0x800
+        if not name.isprintable() or not utf8 or entry.orig_filename != name:  # zipfile cuts names at a zero
+            raise CheckpointError(f"{path} has a member {entry.orig_filename!r}, expected a printable name in UTF-8")
+        if name.endswith("/") or entry.external_attr & 0x10:  # torch would leave its memory as it found it
+            raise CheckpointError(f"{path}: {name} says that it is a folder, expected files only")
+        if entry.flag_bits & 0x41:
+            raise CheckpointError(f"{path}: {name} is encrypted")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others are unpacked in one go
+            raise CheckpointError(f"{path}: {name} has compression {entry.compress_type}, expected none or deflate")
+        if entry.compress_type == zipfile.ZIP_STORED and entry.file_size != entry.compress_size:
+            raise CheckpointError(f"{path}: {name} has two sizes, {entry.file_size} and {entry.compress_size}")
+    if sum(entry.compress_size for entry in entries) > size:
+        raise CheckpointError(f"{path} has {size} bytes, and its members say that they have more: it is truncated")
+    return entries
+
+
+def _check_end(path: Path, file: BinaryIO, size: int, count: int) -> None:
+    """Refuse a zip file that lists other members than it has, or whose list another reader would not find there.
+
+    The usual end: the list, its place and length in 64 bits (maybe), its place and length in 32 bits. Where that is
+    damaged, or made so, zipfile (which checks a file) and torch (which loads it) may find different lists.
+    """
+    file.seek(max(0, size - 98))
+    end = file.read(98)
+    number, total, length, offset, comment = struct.unpack("<8x2H2LH", end[-22:])
+    usual = end[-22:-18] == b"PK\x05\x06" and comment == 0
+    stop = size - 22
+    if end[-42:-38] == b"PK\x06\x07":
+        stop = size - 98
+        number64, total64, length64, offset64 = struct.unpack("<24x4Q", end[:56])
+        at = struct.unpack("<8xQ4x", end[56:76])[0]
+        usual &= end[:4] == b"PK\x06\x06" and at == stop and number in (number64, 0xFFFF)
+        usual &= total in (total64, 0xFFFF) and length in (length64, 2**32 - 1) and offset in (offset64, 2**32 - 1)
+        number, total, length, offset = number64, total64, length64, offset64
+    if not usual or offset + length != stop or not number == total == count:
+        raise CheckpointError(f"{path} ends otherwise than torch.save ends its files: it is damaged")
+
+
+def file_sha256(file: BinaryIO) -> str:
+    """The sha256 of a whole open file."""
+    file.seek(0)
+    digest = hashlib.sha256()
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_npz(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file as numpy.savez does, bfloat16 as JAX does. No weight is copied but from other devices.
+
+    The members are dated 1980, so that the same weights make the same file.
+
+    Raises:
+        CheckpointError: a dtype that NumPy has no name for.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _CODES:
+            raise CheckpointError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, _CODES))}")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, tensor in tensors.items():
+            header = {"descr": _CODES[tensor.dtype], "fortran_order": False, "shape": tuple(tensor.shape)}
+            values = tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                npy.write_array_header_1_0(member, header)
+                member.write(values.data)

@@ -1,0 +1,138 @@
+"""safetensors files in and out, one file or several with an index: validated before a byte is used.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes with the header's length, the header in JSON, the data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import safetensors
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoint, CheckpointError, Hash, read_json
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+# Files that we write carry, under this name in their header, the sha256 that they have with zeros in its place.
+_SEAL = "vit.sha256"
+_UNSEALED = "0" * 64
+
+
+def read_safetensors(path: Path) -> Checkpoint:
+    """Read a whole file, hashing it on the way.
+
+    Each tensor is read into memory of its own, so the weights exist once, the hash is that of the bytes in use, and
+    a file that changes later (as a memory-mapped one would) cannot change the model.
+
+    Raises:
+        CheckpointError: not a safetensors file, a truncated or inconsistent one, or one of ours whose content is no
+            longer what was written.
+    """
+    try:
+        with safetensors.safe_open(path, "pt"):  # checks the header: lengths, overlaps, offsets against the file's size
+            pass
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from None
+    with path.open("rb") as file:
+        start = file.read(8)
+        text = file.read(struct.unpack("<Q", start)[0])
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", None) or {}
+        whole, unsealed = Hash(), Hash()
+        seal = metadata.pop(_SEAL, None)
+        whole.update(start + text)
+        unsealed.update(start + text.replace(str(seal).encode(), _UNSEALED.encode(), 1))
+        tensors = {}
+        try:
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                tensors[name] = tensor = _empty(path, name, entry)
+                data = _bytes(tensor)
+                if file.readinto(data) != data.nbytes:
+                    raise CheckpointError(f"{path} became shorter while it was read, at {name}")
+                whole.update(data)
+                if seal is not None:
+                    unsealed.update(data)
+        finally:
+            sha256, content = whole.hexdigest(), unsealed.hexdigest()
+    if seal is not None and content != seal:
+        raise CheckpointError(
+            f"{path} was changed after it was written: its content has sha256 {content}, its header says {seal}"
+        )
+    return Checkpoint(path, tensors, metadata, sha256)
+
+
+def _empty(path: Path, name: str, entry: dict) -> Tensor:
+    """Memory for a tensor, of the size that the header declares and that was checked against the file's."""
+    if entry["dtype"] not in _DTYPES:
+        raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
+    if 0 in entry["shape"]:  # and other sides that no memory could hold, perhaps
+        raise CheckpointError(f"{path}: {name} has shape {entry['shape']}: it has no values")
+    return torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_sharded(index: Path) -> Checkpoint:
+    """Read the files that a `model.safetensors.index.json` lists, all of which lie beside it.
+
+    Raises:
+        CheckpointError: the index is none, names files elsewhere, or says otherwise than the files.
+        FileNotFoundError: a file that it names is missing.
+    """
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise CheckpointError(f"{index} has no weight_map from the names of tensors to those of files")
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    hashes = []
+    for name in sorted(set(where.values())):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {name!r}, expected .safetensors files beside it")
+        if not (index.parent / name).is_file():
+            raise FileNotFoundError(f"{index.parent / name} does not exist, and {index.name} names it")
+        shard = read_safetensors(index.parent / name)
+        promised = {key for key, file in where.items() if file == name}
+        if promised != shard.tensors.keys():
+            odd = ", ".join(sorted(promised ^ shard.tensors.keys())[:5])
+            raise CheckpointError(f"{index} and {name} disagree about which tensors it holds: {odd}")
+        tensors |= shard.tensors
+        metadata |= shard.metadata
+        hashes.append(f"{shard.sha256}\n")
+    return Checkpoint(index, tensors, metadata, hashlib.sha256("".join(hashes).encode()).hexdigest())
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a file, sealed with the sha256 of its content. No weight is copied but from other devices."""
+    header: dict[str, object] = {"__metadata__": {**metadata, _SEAL: _UNSEALED}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # as the format's own writer aligns the data
+    with path.open("wb") as file:
+        content = Hash()
+        _write(file, content, struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            _write(file, content, _bytes(tensor.detach().cpu().contiguous()))
+        seal = content.hexdigest()
+        file.seek(8 + text.index(f'"{_SEAL}": "{_UNSEALED}"'.encode()) + len(f'"{_SEAL}": "'))
+        file.write(seal.encode())
+
+
+def _write(file: BinaryIO, content: Hash, data: bytes | memoryview) -> None:
+    content.update(data)
+    file.write(data)

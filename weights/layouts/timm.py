@@ -1,0 +1,148 @@
+"""timm's names for a ViT's parameters, and those of the projects that grew from them: DeiT, DINO, DINOv2, MAE, MoCo."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from vit.metadata import Preprocessing
+
+from ..checkpoint import CheckpointError
+from ..keymap import Entry, Layout, pair, same
+
+_IMAGENET = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_pct=0.875)
+
+
+def _entries(scale: str = "ls{}.gamma", registers: str = "reg_token") -> tuple[Entry, ...]:
+    """timm's table; LayerScale and registers go by other names elsewhere."""
+    return (
+        *same("class_token", "cls_token"),
+        *same("register_tokens", registers),
+        *same("position_embedding", "pos_embed"),
+        *pair("patch_embed.proj", "patch_embed.proj"),
+        *pair("blocks.{}.norm1", "blocks.{}.norm1"),
+        *pair("blocks.{}.attention.qkv", "blocks.{}.attn.qkv"),  # [3D, D]: rows of q, then k, then v
+        *pair("blocks.{}.attention.proj", "blocks.{}.attn.proj"),
+        *same("blocks.{}.scale1", "blocks.{}." + scale.format(1)),
+        *pair("blocks.{}.norm2", "blocks.{}.norm2"),
+        *pair("blocks.{}.mlp.fc1", "blocks.{}.mlp.fc1"),
+        *pair("blocks.{}.mlp.fc2", "blocks.{}.mlp.fc2"),
+        *same("blocks.{}.scale2", "blocks.{}." + scale.format(2)),
+        *pair("norm", "norm"),
+        *pair("head", "head"),
+    )
+
+
+_QKV = "blocks.0.attn.qkv.weight"
+_DISTILLED = (*same("dist_token", "dist_token"), *pair("head_dist", "head_dist"))
+_PRE_LOGITS = "the representation layer of older ImageNet-21k files; timm's models do not use it either"
+_NO_DIST = {"dist_token": (False,), "global_pool": ("token", "avg")}
+_BACKBONE = {"dist_token": (False,), "global_pool": ("token",), "fc_norm": (False,), "num_classes": (0,)}
+
+TIMM = Layout(
+    "timm",
+    "timm's ViT, DeiT and DeiT-III",
+    (*_entries(), *pair("fc_norm", "fc_norm")),
+    markers=(_QKV,),
+    absent=(
+        "dist_token", "blocks.0.gamma_1", "mask_token", "decoder_", "base_encoder.", "momentum_encoder.", "head.mlp.",
+        "head.last_layer.", "register_tokens",
+    ),
+    drops={"pre_logits.": _PRE_LOGITS},
+    head_width=64,  # as in ViT-Ti, S, B and L
+    needs=_NO_DIST,
+    class_rows="unless registers",
+)  # fmt: skip
+
+DEIT = Layout(
+    "deit",
+    "distilled DeiT, timm's and Meta's",
+    (*_entries(), *_DISTILLED),
+    markers=(_QKV, "dist_token"),
+    head_width=64,
+    defaults={"dist_token": True, "global_pool": "dist"},
+    needs={"dist_token": (True,), "global_pool": ("dist",), "reg_tokens": (0,)},
+    preprocessing=_IMAGENET,
+)
+
+DEIT3 = Layout(
+    "deit3",
+    "Meta's DeiT-III",
+    _entries(scale="gamma_{}"),
+    markers=(_QKV, "blocks.0.gamma_1"),
+    head_width=64,
+    needs={"dist_token": (False,), "global_pool": ("token",), "fc_norm": (False,), "reg_tokens": (0,)},
+    requires=("blocks.{}.scale1",),
+    class_rows="never",
+    preprocessing=_IMAGENET,
+)
+
+DINO = Layout(
+    "dino",
+    "DINO, Meta's full checkpoints",
+    tuple(Entry(e.ours, tuple(f"backbone.{key}" for key in e.theirs)) for e in _entries()),
+    markers=(f"backbone.{_QKV}", "head.last_layer.weight_v"),
+    drops={"head.": "DINO's projection head, which is for training only"},
+    head_width=64,
+    defaults={"position_rule": "dinov2"},  # DINO resamples as DINOv2 does
+    needs=_BACKBONE,
+    preprocessing=_IMAGENET,
+)
+
+MAE = Layout(
+    "mae",
+    "MAE, Meta's pretrained checkpoints",
+    _entries(),
+    markers=(_QKV, "decoder_pos_embed"),
+    drops=dict.fromkeys(("decoder_", "mask_token"), "MAE's decoder, which is for training only"),
+    head_width=64,
+    needs=_BACKBONE,
+    preprocessing=_IMAGENET,
+)
+
+MOCO = Layout(
+    "moco",
+    "MoCo-v3, Meta's full checkpoints",
+    tuple(Entry(e.ours, tuple(f"base_encoder.{key}" for key in e.theirs)) for e in _entries() if e.ours[:4] != "head"),
+    markers=(f"base_encoder.{_QKV}",),
+    drops={
+        "base_encoder.head.": "MoCo's projector, which is for training only",
+        "momentum_encoder.": "MoCo's moving average of the encoder, which is for training only",
+        "predictor.": "MoCo's predictor, which is for training only",
+    },
+    heads=12,  # its small model, too, which everybody else gives 6
+    needs=_BACKBONE,
+    preprocessing=_IMAGENET,
+)
+
+
+def _without_chunks(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`blocks.0.7.norm1` -> `blocks.7.norm1`: large models were trained with their blocks in chunks."""
+    result: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        name = re.sub(r"^blocks\.[0-9]+\.([0-9]+)\.", r"blocks.\1.", key)
+        if name in result:
+            raise CheckpointError(f"{key} is a second {name}")
+        result[name] = tensor
+    return result
+
+
+DINOV2 = Layout(
+    "dinov2",
+    "DINOv2's own files, with and without registers",
+    _entries(registers="register_tokens"),
+    markers=(_QKV, "mask_token"),
+    absent=("decoder_",),
+    drops={"mask_token": "DINOv2's stand-in for hidden patches, which is for training only"},
+    zeros={"mask_token": (1, "embed_dim")},
+    head_width=64,
+    needs=_BACKBONE,
+    preprocessing=_IMAGENET,
+    defaults={"position_rule": "dinov2"},
+    # its register models resample with antialiasing and without the offset, which is timm's rule
+    register_defaults={"position_rule": "timm"},
+    requires=("blocks.{}.scale1",),
+    unpack=_without_chunks,
+)

@@ -1,0 +1,179 @@
+"""transformers' `config.json` and `preprocessor_config.json`: read, and written for its own loaders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vit.config import ViTConfig
+from vit.metadata import Preprocessing
+
+from ..checkpoint import CheckpointError
+from ..description import Attributes, Description
+
+# transformers' names -> our fields, where the value is the same in both
+_SAME = {
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "patch_size": "patch_size",
+    "num_channels": "in_chans",
+    "layer_norm_eps": "eps",
+    "drop_path_rate": "drop_path_rate",
+    "num_register_tokens": "reg_tokens",
+}
+_GELUS = {"gelu": "erf", "gelu_python": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
+# values with which an argument changes nothing here
+_WITHOUT_EFFECT = {"qkv_bias": True, "use_swiglu_ffn": False, "apply_layernorm": True}
+# what each kind of model takes where its config.json leaves something out, as transformers' classes do
+_KINDS: dict[str, dict[str, Any]] = {
+    "vit": {"layer_norm_eps": 1e-12, "patch_size": 16, "image_size": 224, "intermediate_size": 3072},
+    "deit": {"layer_norm_eps": 1e-12, "patch_size": 16, "image_size": 224, "intermediate_size": 3072},
+    "dinov2": {"layer_norm_eps": 1e-6, "patch_size": 14, "image_size": 224, "mlp_ratio": 4},
+    "dinov2_with_registers": {
+        "layer_norm_eps": 1e-6, "patch_size": 16, "image_size": 224, "mlp_ratio": 4, "num_register_tokens": 4
+    },
+}  # fmt: skip
+_COMMON = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_channels": 3}
+
+
+def read_config(content: dict[str, Any], where: str) -> Description:
+    """Read transformers' `config.json`, completed by the defaults of its classes.
+
+    Raises:
+        CheckpointError: another kind of model, or a setting that this model lacks.
+    """
+    kind = content.get("model_type")
+    if not isinstance(kind, str) or kind not in _KINDS:
+        raise CheckpointError(f"{where}: model_type {kind!r}, expected one of {', '.join(_KINDS)}")
+    values = _COMMON | _KINDS[kind] | content
+    for name, harmless in _WITHOUT_EFFECT.items():
+        if values.get(name, harmless) != harmless:
+            raise CheckpointError(f"{where}: this model has nothing for transformers' setting {name}={values[name]!r}")
+    act = values.get("hidden_act", "gelu")
+    if not isinstance(act, str) or act not in _GELUS:
+        raise CheckpointError(f"{where}: hidden_act {act!r}, expected one of {', '.join(_GELUS)}")
+    declared = {ours: values[theirs] for theirs, ours in _SAME.items() if theirs in values}
+    size = values["image_size"]
+    declared |= {"gelu": _GELUS[act], "img_size": tuple(size) if isinstance(size, list) else size}
+    try:
+        hidden = values.get("intermediate_size") if kind in ("vit", "deit") else None
+        declared["mlp_ratio"] = values["mlp_ratio"] if hidden is None else hidden / values["hidden_size"]
+    except (TypeError, ZeroDivisionError, OverflowError):
+        raise CheckpointError(f"{where}: intermediate_size and hidden_size must be numbers above 0") from None
+    return Description("config.json", declared, categories=_categories(content, where))
+
+
+def _categories(content: dict[str, Any], where: str) -> list[str] | None:
+    """The labels, in order; None where they are the placeholders that transformers writes."""
+    labels = content.get("id2label")
+    if labels is None:
+        return None
+    if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
+        raise CheckpointError(f"{where}: id2label must map numbers to texts")
+    if set(labels) != {str(i) for i in range(len(labels))}:
+        raise CheckpointError(f"{where}: id2label must number its labels from 0 to {len(labels) - 1}")
+    names = [labels[str(i)] for i in range(len(labels))]
+    return None if names == [f"LABEL_{i}" for i in range(len(names))] else names
+
+
+# Pillow's numbers for its filters
+_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+
+
+def read_preprocessing(content: dict[str, Any], where: str) -> Preprocessing:
+    """Read transformers' `preprocessor_config.json`.
+
+    DeiT's squashes an image before it cuts out the middle; here its short side is resized, as the paper's code does.
+
+    Raises:
+        CheckpointError: a way to prepare images that this project lacks.
+    """
+    crop, size = content.get("crop_size"), content.get("size", 224)
+    cropped = bool(content.get("do_center_crop", crop is not None))
+    try:
+        height, width = _sides(crop if cropped else size)
+        if not cropped and isinstance(size, dict) and "shortest_edge" in size:
+            raise ValueError("a shortest_edge without a crop leaves images of all sizes")
+        resized = min(_sides(size)) if cropped else height
+        return Preprocessing(
+            (height, width),
+            content.get("image_mean", (0.5, 0.5, 0.5)),
+            content.get("image_std", (0.5, 0.5, 0.5)),
+            _FILTERS[content.get("resample", 2)],
+            crop_pct=min(height, width) / resized if cropped else 1.0,
+            mode="crop" if cropped else "squash",
+        )
+    except (ValueError, TypeError, KeyError, ArithmeticError) as error:
+        raise CheckpointError(f"{where} cannot be used: {error}") from None
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    if isinstance(size, dict):
+        return (size["shortest_edge"],) * 2 if "shortest_edge" in size else (size["height"], size["width"])
+    return (size, size)
+
+
+def write_config(config: ViTConfig, attributes: Attributes) -> dict[str, Any]:
+    """The `config.json` with which transformers loads a model; it states every setting, so no default matters."""
+    kind, name = _kind(config)
+    values: dict[str, Any] = {
+        "architectures": [name],
+        "model_type": kind,
+        **{theirs: getattr(config, ours) for theirs, ours in _SAME.items()},
+        "image_size": config.img_size[0] if config.img_size[0] == config.img_size[1] else list(config.img_size),
+        "hidden_act": "gelu" if config.gelu == "erf" else "gelu_pytorch_tanh",
+        "qkv_bias": True,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    if kind in ("vit", "deit"):
+        values["intermediate_size"] = config.mlp_dim
+        del values["num_register_tokens"], values["drop_path_rate"]
+    else:
+        values |= {"mlp_ratio": _whole(config.mlp_ratio), "use_swiglu_ffn": False}
+        if kind == "dinov2":
+            del values["num_register_tokens"]
+    if config.num_classes:
+        labels = attributes.categories or [f"LABEL_{i}" for i in range(config.num_classes)]
+        values["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        values["label2id"] = {label: i for i, label in enumerate(labels)}
+    return values
+
+
+def _whole(ratio: float) -> int | float:
+    """transformers multiplies by it and takes the result for a number of channels, so it must be a whole one."""
+    return int(ratio) if float(ratio).is_integer() else ratio
+
+
+def _kind(config: ViTConfig) -> tuple[str, str]:
+    """model_type, and the class that holds the model."""
+    if config.init_values is not None:
+        kind, name = ("dinov2_with_registers", "Dinov2WithRegisters") if config.reg_tokens else ("dinov2", "Dinov2")
+        return kind, name + ("ForImageClassification" if config.num_classes else "Model")
+    if config.dist_token:
+        with_teacher = "WithTeacher" if config.global_pool == "dist" else ""
+        return "deit", f"DeiTForImageClassification{with_teacher}" if config.num_classes else "DeiTModel"
+    return "vit", "ViTForImageClassification" if config.num_classes else "ViTModel"
+
+
+def write_preprocessing(attributes: Attributes) -> dict[str, Any]:
+    """The `preprocessor_config.json` that goes with it."""
+    settings = attributes.preprocessing
+    height, width = settings.size
+    values: dict[str, Any] = {
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": list(settings.mean),
+        "image_std": list(settings.std),
+        "rescale_factor": 1 / 255,
+        "resample": next(number for number, name in _FILTERS.items() if name == settings.interpolation),
+    }
+    if settings.mode == "squash":
+        return values | {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
+    return values | {
+        "image_processor_type": "BitImageProcessor",
+        "do_center_crop": True,
+        "size": {"shortest_edge": int(min(height, width) / settings.crop_pct)},
+        "crop_size": {"height": height, "width": width},
+    }

@@ -1,0 +1,181 @@
+"""Conversions from file to file that prove what they did, and checkpoints compared across layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import CheckpointError, replacing, write_json
+from .description import Attributes
+from .load import Loaded, build, find, load
+from .peers import build_peer, peer_library
+from .save import target_files, write
+
+# A check fails beyond this difference, relative to the largest value; float32 leaves 1e-6 to 1e-5.
+BAR = 1e-4
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One parameter in two checkpoints."""
+
+    name: str  # ours
+    difference: float | None  # max|a - b|; None where it is in one of them alone, or in different shapes
+    relative: float | None  # the same over max|b|
+    remark: str = ""
+
+
+def convert_file(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    *,
+    check: bool = False,
+    revision: str | None = None,
+    **reading: Any,
+) -> dict[str, Any]:
+    """Convert a checkpoint, read the result back, and write a report beside it.
+
+    The result takes its name only after it was read back and compared to the bit; what was there before stays
+    otherwise, also where `check` fails to find the source's own library.
+
+    Args:
+        source: as `load_pretrained` takes it.
+        target: the file or folder to write, as `save_checkpoint` takes it.
+        to: the layout to write.
+        check: run the source in its own library, the result in ours and in its own where there is one, and report
+            the differences.
+        revision: of the source, on the Hub.
+        reading: layout, prefix, sha256 and overrides, as `vit.weights.load.load` takes them.
+
+    Returns:
+        The report, which is also written as JSON: <name>.report.json.
+    """
+    files = target_files(target, to)
+    found = find(source, revision)
+    loaded = load(found, **reading)
+    checked = _check(loaded, found.config) if check else None
+    converted, sha256 = write(loaded.ours, loaded.attributes, files[0], to, verify=True)
+    if checked is not None:
+        checked |= _check_result(files[0], to, loaded, converted.config.to_dict())
+    report = _report(loaded, converted.report.to_dict(), [str(file) for file in files], sha256, checked)
+    report_file = report_path(files[0])
+    with replacing(report_file) as temporary:
+        write_json(temporary, report)
+    return report
+
+
+def report_path(file: Path) -> Path:
+    """Where the report on a converted file is written."""
+    return file.with_name(f"{file.stem}.report.json")
+
+
+def _report(
+    loaded: Loaded, details: dict[str, Any], files: list[str], sha256: str, checked: dict[str, float] | None
+) -> dict[str, Any]:
+    config, provenance = loaded.ours.config, loaded.attributes.provenance
+    assert provenance is not None
+    used = sorted({name for step in details["steps"] for name in step["transforms"]})
+    return {
+        "source": {"file": provenance.source, "sha256": provenance.sha256, "layout": details.pop("source"),
+                   "why": details.pop("why"), "prefix": details.pop("prefix")},
+        "target": {"files": files, "sha256": sha256, "layout": details.pop("target")},
+        "tensors": len(details["steps"]),
+        "transforms": used,
+        "round_trip": "read back and compared: every tensor equal to the bit",
+        "check": checked,
+        "config": {name: {"value": value, "from": config.sources.get(name, "")}
+                   for name, value in config.to_dict().items()},
+        **details,
+    }  # fmt: skip
+
+
+def fixed_images(config: Any) -> Tensor:
+    """The input of every check: two images [2, C, H, W] of the model's own size, of normal noise."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, config.in_chans, *config.img_size, generator=generator)
+
+
+@torch.inference_mode()
+def _check(loaded: Loaded, config_file: Path | None) -> dict[str, float]:
+    """The source in its own library against the same weights in our model."""
+    ours = loaded.ours
+    layout = ours.layout.name
+    folder = config_file.parent if config_file is not None and _has_loader(loaded) else None
+    peer = build_peer(layout, _floats(ours.theirs), ours.config, folder)
+    images = fixed_images(ours.config)
+    difference = _difference(_forward(loaded, images), peer(images))
+    if not difference <= BAR:
+        raise CheckpointError(
+            f"{peer_library(layout)} computes otherwise: the largest difference is {difference:.1e} of the largest "
+            f"value, expected at most {BAR:.0e}; nothing was written"
+        )
+    return {f"source in {peer_library(layout)}, source in vit": difference}
+
+
+def _has_loader(loaded: Loaded) -> bool:
+    """Are these the files of timm or transformers, in a folder that their own loaders read?"""
+    name = loaded.ours.layout.name
+    in_folder = loaded.checkpoint.path.name.startswith(("model.safetensors", "pytorch_model.bin"))
+    return in_folder and not loaded.ours.prefix and (name in ("timm", "deit") or name.startswith("transformers"))
+
+
+@torch.inference_mode()
+def _check_result(file: Path, layout: str, loaded: Loaded, config: Mapping[str, Any]) -> dict[str, float]:
+    """The result in our model, and in its own library where that is there, against the source in our model."""
+    result = load(find(file), layout, overrides=config)
+    images = fixed_images(loaded.ours.config)
+    before, after = _forward(loaded, images), _forward(result, images)
+    found = {"result in vit, source in vit": _difference(after, before)}
+    try:
+        peer = build_peer(layout, _floats(result.ours.theirs), result.ours.config)
+    except ValueError:
+        return found
+    return found | {f"result in {peer_library(layout)}, source in vit": _difference(peer(images), before)}
+
+
+def _forward(loaded: Loaded, images: Tensor) -> Tensor:
+    model = build(loaded).float().eval()
+    return model(images) if loaded.ours.config.num_classes else model.forward_features(images)
+
+
+def _floats(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor.float() for key, tensor in state.items()}
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def compare(a: Loaded, b: Loaded) -> list[Compared]:
+    """Two checkpoints, tensor by tensor in our names, whatever their layouts."""
+    one, two = a.ours.tensors, b.ours.tensors
+    rows = []
+    for name in dict.fromkeys([*one, *two]):
+        if name not in one or name not in two:
+            rows.append(Compared(name, None, None, f"only in the {'first' if name in one else 'second'}"))
+        elif one[name].shape != two[name].shape:
+            shapes = f"{list(one[name].shape)} and {list(two[name].shape)}"
+            rows.append(Compared(name, None, None, f"shapes differ: {shapes}"))
+        else:
+            largest = (one[name].double() - two[name].double()).abs().max().item()
+            remark = "" if one[name].dtype == two[name].dtype else f"{one[name].dtype} and {two[name].dtype}"
+            rows.append(Compared(name, largest, largest / max(two[name].abs().max().item(), 1e-45), remark))
+    return rows
+
+
+def compare_settings(a: Loaded, b: Loaded) -> dict[str, tuple[Any, Any]]:
+    """The settings in which two checkpoints differ."""
+    one, two = (loaded.ours.config.to_dict() | _attributes(loaded.attributes) for loaded in (a, b))
+    return {name: (one[name], two[name]) for name in one if one[name] != two[name]}
+
+
+def _attributes(attributes: Attributes) -> dict[str, Any]:
+    return {f"preprocessing.{key}": value for key, value in asdict(attributes.preprocessing).items()} | {
+        "categories": attributes.categories
+    }
