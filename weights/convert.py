@@ -12,7 +12,7 @@ from torch import Tensor
 from vit.config import ViTConfig
 from vit.model import ViT
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, NotATensor
 from .detect import Place, explain, locate
 from .keymap import SAME, Entry, Layout, sort_keys, split_number
 from .layouts import get_layout
@@ -103,7 +103,7 @@ def convert(
     return to_theirs(ours, target_layout)
 
 
-def to_ours(state_dict: Mapping[str, Tensor], source: str | None, claims: Claims, prefix: str | None = None) -> Ours:
+def to_ours(state_dict: Mapping[str, Any], source: str | None, claims: Claims, prefix: str | None = None) -> Ours:
     """Read a state dict in any layout; see `convert`."""
     inside, outside = _take(state_dict, prefix)
     place = locate(inside, source)
@@ -124,7 +124,7 @@ def to_ours(state_dict: Mapping[str, Tensor], source: str | None, claims: Claims
     )  # fmt: skip
 
 
-def _take(state_dict: Mapping[str, Tensor], prefix: str | None) -> tuple[dict[str, Tensor], list[str]]:
+def _take(state_dict: Mapping[str, Any], prefix: str | None) -> tuple[dict[str, Any], list[str]]:
     """What lies under a prefix, without it, and the keys of what does not."""
     if not prefix:
         return dict(state_dict), []
@@ -135,9 +135,7 @@ def _take(state_dict: Mapping[str, Tensor], prefix: str | None) -> tuple[dict[st
     return inside, [key for key in state_dict if not key.startswith(prefix)]
 
 
-def _unwrap(
-    state: Mapping[str, Tensor], place: Place
-) -> tuple[dict[str, Tensor], dict[str, str], list[str], list[str]]:
+def _unwrap(state: Mapping[str, Any], place: Place) -> tuple[dict[str, Any], dict[str, str], list[str], list[str]]:
     """The model's tensors without their wrapper, what is dropped beside it, left outside, and what is unexpected."""
     inside, dropped, left, odd = {}, {}, [], []
     for key, tensor in state.items():
@@ -153,11 +151,12 @@ def _unwrap(
     return inside, dropped, left, odd
 
 
-def _check_values(tensors: Mapping[str, Tensor]) -> None:
+def _check_values(tensors: Mapping[str, Any]) -> None:
     dtypes: dict[torch.dtype, str] = {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"{name} is of type {type(tensor).__name__}, expected a tensor")
+            kind = tensor.kind if isinstance(tensor, NotATensor) else type(tensor).__name__
+            raise CheckpointError(f"{name} is of type {kind}, expected a tensor")
         if tensor.is_meta or tensor.numel() == 0:
             raise CheckpointError(f"{name} has no values: shape {list(tensor.shape)} on device {tensor.device}")
         if tensor.dtype not in _FLOATS:

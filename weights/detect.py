@@ -104,11 +104,13 @@ def locate(keys: Iterable[str], layout: str | None = None) -> Place:
     asked = list(LAYOUTS.values()) if layout is None else [get_layout(layout)]
     places = [place for one in asked for place in _places(one, keys)]
     known = [place for place in places if _WRAPPER.fullmatch(place.wrapper)]
-    names = {place.layout.name for place in known}
-    if len(names) > 1:
-        raise CheckpointError(f"the keys fit several layouts: {', '.join(sorted(names))}; say which one it is")
     if known:
-        return min(known, key=_preference)
+        best = min(map(_container_rank, known))
+        known = [place for place in known if _container_rank(place) == best]
+        names = sorted({place.layout.name for place in known})
+        if len(names) > 1:
+            raise CheckpointError(f"the keys fit several layouts: {', '.join(names)}; say which one it is")
+        return min(known, key=lambda place: (len(place.wrapper), place.wrapper))
     if places:
         where = sorted({place.wrapper for place in places})
         found = f"a model in the {places[0].layout.name} layout lies under {' and under '.join(map(repr, where))}"
@@ -119,9 +121,9 @@ def locate(keys: Iterable[str], layout: str | None = None) -> Place:
     raise CheckpointError(_nearest(keys))
 
 
-def _preference(place: Place) -> tuple[int, int, str]:
-    containers = [_CONTAINERS.index(part) for part in place.wrapper.split(".") if part in _CONTAINERS]
-    return (min(containers, default=-1), len(place.wrapper), place.wrapper)
+def _container_rank(place: Place) -> int:
+    """Where its container stands among those that training scripts write; -1 without one."""
+    return min((_CONTAINERS.index(part) for part in place.wrapper.split(".") if part in _CONTAINERS), default=-1)
 
 
 def _places(layout: Layout, keys: set[str]) -> list[Place]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +66,8 @@ def download(
 ) -> HubFiles:
     """Fetch a repository's config.json and weights, or find them in the cache.
 
-    The weights are model.safetensors, or else the files of model.safetensors.index.json, or else pytorch_model.bin.
+    The weights are model.safetensors; in transformers' repositories else the files that model.safetensors.index.json
+    names, or else pytorch_model.bin.
     What is in the cache is not downloaded again, and serves where the Hub cannot be reached or HF_HUB_OFFLINE is set.
     A download that breaks off goes on from there. The weights' bytes are not checked here: compare their sha256.
 
@@ -81,14 +84,17 @@ def download(
     commit = config.parent.name  # .../snapshots/<commit>/config.json
     # by commit: a branch may move between the requests
     where = (commit, endpoint, cache_dir)
-    preprocessor = _fetch_if_there(repo, "preprocessor_config.json", *where) if _is_transformers(config) else None
-    weights = _fetch_if_there(repo, "model.safetensors", *where)
-    if weights is None and (weights := _fetch_if_there(repo, "model.safetensors.index.json", *where)) is not None:
-        for shard in _shards(weights):
-            _fetch(repo, shard, *where)
-    if weights is None and (weights := _fetch_if_there(repo, "pytorch_model.bin", *where)) is None:
-        _fetch(repo, "model.safetensors", *where)  # raises: the error names the usual file
-    assert weights is not None
+    transformers = _is_transformers(config)
+    preprocessor = _fetch_if_there(repo, "preprocessor_config.json", *where) if transformers else None
+    weights = _fetch_if_there(repo, "model.safetensors", *where) if transformers else None
+    if weights is None and transformers:
+        index = _fetch_if_there(repo, "model.safetensors.index.json", *where)
+        if index is not None:
+            promises = [_promised_sha256(_fetch(repo, shard, *where)) for shard in _shards(index)]
+            return HubFiles(repo, commit, index, config, preprocessor, _joint_sha256(promises))
+        weights = _fetch_if_there(repo, "pytorch_model.bin", *where)
+    if weights is None:
+        weights = _fetch(repo, "model.safetensors", *where)
     return HubFiles(repo, commit, weights, config, preprocessor, _promised_sha256(weights))
 
 
@@ -135,7 +141,14 @@ def _fetch(repo: str, file: str, revision: str | None, endpoint: str | None, cac
     nothing. One request of our own, which is not retried, asks first in that case.
     """
     # here, because it takes a while, and most ways into this package never need it
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import (
+        constants,
+        errors,
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
 
     timeout = constants.HF_HUB_ETAG_TIMEOUT
     if timeout == constants.DEFAULT_ETAG_TIMEOUT:  # nobody set it
@@ -144,7 +157,8 @@ def _fetch(repo: str, file: str, revision: str | None, endpoint: str | None, cac
         if revision == "":
             raise ValueError("the revision after '@' is empty")
         if not isinstance(try_to_load_from_cache(repo, file, cache_dir=cache_dir, revision=revision), str):
-            get_hf_file_metadata(hf_hub_url(repo, file, revision=revision, endpoint=endpoint), timeout=timeout)
+            with suppress(errors.EntryNotFoundError):  # hf_hub_download will say so, too, and remember it
+                get_hf_file_metadata(hf_hub_url(repo, file, revision=revision, endpoint=endpoint), timeout=timeout)
         path = hf_hub_download(
             repo, file, revision=revision, endpoint=endpoint, cache_dir=cache_dir, etag_timeout=timeout
         )
@@ -198,3 +212,10 @@ def _promised_sha256(weights: Path) -> str | None:
     # One step, not resolve(): the blob may be a link itself, to a store where files go by xet's hash, of equal length.
     blob = Path(os.readlink(weights)).name
     return blob if re.fullmatch("[0-9a-f]{64}", blob) else None
+
+
+def _joint_sha256(promises: list[str | None]) -> str | None:
+    """What several files have together, as `Checkpoint.sha256` defines it; None where one of them is not known."""
+    if not promises or None in promises:
+        return None
+    return hashlib.sha256("".join(f"{promise}\n" for promise in promises).encode()).hexdigest()

@@ -20,7 +20,7 @@ from vit.metadata import Provenance
 from vit.model import ViT
 from vit.resources import bundled_checkpoint, imagenet_categories
 
-from .checkpoint import Checkpoint, CheckpointError, read_json
+from .checkpoint import Checkpoint, CheckpointError, NotATensor, read_json
 from .convert import Ours, skeleton, to_ours
 from .description import Attributes, Description
 from .formats import read_checkpoint
@@ -127,7 +127,9 @@ def load(
     try:
         about = describe(found, checkpoint, "num_heads" in overrides)
         claims = {"the caller": overrides, about.where: about.declared}
-        ours = to_ours(checkpoint.tensors | _others(checkpoint), layout, claims, prefix)
+        # what is no tensor comes along, so that it is refused where the model's own keys hold it
+        state = checkpoint.tensors | {name: NotATensor(kind) for name, kind in checkpoint.others.items()}
+        ours = to_ours(state, layout, claims, prefix)
         attributes = _attributes(found, checkpoint, about, ours)
     except CheckpointError as error:
         raise CheckpointError(f"{found.weights}: {error}") from None
@@ -148,11 +150,6 @@ def read(found: Source, sha256: str | None = None) -> Checkpoint:
             "the download is damaged, delete it and try again"
         )
     return checkpoint
-
-
-def _others(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What is no tensor, so that a model's keys that hold something else are refused by their type."""
-    return dict(checkpoint.others)
 
 
 def find(source: str | Path, revision: str | None = None) -> Source:

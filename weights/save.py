@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vit.config import ViTConfig
+from vit.metadata import Preprocessing
 from vit.model import ViT
 
 from .checkpoint import Checkpoint, CheckpointError, replacing, write_json
@@ -96,6 +97,8 @@ def write(ours: Ours, attributes: Attributes, file: Path, layout: str, verify: b
     contents = _configs(converted.config, attributes, layout)
     if contents or file.suffix == ".npz":  # the others carry everything in their header
         converted.report.notes.extend(_unrecorded(converted, layout, contents.get("config.json")))
+        if "preprocessor_config.json" in contents:
+            converted.report.notes.extend(_other_images(attributes.preprocessing, contents["preprocessor_config.json"]))
     sha256 = ""
     file.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -156,3 +159,14 @@ def _unrecorded(converted: Converted, layout: str, content: dict[str, Any] | Non
         if getattr(read, name) != getattr(config, name)
         and name not in ("init_values", "drop_path_rate", "grad_checkpointing")  # which change no answer
     ]
+
+
+def _other_images(settings: Preprocessing, content: dict[str, Any]) -> list[str]:
+    """How images would be prepared otherwise than the model has it, by what is written of that."""
+    read = transformers_config.read_preprocessing(content, "preprocessor_config.json")
+    square = settings.size[0] == settings.size[1]
+    if settings.mode == "squash" or (
+        square and int(settings.size[0] / settings.crop_pct) == int(read.size[0] / read.crop_pct)
+    ):
+        return []
+    return [f"the file cannot say crop_pct={settings.crop_pct} for {settings.size}: it has the short side resized"]

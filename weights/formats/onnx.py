@@ -6,7 +6,7 @@ PyTorch's exporters keep the names of most weights, but lose those of the weight
 - A class token becomes the constant that it is expanded to, `expand`, with one row for each image.
 - A position embedding that the graph resizes becomes two constants, the class token's row and the grid.
 
-What a graph was optimised into otherwise keeps its name there, in `others`: a key is missing then, rather than wrong.
+What a graph was optimised into otherwise keeps its name there, in the metadata: a key is missing then, rather than wrong.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _FOLDED = "pkg.onnxscript.optimizer.folded_from"  # "['blocks.0.attn.qkv.weight'
 def read_onnx(path: Path) -> Checkpoint:
     """Read an ONNX file's weights, each into memory of its own, with its name and layout in PyTorch.
 
-    Weights of linear layers come out as [out, in], position embeddings as [1, 1 + N, D]. `others` says what remained
+    Weights of linear layers come out as [out, in], position embeddings as [1, 1 + N, D]. `metadata` says what remained
     without a name ("float32 [384, 384]"), and which constants are no weights ("int64 constant").
 
     Raises:
@@ -66,7 +66,9 @@ def read_onnx(path: Path) -> Checkpoint:
     del data  # the graph has a copy
     _check_names(path, graph)
     reader = _Reader(path, graph, size)
-    return Checkpoint(path, reader.tensors(), {}, sha256, reader.others())
+    return Checkpoint(
+        path, reader.tensors(), {f"constant {name}": kind for name, kind in reader.unnamed().items()}, sha256
+    )
 
 
 def _check_names(path: Path, graph: Any) -> None:
@@ -266,7 +268,7 @@ class _Reader:
             raise CheckpointError(f"{self.path}: {constant} should be {name}, which another with other values is too")
         tensors[name] = tensor
 
-    def others(self) -> dict[str, str]:
+    def unnamed(self) -> dict[str, str]:
         """What has no name in PyTorch, or is no weight."""
         used = {constant for row, grid, _ in self.positions.values() for constant in (row, grid)} | self.found.keys()
         rest = [name for name in self.constants if self._is_anonymous(name) and name not in used]

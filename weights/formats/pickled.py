@@ -90,7 +90,7 @@ def _flatten(path: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, str
         if length > _NAMES:
             raise CheckpointError(f"{path} has names of more than {_NAMES} characters together")
         if name in tensors or name in others:
-            raise CheckpointError(f"{path} has two values under the name {name}")
+            raise CheckpointError(f"{path} has two values under the name {name!r}")
         if isinstance(value, Tensor):
             tensors[name] = value.detach()
         elif not isinstance(value, (dict, list, tuple)):
@@ -150,7 +150,7 @@ def _check_zip(path: Path, file: BinaryIO) -> None:
             record = names.get(f"{prefix}/data/{key}")
             if record is None or record.file_size != nbytes:
                 found = "none" if record is None else f"{record.file_size} bytes"
-                raise CheckpointError(f"{path}: a tensor asks for {nbytes} bytes at data/{key}, the file has {found}")
+                raise CheckpointError(f"{path}: a tensor asks for {nbytes} bytes at {key!r}, the file has {found}")
 
         _DryUnpickler(path, _Bounded(path, io.BytesIO(archive.read(content))), 5, check).load()
 
@@ -167,7 +167,7 @@ def _check_legacy(path: Path, file: BinaryIO, size: int) -> None:
         if room < 0:
             raise CheckpointError(f"{path} has {size} bytes, and its tensors ask for more: it is truncated")
         if storages.setdefault(key, nbytes) != nbytes:
-            raise CheckpointError(f"{path}: tensors disagree about the size of the memory {key} that they share")
+            raise CheckpointError(f"{path}: tensors disagree about the size of the memory {key!r} that they share")
 
     def load() -> Any:
         return _DryUnpickler(path, stream, 6, check).load()
@@ -272,7 +272,7 @@ class _DryUnpickler(pickle._Unpickler):  # Python's, not C's, which would alloca
         if (module, name) in self._functions:
             return self._functions[module, name]
         dtype = vars(torch).get(name) if module == "torch" else None
-        if isinstance(dtype, torch.dtype):
+        if isinstance(dtype, torch.dtype) and not name.startswith("q"):  # quantized
             return dtype
         raise CheckpointError(
             f"{self._path} asks for {module}.{name}, which is not data: expected dense tensors, numbers, texts and "

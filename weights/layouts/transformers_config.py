@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from vit.config import ViTConfig
@@ -100,11 +101,17 @@ def read_preprocessing(content: dict[str, Any], where: str) -> Preprocessing:
             content.get("image_mean", (0.5, 0.5, 0.5)),
             content.get("image_std", (0.5, 0.5, 0.5)),
             _FILTERS[content.get("resample", 2)],
-            crop_pct=min(height, width) / resized if cropped else 1.0,
+            crop_pct=_crop_pct(min(height, width), resized) if cropped else 1.0,
             mode="crop" if cropped else "squash",
         )
     except (ValueError, TypeError, KeyError, ArithmeticError) as error:
         raise CheckpointError(f"{where} cannot be used: {error}") from None
+
+
+def _crop_pct(crop: int, resized: int) -> float:
+    """The share with which the image is resized to just that side: floor(crop / share) must give it back."""
+    share = crop / resized
+    return share if math.floor(crop / share) == resized else math.nextafter(share, 0.0)
 
 
 def _sides(size: Any) -> tuple[int, int]:
