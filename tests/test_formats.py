@@ -140,6 +140,15 @@ def test_our_files_are_read_by_numpy_and_by_us(tmp_path: Path) -> None:
     assert path.read_bytes() == (tmp_path / "again.npz").read_bytes()
 
 
+def test_large_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose sizes and places take 64 bits, which zipfile is made to think of these."""
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile, "ZIP64_LIMIT", 100)
+        write_npz(tmp_path / "a.npz", values())
+    assert (tmp_path / "a.npz").read_bytes()[-42:-38] == b"PK\6\7"
+    assert same(read_npz(tmp_path / "a.npz").tensors, values())
+
+
 def test_views_and_parameters_are_written_by_their_values(tmp_path: Path) -> None:
     weight = nn.Parameter(torch.arange(12.0).reshape(3, 4))
     write_npz(tmp_path / "a.npz", {"t": weight.T, "row": weight[1]})
@@ -468,10 +477,10 @@ def test_files_without_checksums_are_read(tmp_path: Path) -> None:
         ({"w": torch.ones(0, 3)}, "it has no values"),
         (torch.ones(3), "holds Tensor, expected a dictionary"),
         ([torch.ones(3)], "holds list, expected a dictionary"),
-        ({"a.b": torch.ones(2), "a": {"b": torch.ones(3)}}, "two values under the name a.b"),
-        ({"a": {"b": torch.ones(3)}, "a.b": 1}, "two values under the name a.b"),
-        ({"a.b": 1, "a": {"b": torch.ones(3)}}, "two values under the name a.b"),
-        ({"1": torch.ones(2), 1: torch.ones(3)}, "two values under the name 1"),
+        ({"a.b": torch.ones(2), "a": {"b": torch.ones(3)}}, "two values under the name 'a.b'"),
+        ({"a": {"b": torch.ones(3)}, "a.b": 1}, "two values under the name 'a.b'"),
+        ({"a.b": 1, "a": {"b": torch.ones(3)}}, "two values under the name 'a.b'"),
+        ({"1": torch.ones(2), 1: torch.ones(3)}, "two values under the name '1'"),
         ({(1, 2): torch.ones(2)}, "describes a dictionary otherwise"),
     ],
 )
@@ -523,6 +532,10 @@ def tensor(
     )  # fmt: skip
 
 
+def parameter(gradient: bytes = b"\x88", hooks: bytes = b"}") -> bytes:
+    return name("torch._utils._rebuild_parameter") + b"(" + tensor() + gradient + hooks + b"tR"
+
+
 def good(value: bytes | None = None) -> bytes:
     return b"\x80\x02}" + text("w") + (tensor() if value is None else value) + b"s."
 
@@ -553,6 +566,7 @@ def test_the_pickles_below_are_refused_for_what_they_change(tmp_path: Path) -> N
         assert same(torch.load(tmp_path / "a.pth", weights_only=True), {"w": torch.arange(6.0).reshape(2, 3)})
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_only_opcodes_that_torch_knows_are_followed() -> None:
     for code in range(256):
         try:
@@ -625,6 +639,15 @@ LIES = {
     "wider dtype": tensor(storage("torch.DoubleStorage")),
     "other record": tensor(storage(key="1")),
     "not a record": tensor(storage(key="../data.pkl")),
+    "a key that is a number": tensor(storage().replace(text("0"), integer(0))),
+    "a place that is a number": tensor(storage().replace(text("cpu"), integer(0))),
+    "a truth for a number": tensor(storage(count=1).replace(integer(1), b"\x88")),
+    "another id": tensor(storage().replace(text("storage"), text("module"))),
+    "a dtype for a storage": tensor(storage("torch.float32")),
+    "gradient": tensor().replace(b"\x89", integer(1)),
+    "hooks": tensor().replace(b")R", b"}" + text("x") + b"Ns"),
+    "parameter's gradient": parameter(gradient=integer(1)),
+    "parameter's hooks": parameter(hooks=b"}" + text("x") + b"Ns"),
     "no storage": tensor(integer(6)),
     "storage class": tensor(name("torch.FloatStorage")),
     "storage made": name("torch.FloatStorage") + b"(" + integer(HUGE) + b"tR",
@@ -644,6 +667,11 @@ LIES = {
     "attribute of a function": name("collections.OrderedDict") + b"}" + text("x") + integer(1) + b"sb",
     "attribute of a dictionary": name("collections.OrderedDict") + b")R}" + text("items") + integer(1) + b"sb",
     "attributes of a namespace": name("argparse.Namespace") + b")\x81" + integer(1) + b"b",
+    "attributes in a list": name("argparse.Namespace") + b")\x81]b",
+    "arguments of a namespace": name("argparse.Namespace") + b"(" + integer(1) + b"t\x81",
+    "a function made anew": name("collections.OrderedDict") + b")\x81",
+    "an item of a list": b"]Na" + integer(0) + b"Ns",
+    "quantized": tensor(last=name("torch.qint8"), function="torch._utils._rebuild_tensor_v3"),
     "arguments of a dictionary": name("collections.OrderedDict") + b"(]tR",
     "nested keys": b"}" + b")" + b"\x85" * 250_000 + integer(1) + b"s",
 }  # fmt: skip
@@ -666,6 +694,7 @@ def test_right_values_at_their_limits_are_read(tmp_path: Path) -> None:
         (tensor(offset=5, size=(1,), stride=(99,)), torch.tensor([5.0])),
         (tensor(offset=3, size=(), stride=()), torch.tensor(3.0)),
         (tensor(size=(2, 3), stride=(0, 2)), torch.tensor([[0.0, 2.0, 4.0]] * 2)),
+        (parameter(), torch.arange(6.0).reshape(2, 3)),
         (v3, torch.arange(6.0).reshape(2, 3)),
     ):
         (tmp_path / "a.pth").write_bytes(pth(good(value)))
@@ -801,6 +830,7 @@ def test_other_files_are_refused(tmp_path: Path, content: bytes, match: str) -> 
 
 
 @NEW_AND_OLD
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_pth_files_are_refused(tmp_path: Path, new: bool) -> None:
     path = tmp_path / "a.pth"
     right = {key: value for key, value in values().items() if new or value.dtype != torch.uint32}
@@ -814,6 +844,7 @@ def test_damaged_pth_files_are_refused(tmp_path: Path, new: bool) -> None:
 
 
 @NEW_AND_OLD
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_pickles_in_sound_files_are_refused(tmp_path: Path, new: bool) -> None:
     """As the tests above, but past the checksums: what the two unpicklers make of it."""
     state = OrderedDict(a=torch.ones(3), b=nn.Parameter(torch.ones(2, 2)), c={"d": [1, 2.5, None, True, "x"]})

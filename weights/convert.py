@@ -165,10 +165,11 @@ def _check_values(tensors: Mapping[str, Any]) -> None:
     if len(dtypes) > 1:
         mixed = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
         raise CheckpointError(f"the weights have several dtypes, expected one: {mixed}")
-    for name, tensor in tensors.items():
-        # NaN and infinity show in the extremes; asking these needs no memory.
-        if not all(torch.isfinite(extreme) for extreme in tensor.aminmax()):
-            raise CheckpointError(f"{name} holds values that are not finite")
+    # NaN and infinity show in the extremes; asking these needs no memory.
+    extremes = {name: torch.stack(tensor.aminmax()) for name, tensor in tensors.items()}
+    if extremes and not torch.stack([*extremes.values()]).isfinite().all():
+        odd = next(name for name, pair in extremes.items() if not pair.isfinite().all())
+        raise CheckpointError(f"{odd} holds values that are not finite")
 
 
 def _transform(
@@ -314,3 +315,23 @@ def _check_needs(tensors: Mapping[str, Tensor], config: ViTConfig, target: Layou
 def from_model(model: ViT) -> Ours:
     """A model's own weights, checked as those of a file are."""
     return to_ours(model.state_dict(), VIT.name, {"the model": model.config.to_dict()})
+
+
+def unrecorded(ours: Ours, config: ViTConfig, target: Layout, stated: Mapping[str, Any]) -> list[str]:
+    """The settings that files without our header cannot say, and that their reader will take to be otherwise.
+
+    Args:
+        ours: the weights that are written.
+        config: of the weights as they are written.
+        target: the layout that they are written in.
+        stated: the fields that its files do say.
+    """
+    tensors = adapt_positions(ours.tensors, ours.config, target)[0]
+    shapes = {"num_heads": config.num_heads} if target.facts is not None else {}
+    read = config_from_shapes(tensors, {"the files": stated}, target, shapes)
+    return [
+        f"the file cannot say {name}={getattr(config, name)!r}: state it when reading, or get {getattr(read, name)!r}"
+        for name in ViTConfig.field_names()
+        if getattr(read, name) != getattr(config, name)
+        and name not in ("init_values", "drop_path_rate", "grad_checkpointing")  # which change no answer
+    ]

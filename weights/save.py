@@ -15,7 +15,7 @@ from vit.metadata import Preprocessing
 from vit.model import ViT
 
 from .checkpoint import Checkpoint, CheckpointError, replacing, write_json
-from .convert import Converted, Ours, adapt_positions, from_model, to_ours, to_theirs
+from .convert import Converted, Ours, adapt_positions, from_model, to_ours, to_theirs, unrecorded
 from .description import Attributes
 from .formats.npz import read_npz, write_npz
 from .formats.safetensors import read_safetensors, write_safetensors
@@ -96,7 +96,8 @@ def write(ours: Ours, attributes: Attributes, file: Path, layout: str, verify: b
     check_attributes(converted.config, attributes)
     contents = _configs(converted.config, attributes, layout)
     if contents or file.suffix == ".npz":  # the others carry everything in their header
-        converted.report.notes.extend(_unrecorded(converted, layout, contents.get("config.json")))
+        stated = _stated(converted.config, layout, contents.get("config.json"))
+        converted.report.notes.extend(unrecorded(ours, converted.config, target, stated))
         if "preprocessor_config.json" in contents:
             converted.report.notes.extend(_other_images(attributes.preprocessing, contents["preprocessor_config.json"]))
     sha256 = ""
@@ -145,20 +146,12 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def _unrecorded(converted: Converted, layout: str, content: dict[str, Any] | None) -> list[str]:
-    """The settings that a file without our header cannot say, and that its reader will take to be otherwise."""
-    config = converted.config
-    stated: Mapping[str, Any] = {"img_size": config.img_size}
-    if content is not None:
-        reader = timm_config if layout in _TIMM else transformers_config
-        stated = reader.read_config(content, "config.json").declared
-    read = to_ours(converted.state_dict, layout, {"the writer": stated}).config
-    return [
-        f"the file cannot say {name}={getattr(config, name)!r}: state it when reading, or get {getattr(read, name)!r}"
-        for name in ViTConfig.field_names()
-        if getattr(read, name) != getattr(config, name)
-        and name not in ("init_values", "drop_path_rate", "grad_checkpointing")  # which change no answer
-    ]
+def _stated(config: ViTConfig, layout: str, content: dict[str, Any] | None) -> Mapping[str, Any]:
+    """What a reader without our header is told of the config."""
+    if content is None:
+        return {"img_size": config.img_size}
+    reader = timm_config if layout in _TIMM else transformers_config
+    return reader.read_config(content, "config.json").declared
 
 
 def _other_images(settings: Preprocessing, content: dict[str, Any]) -> list[str]:

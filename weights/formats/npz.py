@@ -13,6 +13,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -59,8 +60,10 @@ def read_npz(path: Path) -> Checkpoint:
         wanted = sum(entry.file_size for entry in entries)
         if wanted > _COMPRESSION * size:
             raise CheckpointError(f"{path} has {size} bytes that unpack to {wanted}, expected {_COMPRESSION}x at most")
-        tensors = {entry.filename[: -len(".npy")]: _read_array(path, archive, entry) for entry in entries}
-        return Checkpoint(path, tensors, {}, file_sha256(file))
+        with ThreadPoolExecutor(1) as thread, path.open("rb") as again:
+            sha256 = thread.submit(file_sha256, again)
+            tensors = {entry.filename[: -len(".npy")]: _read_array(path, archive, entry) for entry in entries}
+        return Checkpoint(path, tensors, {}, sha256.result())
 
 
 def _read_array(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:

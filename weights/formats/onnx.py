@@ -6,7 +6,7 @@ PyTorch's exporters keep the names of most weights, but lose those of the weight
 - A class token becomes the constant that it is expanded to, `expand`, with one row for each image.
 - A position embedding that the graph resizes becomes two constants, the class token's row and the grid.
 
-What a graph was optimised into otherwise keeps its name there, in the metadata: a key is missing then, rather than wrong.
+What a graph was optimised into otherwise keeps its name there, in the metadata: a key is missing then, not wrong.
 """
 
 from __future__ import annotations
