@@ -158,16 +158,17 @@ def _cases() -> list[Case]:
 CASES = _cases()
 
 # Layouts that only other people's loaders prove: what we write is read by timm's.
-WRITTEN_ONLY = {
-    "augreg": ("timm's npz loader", BASE),
-    "big_vision": ("timm's npz loader", BASE),
-    "big_vision_scanned": ("timm's npz loader", BASE),
-}
+WRITTEN_ONLY = [
+    ("dinov2", "timm DINOv2 with registers", BASE.override(num_classes=0, init_values=0.5, reg_tokens=3)),
+    ("augreg", "timm's npz loader", BASE),
+    ("big_vision", "timm's npz loader", BASE),
+    ("big_vision_scanned", "timm's npz loader", BASE),
+]
 
 
-def case_config(case: Case, depth: int) -> Case:
-    """The same case with another number of blocks."""
-    config = case.config.override(depth=depth)
+def case_config(case: Case, depth: int, img_size: int = 64) -> Case:
+    """The same case with another number of blocks and another size."""
+    config = case.config.override(depth=depth, img_size=img_size)
     theirs = case.theirs
     if isinstance(theirs, partial):
         theirs = partial(theirs.func, make=case.make, config=config)
@@ -218,4 +219,4 @@ def written_to_them(layout: str, config: ViTConfig) -> float:
     return difference(out, peers.build_peer(layout, converted.state_dict, converted.config)(x))
 
 
-assert {case.layout for case in CASES} | set(WRITTEN_ONLY) | {"vit"} == set(LAYOUTS)
+assert {case.layout for case in CASES} | {layout for layout, _, _ in WRITTEN_ONLY} | {"vit"} == set(LAYOUTS)

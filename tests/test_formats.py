@@ -858,3 +858,11 @@ def test_damaged_pickles_in_sound_files_are_refused(tmp_path: Path, new: bool) -
     for data in damaged(content, 500, seed=3):
         loaded += survives(read_pickled, tmp_path / "b.pth", pth(data, **records) if new else data)
     assert 0 < loaded < 400
+
+
+def test_a_large_npz_file_is_hashed_to_its_end(tmp_path):
+    """The hash is computed beside the reading, and may end after it."""
+    path = tmp_path / "m.npz"
+    np.savez(path, a=np.ones(6_000_000, dtype=np.float32))
+    for _ in range(3):
+        assert read_npz(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()

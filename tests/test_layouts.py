@@ -1,11 +1,14 @@
 """The layouts, each against the library that it is from: both ways, to the bit, and refused where it does not fit."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import FLOAT32, GRADIENT, difference, images, randomize
 from layout_cases import BASE, CASES, WRITTEN_ONLY, case_config, read_theirs, written_to_them
+from layout_table import as_markdown, rows
 
 import vit
 from vit.weights import CheckpointError, convert, detect_layout
@@ -13,6 +16,7 @@ from vit.weights.keymap import FUSE, split_number
 from vit.weights.layouts import LAYOUTS, google
 from vit.weights.layouts.timm import DINOV2
 
+README = Path(__file__).parents[1] / "README.md"
 TINY = vit.ViTConfig(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, num_classes=5)
 
 
@@ -34,8 +38,10 @@ def test_their_model_is_ours(case):
     assert out <= FLOAT32 and gradient <= GRADIENT
 
 
-@pytest.mark.parametrize(("layout", "config"), {(c.layout, c.config) for c in CASES} | {
-    (layout, config) for layout, (_, config) in WRITTEN_ONLY.items()})  # fmt: skip
+WRITTEN = [(case.layout, case.config) for case in CASES] + [(layout, config) for layout, _, config in WRITTEN_ONLY]
+
+
+@pytest.mark.parametrize(("layout", "config"), WRITTEN)
 def test_their_library_runs_what_we_write(layout, config):
     assert written_to_them(layout, config.override(depth=2)) <= FLOAT32
 
@@ -61,6 +67,19 @@ def test_eps_matters_and_is_kept():
     with torch.no_grad():
         x = images(1, 3, 64, 64)
         assert difference(other(x), model(x)) > 10 * FLOAT32
+
+
+def test_the_table_in_the_readme():
+    """Printed at two blocks and a small size; the README has it for the whole ViT-S at 224 x 224."""
+    table = rows(depth=1, img_size=32)
+    print(as_markdown(table))
+    row = re.compile(r"\| `\w+` \| .* \| .*\de[-+]\d")
+    shown = [line for line in README.read_text(encoding="utf-8").splitlines() if row.match(line)]
+    numbers = re.compile(r"\d\.\de[-+]\d\d")
+    assert [numbers.sub("", line) for line in shown] == [
+        numbers.sub("", line) for line in as_markdown(table).splitlines()[2:]
+    ]
+    assert all(float(number) <= FLOAT32 for line in shown for number in numbers.findall(line))
 
 
 # --- round trips

@@ -2,9 +2,9 @@
 
 An attention function is `fn(q, k, v, *, bias=None) -> out`:
 
-    q, k, v   [B, A, N, d]    queries, keys and values of A heads, each d wide, for N tokens
-    bias      broadcastable to [B, A, N, N], added to the scores before the softmax, or None
-    out       [B, A, N, d]    the values, averaged with weights softmax(q k^T / sqrt(d) + bias)
+    q, k, v   [B, A, T, d]    queries, keys and values of A heads, each d wide, for T tokens
+    bias      broadcastable to [B, A, T, T], added to the scores before the softmax, or None (always, so far)
+    out       [B, A, T, d]    the values, averaged with weights softmax(q k^T / sqrt(d) + bias)
 
     vit.register_attention("mine", fn)
     model.set_attention("mine")
@@ -25,19 +25,20 @@ AttentionFunction = Callable[..., Tensor]
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """Attention as Eq. 1 of arXiv:1706.03762 writes it; keeps all N*N weights in memory."""
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, A, N, N]
+    """Attention as Eq. 1 of arXiv:1706.03762 writes it; keeps all T*T weights in memory."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, A, T, T]
     if bias is not None:
         scores = scores + bias
-    weights = torch.softmax(scores, dim=-1)  # [B, A, N, N], each row sums to 1
-    return weights @ v  # [B, A, N, d]
+    weights = torch.softmax(scores, dim=-1)  # [B, A, T, T], each row sums to 1
+    return weights @ v  # [B, A, T, d]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """The same numbers from PyTorch's fused kernels, which never hold the N*N weights. The default."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B, A, N, d]
+    """The same numbers from PyTorch's fused kernels, which never hold the T*T weights. The default."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B, A, T, d]
 
 
+SOFTMAX = (reference, sdpa)  # functions whose weights are softmax(q k^T / sqrt(d))
 _registry: dict[str, AttentionFunction] = {"reference": reference, "sdpa": sdpa}
 
 

@@ -1,11 +1,13 @@
 """Attention maps: who looks at whom."""
 
+import warnings
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from .attention import SOFTMAX
 from .model import ViT
 
 
@@ -14,7 +16,8 @@ def attention_maps(model: ViT, images: Tensor, blocks: Sequence[int] = (-1,), qu
     """The softmax weights of some blocks, recomputed from their queries and keys.
 
     Fused backends never hold these weights, so they are computed beside the forward pass, for the asked rows only.
-    They are softmax(q k^T / sqrt(d)), whatever function attends: one that weighs otherwise has other weights.
+    They are softmax(q k^T / sqrt(d)), whatever function attends; where that is neither `sdpa` nor `reference`, a
+    warning says so.
 
     Args:
         model: the model, with any attention function.
@@ -32,6 +35,8 @@ def attention_maps(model: ViT, images: Tensor, blocks: Sequence[int] = (-1,), qu
     if queries not in ("class", "all"):
         raise ValueError(f"queries must be 'class' or 'all', not {queries!r}")
     chosen = model.select_blocks(blocks)
+    if any(block.attention.attend not in SOFTMAX for block in chosen):
+        warnings.warn("these are softmax(q k^T / sqrt(d)), and a block here attends by another function", stacklevel=2)
     maps: dict[nn.Module, Tensor] = {}
     hooks = [block.attention.qkv.register_forward_hook(partial(_record, maps, model, queries)) for block in {*chosen}]
     try:

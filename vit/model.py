@@ -55,8 +55,9 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)  # [B, T, 3, A, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, A, T, d]
         out = self.attend(q, k, v)  # [B, A, T, d]
-        if out.shape != q.shape:
-            raise ValueError(f"the attention function returned {list(out.shape)}, expected {list(q.shape)}")
+        if not isinstance(out, Tensor) or out.shape != q.shape or out.dtype != v.dtype:
+            found = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"the attention function returned {found}, expected {v.dtype} {list(q.shape)}")
         out = out.transpose(1, 2).reshape(B, T, D)  # [B, T, D], heads side by side
         return self.proj(out)  # [B, T, D]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vit.attention import SOFTMAX
 from vit.config import ViTConfig
 from vit.metadata import Preprocessing
 from vit.model import ViT
@@ -53,6 +55,8 @@ def save_checkpoint(model: ViT, path: str | Path, layout: str = "vit") -> Path:
     """
     if not isinstance(model, ViT):
         raise ValueError(f"expected a vit.ViT, not {type(model).__name__}: save a model as it was before compiling")
+    if any(block.attention.attend not in SOFTMAX for block in model.select_blocks()):
+        warnings.warn("an attention function is no part of a checkpoint: set it again after loading", stacklevel=2)
     file = target_files(path, layout)[0]
     write(from_model(model), Attributes(model.preprocessing, model.categories, model.provenance), file, layout)
     return file

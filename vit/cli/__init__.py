@@ -5,6 +5,8 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from typing import NoReturn
 
 from . import convert, demo, inspect, predict
 
@@ -33,9 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse's, with one line for an error instead of the usage and a line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = argparse.ArgumentParser(prog="vit", description="A Vision Transformer Small in plain PyTorch.")
+    parser = _Parser(prog="vit", description="A Vision Transformer Small in plain PyTorch.")
+    parser.add_argument("--version", action="version", version=version("vit-small"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in (demo, predict, inspect, convert):
         module.add_parser(commands)

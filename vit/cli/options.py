@@ -63,7 +63,10 @@ def image_size(text: str) -> int | tuple[int, int] | str:
     if text == "native":
         return text
     height, by, width = text.partition("x")
-    return (positive(height), positive(width)) if by else positive(text)
+    try:
+        return (positive(height), positive(width)) if by else positive(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected 384, 224x448 (height x width) or native, got {text!r}") from None
 
 
 def device(text: str) -> torch.device:

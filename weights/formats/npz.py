@@ -60,7 +60,7 @@ def read_npz(path: Path) -> Checkpoint:
         wanted = sum(entry.file_size for entry in entries)
         if wanted > _COMPRESSION * size:
             raise CheckpointError(f"{path} has {size} bytes that unpack to {wanted}, expected {_COMPRESSION}x at most")
-        with ThreadPoolExecutor(1) as thread, path.open("rb") as again:
+        with path.open("rb") as again, ThreadPoolExecutor(1) as thread:  # which ends before the file is closed
             sha256 = thread.submit(file_sha256, again)
             tensors = {entry.filename[: -len(".npy")]: _read_array(path, archive, entry) for entry in entries}
         return Checkpoint(path, tensors, {}, sha256.result())
