@@ -33,8 +33,13 @@ class Checkpoint:
     path: Path
     tensors: dict[str, Tensor]  # dictionaries within dictionaries are joined by dots: "model.norm.weight"
     metadata: Mapping[str, str]  # the header's `__metadata__`, where there is one
-    sha256: str  # of the whole file; of a sharded one, of its shards' hashes in hexadecimal, one per line, by name
+    hash: str | Hash  # of the whole file; it may still be computed
     others: Mapping[str, str] = field(default_factory=dict)  # what is no tensor, by name -> its type
+
+    @property
+    def sha256(self) -> str:
+        """Of the whole file; of a sharded one, of its shards' hashes in hexadecimal, one per line, by name."""
+        return self.hash if isinstance(self.hash, str) else self.hash.hexdigest()
 
 
 class Hash:
@@ -43,15 +48,30 @@ class Hash:
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
         self._thread = ThreadPoolExecutor(1)
+        self._waiting: list[Any] = []
+        self._size = 0
 
-    def update(self, data: Any) -> None:
+    def update(self, data: bytes | memoryview) -> None:
         """Take more bytes, which must not change any more."""
-        self._thread.submit(self._digest.update, data)
+        self._waiting.append(data)
+        self._size += len(data)
+        if self._size >= 2**20:  # handing over each bias by itself would cost more than hashing it
+            self._hand_over()
 
     def hexdigest(self) -> str:
         """Wait for the hash of all that was taken. Ends the thread."""
+        if self._waiting:
+            self._hand_over()
         self._thread.shutdown()
         return self._digest.hexdigest()
+
+    def _hand_over(self) -> None:
+        self._thread.submit(self._update, self._waiting)
+        self._waiting, self._size = [], 0
+
+    def _update(self, parts: list[Any]) -> None:
+        for part in parts:
+            self._digest.update(part)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

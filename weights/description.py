@@ -26,9 +26,4 @@ class Attributes:
 
     preprocessing: Preprocessing
     categories: list[str] | None = None
-    provenance: Provenance | None = None
-
-    @property
-    def license(self) -> str | None:
-        """The weights' licence, where it is known."""
-        return None if self.provenance is None else self.provenance.license
+    license: str | None = None

@@ -47,9 +47,19 @@ class Source:
 class Loaded:
     """A checkpoint that was read and fits: the weights in our names, and what goes with them."""
 
+    found: Source
     checkpoint: Checkpoint
+    about: Description
     ours: Ours
     attributes: Attributes
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where the weights came from; waits for the file's hash."""
+        return Provenance(
+            self.found.name, self.checkpoint.sha256, self.ours.layout.name, self.found.commit,
+            self.attributes.license, self.about.parent,
+        )  # fmt: skip
 
 
 def load_pretrained(
@@ -130,10 +140,10 @@ def load(
         # what is no tensor comes along, so that it is refused where the model's own keys hold it
         state = checkpoint.tensors | {name: NotATensor(kind) for name, kind in checkpoint.others.items()}
         ours = to_ours(state, layout, claims, prefix)
-        attributes = _attributes(found, checkpoint, about, ours)
+        attributes = _attributes(found, about, ours)
     except CheckpointError as error:
         raise CheckpointError(f"{found.weights}: {error}") from None
-    return Loaded(checkpoint, ours, attributes)
+    return Loaded(found, checkpoint, about, ours, attributes)
 
 
 def read(found: Source, sha256: str | None = None) -> Checkpoint:
@@ -215,7 +225,7 @@ def describe(found: Source, checkpoint: Checkpoint, known_heads: bool = False) -
     return replace(about, preprocessing=settings)
 
 
-def _attributes(found: Source, checkpoint: Checkpoint, about: Description, ours: Ours) -> Attributes:
+def _attributes(found: Source, about: Description, ours: Ours) -> Attributes:
     """What the model carries, as the files say it or as it is usual."""
     config = ours.config
     categories = about.categories
@@ -226,10 +236,7 @@ def _attributes(found: Source, checkpoint: Checkpoint, about: Description, ours:
     preprocessing = about.preprocessing or known_preprocessing(config, ours.layout)
     if len(preprocessing.mean) != config.in_chans:
         raise CheckpointError(f"preprocessing has {len(preprocessing.mean)} channels, the weights {config.in_chans}")
-    provenance = Provenance(
-        found.name, checkpoint.sha256, ours.layout.name, found.commit, about.license or found.license, about.parent
-    )
-    return Attributes(preprocessing, categories, provenance)
+    return Attributes(preprocessing, categories, about.license or found.license)
 
 
 def build(loaded: Loaded, in_chans: int | None = None, patch_size: int | None = None) -> ViT:
@@ -246,7 +253,7 @@ def build(loaded: Loaded, in_chans: int | None = None, patch_size: int | None = 
     model.load_state_dict({**tensors, "patch_embed.proj.weight": weight}, assign=True)
     model.preprocessing = preprocessing.with_channels(config.in_chans)
     model.categories = loaded.attributes.categories
-    model.provenance = loaded.attributes.provenance
+    model.provenance = loaded.provenance
     return model
 
 

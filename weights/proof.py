@@ -60,7 +60,7 @@ def convert_file(
     found = find(source, revision)
     loaded = load(found, **reading)
     checked = _check(loaded, found.config) if check else None
-    converted, sha256 = write(loaded.ours, loaded.attributes, files[0], to, verify=True)
+    converted, sha256 = write(loaded.ours, loaded.attributes, files[0], to, lambda: loaded.provenance, verify=True)
     if checked is not None:
         checked |= _check_result(files[0], to, loaded, converted.config.to_dict())
     report = _report(loaded, converted.report.to_dict(), [str(file) for file in files], sha256, checked)
@@ -78,8 +78,7 @@ def report_path(file: Path) -> Path:
 def _report(
     loaded: Loaded, details: dict[str, Any], files: list[str], sha256: str, checked: dict[str, float] | None
 ) -> dict[str, Any]:
-    config, provenance = loaded.ours.config, loaded.attributes.provenance
-    assert provenance is not None
+    config, provenance = loaded.ours.config, loaded.provenance
     used = sorted({name for step in details["steps"] for name in step["transforms"]})
     return {
         "source": {"file": provenance.source, "sha256": provenance.sha256, "layout": details.pop("source"),

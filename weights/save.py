@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vit.attention import SOFTMAX
 from vit.config import ViTConfig
-from vit.metadata import Preprocessing
+from vit.metadata import Preprocessing, Provenance
 from vit.model import ViT
 
 from .checkpoint import Checkpoint, CheckpointError, replacing, write_json
@@ -23,7 +23,7 @@ from .formats.npz import read_npz, write_npz
 from .formats.safetensors import read_safetensors, write_safetensors
 from .layouts import get_layout, timm_config, transformers_config
 from .layouts.google import AUGREG, BIG_VISION, BIG_VISION_SCANNED
-from .layouts.own import check_attributes, write_header
+from .layouts.own import check_attributes, read_header, write_header
 
 _NPZ = {layout.name for layout in (AUGREG, BIG_VISION, BIG_VISION_SCANNED)}
 _TIMM = {"timm", "deit"}  # layouts with timm's config.json
@@ -58,7 +58,9 @@ def save_checkpoint(model: ViT, path: str | Path, layout: str = "vit") -> Path:
     if any(block.attention.attend not in SOFTMAX for block in model.select_blocks()):
         warnings.warn("an attention function is no part of a checkpoint: set it again after loading", stacklevel=2)
     file = target_files(path, layout)[0]
-    write(from_model(model), Attributes(model.preprocessing, model.categories, model.provenance), file, layout)
+    license = None if model.provenance is None else model.provenance.license
+    attributes = Attributes(model.preprocessing, model.categories, license)
+    write(from_model(model), attributes, file, layout, lambda: model.provenance)
     return file
 
 
@@ -88,12 +90,20 @@ def _beside(layout: str) -> tuple[str, ...]:
     return ("config.json", "preprocessor_config.json") if _is_transformers(layout) else ()
 
 
-def write(ours: Ours, attributes: Attributes, file: Path, layout: str, verify: bool = False) -> tuple[Converted, str]:
+def write(
+    ours: Ours,
+    attributes: Attributes,
+    file: Path,
+    layout: str,
+    provenance: Callable[[], Provenance | None],
+    verify: bool = False,
+) -> tuple[Converted, str]:
     """Write weights that fit in a layout; what came of them and of each setting stands in the result's report.
 
     Each file is written under a temporary name and renamed, so that it holds all of its new content or all of its
     old; a failure before the last of the writing leaves all as they were. With `verify` the weights are read back
-    and compared to the bit before that, and their sha256 is returned ("" otherwise).
+    and compared to the bit before that, and their sha256 is returned ("" otherwise). `provenance` is asked for where a
+    header holds it only, since it waits for the hash of what was read.
     """
     target = get_layout(layout)
     converted = to_theirs(ours, target)
@@ -104,6 +114,10 @@ def write(ours: Ours, attributes: Attributes, file: Path, layout: str, verify: b
         converted.report.notes.extend(unrecorded(ours, converted.config, target, stated))
         if "preprocessor_config.json" in contents:
             converted.report.notes.extend(_other_images(attributes.preprocessing, contents["preprocessor_config.json"]))
+    header = {}
+    if not contents and file.suffix != ".npz":
+        header = write_header(converted.config, attributes, provenance())
+        read_header(header)  # it must read back
     sha256 = ""
     file.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -111,7 +125,6 @@ def write(ours: Ours, attributes: Attributes, file: Path, layout: str, verify: b
         if file.suffix == ".npz":
             write_npz(temporary, converted.state_dict)
         else:
-            header = {} if contents else write_header(converted.config, attributes)
             write_safetensors(temporary, converted.state_dict, {"format": "pt", **header})
         if verify:
             read = read_npz if file.suffix == ".npz" else read_safetensors

@@ -54,22 +54,19 @@ def read_safetensors(path: Path) -> Checkpoint:
         whole.update(start + text)
         unsealed.update(start + text.replace(str(seal).encode(), _UNSEALED.encode(), 1))
         tensors = {}
-        try:
-            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                tensors[name] = tensor = _empty(path, name, entry)
-                data = _bytes(tensor)
-                if file.readinto(data) != data.nbytes:
-                    raise CheckpointError(f"{path} became shorter while it was read, at {name}")
-                whole.update(data)
-                if seal is not None:
-                    unsealed.update(data)
-        finally:
-            sha256, content = whole.hexdigest(), unsealed.hexdigest()
-    if seal is not None and content != seal:
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            tensors[name] = tensor = _empty(path, name, entry)
+            data = _bytes(tensor)
+            if file.readinto(data) != data.nbytes:
+                raise CheckpointError(f"{path} became shorter while it was read, at {name}")
+            whole.update(data)
+            if seal is not None:
+                unsealed.update(data)
+    if seal is not None and (content := unsealed.hexdigest()) != seal:
         raise CheckpointError(
             f"{path} was changed after it was written: its content has sha256 {content}, its header says {seal}"
         )
-    return Checkpoint(path, tensors, metadata, sha256)
+    return Checkpoint(path, tensors, metadata, whole)
 
 
 def _empty(path: Path, name: str, entry: dict) -> Tensor:

@@ -36,13 +36,13 @@ VIT = Layout(
 )
 
 
-def write_header(config: ViTConfig, attributes: Attributes) -> dict[str, str]:
+def write_header(config: ViTConfig, attributes: Attributes, provenance: Provenance | None) -> dict[str, str]:
     """What a file's header says of a model: its config, preprocessing, categories and provenance, each as JSON."""
     parts = {
         "vit.config": config.to_dict(),
         "vit.preprocessing": asdict(attributes.preprocessing),
         "vit.categories": attributes.categories,
-        "vit.provenance": None if attributes.provenance is None else asdict(attributes.provenance),
+        "vit.provenance": None if provenance is None else asdict(provenance),
     }
     return {key: json.dumps(part) for key, part in parts.items() if part is not None}
 
@@ -83,7 +83,7 @@ def read_header(metadata: Mapping[str, str]) -> Description:
 
 def check_attributes(config: ViTConfig, attributes: Attributes) -> None:
     """What a header says of a model must read back, and fit the model: CheckpointError otherwise."""
-    about = read_header(write_header(config, attributes))
+    about = read_header(write_header(config, attributes, None))
     assert about.preprocessing is not None
     if len(about.preprocessing.mean) != config.in_chans:
         raise CheckpointError(
