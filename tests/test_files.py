@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from skimage import data
 
 import vit
+from vit.cli.options import setting
 from vit.image import create_transform
 from vit.weights import CheckpointError
 from vit.weights.hub import download
@@ -75,8 +76,9 @@ def test_transformers_reads_what_we_write(kind, tmp_path):
     assert same(ours, again) and again.config == config.override(position_rule=rule)
     assert again.categories == ours.categories
     if config.img_size[0] != config.img_size[1]:  # how a rectangle is covered cannot be said
-        report = convert_file(tmp_path, tmp_path / "again", layout)
-        assert any("cannot say crop_pct" in note for note in report["notes"])
+        with pytest.warns(UserWarning, match="cannot say preprocessing"):
+            vit.save_checkpoint(ours, tmp_path, layout=layout)
+        assert again.preprocessing.mode == "squash"
         return
     assert create_transform(again) == replace(create_transform(ours), crop_pct=again.preprocessing.crop_pct)
     assert create_transform(again).resized_size(97, 65) == create_transform(ours).resized_size(97, 65)
@@ -185,13 +187,22 @@ def test_bad_configs_of_transformers(model, tmp_path, message):
 
 
 @pytest.mark.parametrize(
-    "change", [{"resample": 9}, {"size": {"longest_edge": 3}}, {"image_std": [0, 1, 1]}, {"size": "x"}]
+    "change",
+    [
+        {"do_normalize": False},
+        {"do_resize": False},
+        {"rescale_factor": 1 / 127.5},
+        {"resample": 9},
+        {"size": {"longest_edge": 3}},
+        {"image_std": [0, 1, 1]},
+        {"size": "x"},
+    ],
 )
 def test_bad_preprocessors(model, tmp_path, change):
     vit.save_checkpoint(model, tmp_path, layout="transformers")
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change | {"do_center_crop": False}))
-    with pytest.raises(CheckpointError, match="preprocessor_config.json cannot be used"):
+    with pytest.raises(CheckpointError, match="preprocessor_config.json(: do_| cannot be used)"):
         vit.load_pretrained(tmp_path)
 
 
@@ -246,6 +257,52 @@ def test_npz_files(layout, tmp_path, model):
     assert (again.config.gelu, again.config.position_rule) == ("tanh", "jax")  # what an npz file cannot say
     assert vit.load_pretrained(file, gelu="erf", position_rule="timm").config == TINY
     assert all(key.count("/") for key in np.load(file) if key not in ("cls", "pos_embedding"))
+
+
+def test_what_a_file_cannot_say_is_warned_of(tmp_path, model):
+    with pytest.warns(UserWarning) as caught:
+        vit.save_checkpoint(model, tmp_path / "m.npz", layout="augreg")
+    said = " ".join(str(warning.message) for warning in caught)
+    for name in ("gelu", "position_rule", "preprocessing", "categories"):
+        assert f"cannot say {name}" in said
+    with pytest.raises(CheckpointError, match="an npz file cannot say that its grid is 4x8, not square"):
+        vit.save_checkpoint(vit.ViT(TINY.override(img_size=(32, 64))), tmp_path / "n.npz", layout="augreg")
+    assert [path.name for path in tmp_path.iterdir()] == ["m.npz"]
+    vit.save_checkpoint(randomize(vit.ViT(TINY.override(depth=1))), tmp_path, layout="timm")
+    assert vit.load_pretrained(tmp_path / "m.npz").config.depth == 2  # the config.json beside it is another's
+
+
+def test_preprocessing_can_be_stated(tmp_path, model):
+    state = vit.weights.convert(model.state_dict(), target="timm", config=TINY).state_dict
+    save_file(state, tmp_path / "m.safetensors")
+    again = vit.load_pretrained(tmp_path / "m.safetensors", mean=[0.1, 0.2, 0.3], crop_pct=1.0)
+    assert again.preprocessing.mean == (0.1, 0.2, 0.3) and again.preprocessing.crop_pct == 1.0
+    with pytest.raises(ValueError, match="crop_pct must lie in"):
+        vit.load_pretrained(tmp_path / "m.safetensors", crop_pct=2.0)
+    other = vit.load_pretrained(tmp_path / "m.safetensors", in_chans=1, patch_size=4)
+    assert {other.config.sources[name] for name in ("in_chans", "patch_size", "img_size")} == {"the caller"}
+
+
+def test_a_larger_models_config_is_not_the_backbones(tmp_path, model):
+    state = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()} | {"x": torch.ones(1)}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "depth_anything"}')
+    with pytest.warns(UserWarning, match="left behind"):
+        assert same(model, vit.load_pretrained(tmp_path, prefix="backbone.", num_heads=2))
+
+
+def test_labels_of_a_model_without_a_head(tmp_path):
+    theirs, _ = _transformers("ViTModel", add_pooling_layer=False)(TINY.override(num_classes=0))
+    theirs.config.id2label = {0: "a", 1: "b"}
+    theirs.save_pretrained(tmp_path)
+    assert vit.load_pretrained(tmp_path).categories is None
+
+
+@pytest.mark.parametrize("value", ["False", "null", "[]"])
+def test_class_position_of_another_kind(tmp_path, model, value):
+    path = vit.save_checkpoint(model, tmp_path / "m", layout="timm")
+    with pytest.raises(CheckpointError, match="class_position must be True or False"):
+        vit.load_pretrained(path, **dict([setting(f"class_position={value}")]))
 
 
 # --- wrappers, as training scripts leave them
@@ -381,17 +438,19 @@ def test_a_report_is_written_beside_the_result(tmp_path, model):
     source = vit.save_checkpoint(model, tmp_path / "a.safetensors")
     report = convert_file(source, tmp_path / "b", "transformers", check=False)
     file = report_path(tmp_path / "b" / "model.safetensors")
-    assert file.name == "model.report.json" and json.loads(file.read_text()) == json.loads(json.dumps(report))
+    assert file.name == "model.safetensors.report.json" and json.loads(file.read_text()) == json.loads(
+        json.dumps(report)
+    )
     target = (tmp_path / "b" / "model.safetensors").read_bytes()
     assert report["source"]["sha256"] == hashlib.sha256(source.read_bytes()).hexdigest()
     assert report["target"]["sha256"] == hashlib.sha256(target).hexdigest()
     assert report["transforms"] == ["fuse q, k, v"] and report["tensors"] == 32
     steps = {step["ours"]: step for step in report["steps"]}
     assert len(steps["blocks.1.attention.qkv.bias"]["target"]) == 3
-    assert report["notes"] == ["the file cannot say position_rule='timm': state it when reading, or get 'transformers'"]
+    assert report["notes"] == [] and report["unsaid"] == {"position_rule": "transformers"}
     assert report["config"]["eps"] == {"value": 1e-6, "from": "the file's header"}
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == [
-        "config.json", "model.report.json", "model.safetensors", "preprocessor_config.json"]  # fmt: skip
+        "config.json", "model.safetensors", "model.safetensors.report.json", "preprocessor_config.json"]  # fmt: skip
 
 
 def test_check_runs_the_source_in_its_own_library(tmp_path, model):
@@ -411,7 +470,9 @@ def test_a_config_that_is_wrong_is_seen_by_check(tmp_path, model):
     vit.save_checkpoint(model, tmp_path / "a", layout="timm")
     convert_file(tmp_path / "a", tmp_path / "b.safetensors", "vit", overrides={"num_heads": 4})
     before = (tmp_path / "b.safetensors").read_bytes()
-    with pytest.raises(CheckpointError, match="timm computes otherwise: .*; nothing was written"):
+    with pytest.raises(
+        CheckpointError, match="source in timm, source in vit: .* difference is .*; nothing was written"
+    ):
         convert_file(tmp_path / "a", tmp_path / "b.safetensors", "vit", overrides={"num_heads": 4}, check=True)
     assert (tmp_path / "b.safetensors").read_bytes() == before
 

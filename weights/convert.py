@@ -43,7 +43,8 @@ class Report:
     steps: list[Step]
     dropped: dict[str, str]  # source key -> why it was left out
     left: list[str]  # source keys beside the model: an optimiser's, another model's
-    notes: list[str] = field(default_factory=list)  # changes that cannot be undone, settings that cannot be held
+    notes: list[str] = field(default_factory=list)  # changes that cannot be undone
+    unsaid: dict[str, Any] = field(default_factory=dict)  # settings that the files cannot say -> what a reader assumes
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
@@ -109,10 +110,10 @@ def to_ours(state_dict: Mapping[str, Any], source: str | None, claims: Claims, p
     place = locate(inside, source)
     layout = place.layout
     state, dropped, left, odd = _unwrap(inside, place)
-    _check_values(state)
     if layout.unpack is not None:
         state = layout.unpack(state)
     sorted_keys = sort_keys(layout, state, place.prefixed)
+    _check_values({key: value for key, value in state.items() if key not in sorted_keys.dropped})
     extra = {} if layout.facts is None else layout.facts(state)
     tensors, shapes = _transform(state, sorted_keys.groups, extra.get("num_heads", 0))
     problems = {"missing": sorted_keys.missing, "unexpected": odd + sorted_keys.unexpected, "shapes": shapes}
@@ -252,7 +253,7 @@ def to_theirs(ours: Ours, target: Layout) -> Converted:
     """Write what was read in another layout; CheckpointError where that cannot hold it."""
     tensors, config, notes = adapt_positions(ours.tensors, ours.config, target)
     _check_needs(tensors, config, target)
-    prefixed = bool(target.prefix) and "head.weight" in tensors
+    prefixed = bool(target.prefix) and ("head.weight" in tensors or target.always_prefixed)
     result: dict[str, Tensor] = {}
     steps = []
     for name, tensor in tensors.items():
@@ -306,6 +307,12 @@ def _check_needs(tensors: Mapping[str, Tensor], config: ViTConfig, target: Layou
         if getattr(config, name) not in values
     ]
     problems += sorted({split_number(name)[0].replace("{}", "*") for name in tensors if target.entry(name)[0] is None})
+    pool = None if target.head_pool is None else target.head_pool if config.num_classes else "token"
+    if pool not in (None, config.global_pool):
+        has = "with" if config.num_classes else "without"
+        problems.append(f"global_pool {config.global_pool!r} {has} a classifier (it has {pool!r})")
+    if target.square and config.grid[0] != config.grid[1]:
+        problems.append(f"positions of {config.grid[0]}x{config.grid[1]} patches (its grids are square)")
     present = {split_number(name)[0] for name in tensors}
     problems += [f"a model without {name.replace('{}', '*')}" for name in target.requires if name not in present]
     if problems:
@@ -317,8 +324,8 @@ def from_model(model: ViT) -> Ours:
     return to_ours(model.state_dict(), VIT.name, {"the model": model.config.to_dict()})
 
 
-def unrecorded(ours: Ours, config: ViTConfig, target: Layout, stated: Mapping[str, Any]) -> list[str]:
-    """The settings that files without our header cannot say, and that their reader will take to be otherwise.
+def unrecorded(ours: Ours, config: ViTConfig, target: Layout, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that files without our header cannot say -> what their reader will take them to be.
 
     Args:
         ours: the weights that are written.
@@ -329,9 +336,9 @@ def unrecorded(ours: Ours, config: ViTConfig, target: Layout, stated: Mapping[st
     tensors = adapt_positions(ours.tensors, ours.config, target)[0]
     shapes = {"num_heads": config.num_heads} if target.facts is not None else {}
     read = config_from_shapes(tensors, {"the files": stated}, target, shapes)
-    return [
-        f"the file cannot say {name}={getattr(config, name)!r}: state it when reading, or get {getattr(read, name)!r}"
+    return {
+        name: getattr(read, name)
         for name in ViTConfig.field_names()
         if getattr(read, name) != getattr(config, name)
         and name not in ("init_values", "drop_path_rate", "grad_checkpointing")  # which change no answer
-    ]
+    }

@@ -14,6 +14,7 @@ class Description:
 
     where: str = ""  # where it was read
     declared: dict[str, Any] = field(default_factory=dict)  # fields of ViTConfig
+    assumed: dict[str, Any] = field(default_factory=dict)  # what goes without saying in a model of that name
     preprocessing: Preprocessing | None = None
     categories: list[str] | None = None
     license: str | None = None

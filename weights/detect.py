@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 
 from .checkpoint import CheckpointError
 from .keymap import Layout, sort_keys
 from .layouts import LAYOUTS, get_layout
+from .layouts.timm import without_chunk
 
 # What training scripts put around a model's weights. Of several that hold the same model, the first here is taken.
 _CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student", "encoder", "target")
@@ -17,6 +18,8 @@ _FLAX_CONTAINERS = ("opt/target/params/", "opt/target/", "params/img/", "params/
 # What wrappers in PyTorch put before every name.
 _STRIPPED = ("module", "_orig_mod", "backbone")
 _WRAPPER = re.compile(rf"((?:{'|'.join((*_CONTAINERS, *_STRIPPED))})\.)*|{'|'.join(_FLAX_CONTAINERS)}")
+
+_MOST = 100  # models of one layout in one file: more are no model's
 
 # Models that resemble a ViT and cannot be one here: a key that shows it -> why.
 _REFUSED = {
@@ -62,12 +65,10 @@ class Place:
         last = max((i for i, part in enumerate(parts) if part in _CONTAINERS), default=-1)
         return "".join(f"{part}." for part in parts[: last + 1])
 
-    def has(self, keys: set[str], key: str) -> bool:
-        return self.wrapper + (self.layout.prefix if self.prefixed else "") + key in keys or self.wrapper + key in keys
-
-    def markers(self) -> list[str]:
-        in_front = self.wrapper + (self.layout.prefix if self.prefixed else "")
-        return [in_front + self.layout.markers[0], *self.layout.markers[1:]]
+    @property
+    def front(self) -> str:
+        """What stands before the names of all but the classifier."""
+        return self.wrapper + (self.layout.prefix if self.prefixed else "")
 
 
 def detect_layout(state_dict: Iterable[str], prefix: str | None = None) -> Detected:
@@ -99,10 +100,10 @@ def explain(place: Place) -> str:
 
 def locate(keys: Iterable[str], layout: str | None = None) -> Place:
     """The one layout that the keys are of, and its place among them; with `layout` only its place is asked for."""
-    keys = set(keys)
-    _refuse(keys)
+    index = sorted({without_chunk(key) for key in keys})
+    _refuse(index)
     asked = list(LAYOUTS.values()) if layout is None else [get_layout(layout)]
-    places = [place for one in asked for place in _places(one, keys)]
+    places = [place for one in asked for place in _places(one, index)]
     known = [place for place in places if _WRAPPER.fullmatch(place.wrapper)]
     if known:
         best = min(map(_container_rank, known))
@@ -111,14 +112,26 @@ def locate(keys: Iterable[str], layout: str | None = None) -> Place:
         if len(names) > 1:
             raise CheckpointError(f"the keys fit several layouts: {', '.join(names)}; say which one it is")
         return min(known, key=lambda place: (len(place.wrapper), place.wrapper))
+    if layout is not None:  # the caller knows; what is missing will be listed
+        return _stated_place(asked[0], index)
     if places:
         where = sorted({place.wrapper for place in places})
-        found = f"a model in the {places[0].layout.name} layout lies under {' and under '.join(map(repr, where))}"
-        raise CheckpointError(f"{found}: state it, prefix={where[0]!r}")
-    if layout is not None:  # the caller knows; what is missing will be listed
-        one = asked[0]
-        return Place(one, "", bool(one.prefix) and any(key.startswith(one.prefix) for key in keys))
-    raise CheckpointError(_nearest(keys))
+        several = f" and {len(where) - 3} more" * (len(where) > 3)
+        found = f"a model in the {places[0].layout.name} layout lies under {' and under '.join(map(repr, where[:3]))}"
+        raise CheckpointError(f"{found}{several}: state it, prefix={where[0]!r}")
+    raise CheckpointError(_nearest(index))
+
+
+def _stated_place(layout: Layout, index: list[str]) -> Place:
+    """Where a layout lies whose marker keys are not all there, told by any wrapper before its class token."""
+    (token,) = (entry.theirs[0] for entry in layout.entries if entry.ours == "class_token")
+    for prefixed in (True, False) if layout.prefix else (False,):
+        end = layout.prefix * prefixed + token
+        wrappers = [key.removesuffix(end) for key in index if key.endswith(end)]
+        places = [Place(layout, wrapper, prefixed) for wrapper in wrappers if _WRAPPER.fullmatch(wrapper)]
+        if places:
+            return min(places, key=lambda place: (_container_rank(place), len(place.wrapper)))
+    return Place(layout, "", bool(layout.prefix) and any(key.startswith(layout.prefix) for key in index))
 
 
 def _container_rank(place: Place) -> int:
@@ -126,41 +139,43 @@ def _container_rank(place: Place) -> int:
     return min((_CONTAINERS.index(part) for part in place.wrapper.split(".") if part in _CONTAINERS), default=-1)
 
 
-def _places(layout: Layout, keys: set[str]) -> list[Place]:
-    """Where among the keys all of a layout's markers lie, and none that tell another layout."""
+def _places(layout: Layout, index: list[str]) -> list[Place]:
+    """Where among the keys, sorted, all of a layout's markers lie, and none that tell another layout."""
     first, *others = layout.markers
     found = []
-    for key in keys:
-        if not key.endswith(first):
-            continue
+    for key in (key for key in index if key.endswith(first)):
         before = key.removesuffix(first)
         prefixed = bool(layout.prefix) and before.endswith(layout.prefix)
         place = Place(layout, before.removesuffix(layout.prefix) if prefixed else before, prefixed)
         if place.wrapper and place.wrapper[-1] not in "./":
             continue  # "myblocks.0..." ends so as well
-        if all(place.has(keys, marker) for marker in others) and not _has_any(place, keys):
+        fronts = {place.wrapper, place.container, place.front}
+        complete = all(_begins(index, place.wrapper + o, True) or _begins(index, place.front + o, True) for o in others)
+        if complete and not any(_begins(index, front + other) for other in layout.absent for front in fronts):
             found.append(place)
+        if len(found) > _MOST:
+            raise CheckpointError(f"there are more than {_MOST} models in the {layout.name} layout: state a prefix")
     return found
 
 
-def _has_any(place: Place, keys: set[str]) -> bool:
-    """Does any key tell that this is another layout?"""
-    fronts = {place.wrapper, place.container, place.wrapper + (place.layout.prefix if place.prefixed else "")}
-    return any(key.startswith(front + other) for other in place.layout.absent for front in fronts for key in keys)
+def _begins(index: list[str], text: str, whole: bool = False) -> bool:
+    """Does any of the sorted keys begin so, or, with `whole`, read so?"""
+    i = bisect_left(index, text)
+    return i < len(index) and (index[i] == text if whole else index[i].startswith(text))
 
 
-def _refuse(keys: set[str]) -> None:
+def _refuse(keys: list[str]) -> None:
     for marker, why in _REFUSED.items():
         for key in keys:
             if key == marker or key.endswith(f".{marker}"):
                 raise CheckpointError(f"{key} shows {why}: this model cannot hold it")
 
 
-def _nearest(keys: set[str]) -> str:
+def _nearest(keys: list[str]) -> str:
     """The error for keys that are no layout's: which one they come nearest to, and what it lacks."""
     if not keys:
         return "unknown layout: there are no keys at all"
-    some = sorted(islice(keys, 2000))  # enough to tell, and quick however many there are
+    some = keys[:2000]  # enough to tell, and quick however many there are
     known = {name: len(sort_keys(layout, some, bool(layout.prefix)).groups) for name, layout in LAYOUTS.items()}
     best = max(known, key=lambda name: known[name])
     if known[best] == 0:

@@ -64,15 +64,6 @@ def fused(ours: str, *theirs: str) -> list[Entry]:
     return [Entry(f"{ours}.{kind}", tuple(f"{name}.{kind}" for name in theirs), FUSE) for kind in ("weight", "bias")]
 
 
-# How a layout's position embedding treats the class and distillation tokens.
-CLASS_ROWS = (
-    "always",  # they have rows of their own
-    "never",
-    "unless registers",  # timm's models: rows, but none where there are registers
-    "either",
-)
-
-
 @dataclass(frozen=True)
 class Layout:
     """One project's names and arrangement, and what goes without saying there."""
@@ -83,6 +74,7 @@ class Layout:
     markers: tuple[str, ...]  # keys that every checkpoint of this layout has
     absent: tuple[str, ...] = ()  # keys that tell another layout with the same markers; a whole key or its beginning
     prefix: str = ""  # before every key but the classifier's, where there is a classifier
+    always_prefixed: bool = False  # written with the prefix even where there is none
     drops: Mapping[str, str] = field(default_factory=dict)  # beginnings of keys that are left out -> why
     zeros: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)  # keys we lack, written as zeros -> shape
     heads: int | None = None  # how many where nothing says it; None: as many as are `head_width` wide
@@ -91,6 +83,10 @@ class Layout:
     register_defaults: Mapping[str, Any] = field(default_factory=dict)  # and where there are registers
     needs: Mapping[str, tuple] = field(default_factory=dict)  # the values that a model must have to be held
     requires: tuple[str, ...] = ()  # our parameters that others lack, and that a model must have to be held
+    head_pool: str | None = None  # the one global_pool that goes with a classifier; without one it is "token"
+    square: bool = False  # its position embeddings are of square grids only
+    # have the class and distillation tokens rows in the position embedding: "always", "never", "either", or, as in
+    # timm's models, "unless registers"
     class_rows: str = "always"
     preprocessing: Preprocessing | None = None  # where nothing states it
     facts: Callable[[Mapping[str, Tensor]], dict[str, Any]] | None = None  # what their shapes tell beyond ours
@@ -111,11 +107,6 @@ class Layout:
         template, number = split_number(ours)
         found = next((entry for entry in self.entries if entry.ours == template), None)
         return found, number
-
-
-def head_keys(layout: Layout) -> list[str]:
-    """The classifier's keys, which stand without the prefix."""
-    return [key for entry in layout.entries if entry.ours.startswith("head") for key in entry.theirs]
 
 
 # A block's number stands between two separators (blocks.3.norm1) or ends a word (encoder_layer_3, encoderblock_3).
@@ -149,7 +140,7 @@ def sort_keys(layout: Layout, keys: Iterable[str], prefixed: bool) -> Sorted:
     result = Sorted({}, {}, [], [])
     for key in keys:
         template, number = (key, "") if key in table else split_number(key)
-        reason = next((why for beginning, why in layout.drops.items() if key.startswith(in_front + beginning)), None)
+        reason = next((why for start, why in layout.drops.items() if key.startswith((start, in_front + start))), None)
         if template in table:
             entry, place = table[template]
             ours = entry.ours.replace("{}", number)

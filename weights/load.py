@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections import Counter
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vit.checks import require_int, unknown
 from vit.config import NAMED_MODELS, ViTConfig, list_models
@@ -26,8 +24,8 @@ from .description import Attributes, Description
 from .formats import read_checkpoint
 from .hub import FILE_SUFFIXES, download, parse_name
 from .layouts import own, timm_config, transformers_config
-from .patch import resample_patch_projection
-from .shapes import known_preprocessing
+from .patch import adapt_channels, resample_patch_projection
+from .shapes import ASSUMED, known_preprocessing
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,9 @@ class Source:
     commit: str | None = None
     sha256: str | None = None  # what it must be, where that is known
     license: str | None = None  # where it is known without the file
+
+
+_SETTINGS = ("mean", "std", "interpolation", "crop_pct", "mode")  # fields of Preprocessing that a caller may state
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ def load_pretrained(
         device: where the model goes.
         dtype: what the weights are cast to; None keeps the file's.
         overrides: fields of `ViTConfig` that the file cannot know or says wrongly (num_heads=12, eps=1e-5 ...), or
-            that are the user's to choose (drop_path_rate, grad_checkpointing). `model.config.sources` tells of each
-            field where its value came from.
+            that are the user's to choose (drop_path_rate, grad_checkpointing); `model.config.sources` tells of each
+            field where its value came from. And the fields of `Preprocessing` but its size (mean=..., std=...).
 
     Raises:
         FileNotFoundError, HubError (an OSError): nothing is there, or the Hub cannot be reached.
@@ -120,6 +121,7 @@ def load_pretrained(
         new = f"a new one for {num_classes} with random weights: train it" if num_classes else "none"
         warnings.warn(f"the head for {model.config.num_classes} classes is replaced by {new}", stacklevel=2)
         model.reset_classifier(num_classes)
+        model.config = _stated(model.config, num_classes=num_classes)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -132,16 +134,18 @@ def load(
 ) -> Loaded:
     """Read a checkpoint and convert it to our names; the arguments are those of `load_pretrained`."""
     overrides = dict(overrides or {})
+    settings = {name: overrides.pop(name) for name in list(overrides) if name in _SETTINGS}
     ViTConfig.check_names(overrides)
     checkpoint = read(found, sha256)
     try:
-        about = describe(found, checkpoint, "num_heads" in overrides)
-        claims = {"the caller": overrides, about.where: about.declared}
+        about = describe(found, checkpoint, "num_heads" in overrides, prefix)
+        claims = {"the caller": overrides, about.where: about.declared, ASSUMED: about.assumed}
         # what is no tensor comes along, so that it is refused where the model's own keys hold it
         state = checkpoint.tensors | {name: NotATensor(kind) for name, kind in checkpoint.others.items()}
         ours = to_ours(state, layout, claims, prefix)
         attributes = _attributes(found, about, ours)
-    except CheckpointError as error:
+        attributes = replace(attributes, preprocessing=replace(attributes.preprocessing, **settings))
+    except ValueError as error:
         raise CheckpointError(f"{found.weights}: {error}") from None
     return Loaded(found, checkpoint, about, ours, attributes)
 
@@ -205,17 +209,28 @@ def _in_folder(folder: Path, name: str) -> Source:
 
 
 def _with_configs(name: str, weights: Path) -> Source:
+    if weights.suffix.lower() == ".npz":  # Google's files have none, so that one lying there is another's
+        return Source(name, weights)
     config, preprocessor = (weights.parent / file for file in ("config.json", "preprocessor_config.json"))
     return Source(name, weights, config if config.is_file() else None, preprocessor if preprocessor.is_file() else None)
 
 
-def describe(found: Source, checkpoint: Checkpoint, known_heads: bool = False) -> Description:
-    """What the checkpoint's header or the config.json beside it says of the model: the header, where there is one."""
+def describe(
+    found: Source, checkpoint: Checkpoint, known_heads: bool = False, prefix: str | None = None
+) -> Description:
+    """What the checkpoint's header or the config.json beside it says of the model: the header, where there is one.
+
+    Under a prefix, a config.json speaks of the larger model; its "backbone_config" is the part that counts.
+    """
     if any(key.startswith("vit.") for key in checkpoint.metadata):
         return own.read_header(checkpoint.metadata)
     if found.config is None:
         return Description()
     content, where = read_json(found.config), str(found.config)
+    if prefix:
+        content = content.get("backbone_config") or {}
+        if not isinstance(content, dict) or not content:
+            return Description()
     if "model_type" not in content:
         return timm_config.read_config(content, where, known_heads)
     about = transformers_config.read_config(content, where)
@@ -228,7 +243,7 @@ def describe(found: Source, checkpoint: Checkpoint, known_heads: bool = False) -
 def _attributes(found: Source, about: Description, ours: Ours) -> Attributes:
     """What the model carries, as the files say it or as it is usual."""
     config = ours.config
-    categories = about.categories
+    categories = about.categories if config.num_classes else None
     if categories is None and about == Description() and config.num_classes == 1000:
         categories = imagenet_categories()  # what timm, too, takes 1,000 classes to be
     if categories is not None and len(categories) != config.num_classes:
@@ -244,10 +259,10 @@ def build(loaded: Loaded, in_chans: int | None = None, patch_size: int | None = 
     config, tensors, preprocessing = loaded.ours.config, loaded.ours.tensors, loaded.attributes.preprocessing
     weight = tensors["patch_embed.proj.weight"]
     if in_chans is not None and in_chans != config.in_chans:
-        weight, config = adapt_channels(weight, in_chans), config.override(in_chans=in_chans)
+        weight, config = adapt_channels(weight, in_chans), _stated(config, in_chans=in_chans)
     if patch_size is not None and patch_size != config.patch_size:
         weight, (h, w) = resample_patch_projection(weight, patch_size), config.grid
-        config = config.override(patch_size=patch_size, img_size=(h * patch_size, w * patch_size))
+        config = _stated(config, patch_size=patch_size, img_size=(h * patch_size, w * patch_size))
         preprocessing = replace(preprocessing, size=config.img_size)
     model = skeleton(config)
     model.load_state_dict({**tensors, "patch_embed.proj.weight": weight}, assign=True)
@@ -257,21 +272,12 @@ def build(loaded: Loaded, in_chans: int | None = None, patch_size: int | None = 
     return model
 
 
+def _stated(config: ViTConfig, **values: Any) -> ViTConfig:
+    """The config with values that the caller states."""
+    return replace(config.override(**values), sources={**config.sources, **dict.fromkeys(values, "the caller")})
+
+
 def _summary(keys: list[str]) -> str:
     """Keys, counted by how they begin."""
     counts = Counter(re.split(r"[./]", key)[0] for key in keys)
     return ", ".join(f"{name} ({count})" for name, count in counts.most_common())
-
-
-def adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    """A patch projection [D, 3, p, p] for another number of channels, as timm adapts it: [D, channels, p, p].
-
-    One channel gets the sum over the three, so that grey images give what they gave as RGB; more channels repeat
-    the three in turn, scaled so that the sum keeps its size.
-    """
-    if weight.shape[1] != 3:
-        raise ValueError(f"in_chans={channels}: only 3 channels can be adapted, the checkpoint has {weight.shape[1]}")
-    if channels == 1:
-        return weight.float().sum(dim=1, keepdim=True).to(weight.dtype)
-    repeated = weight.float().repeat(1, math.ceil(channels / 3), 1, 1)[:, :channels]
-    return (repeated * (3 / channels)).to(weight.dtype)

@@ -5,6 +5,8 @@ pixels, and its token would be about four times as long. The weights asked for a
 token of the original one.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,3 +42,17 @@ def resample_patch_projection(weight: Tensor, size: int) -> Tensor:
     inverse = torch.linalg.pinv(resize.T)  # P, [p', p]
     resized = inverse @ weight.cpu().double() @ inverse.T  # [D, C, p', p']
     return resized.to(weight.device, weight.dtype)
+
+
+def adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """A patch projection [D, 3, p, p] for another number of channels, as timm adapts it: [D, channels, p, p].
+
+    One channel gets the sum over the three, so that grey images give what they gave as RGB; more channels repeat
+    the three in turn, scaled so that the sum keeps its size.
+    """
+    if weight.shape[1] != 3:
+        raise ValueError(f"in_chans={channels}: only 3 channels can be adapted, the checkpoint has {weight.shape[1]}")
+    if channels == 1:
+        return weight.float().sum(dim=1, keepdim=True).to(weight.dtype)
+    repeated = weight.float().repeat(1, math.ceil(channels / 3), 1, 1)[:, :channels]
+    return (repeated * (3 / channels)).to(weight.dtype)

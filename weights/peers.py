@@ -55,7 +55,24 @@ def build_peer(layout: str, state: Mapping[str, Tensor], config: ViTConfig, fold
         hint = f"pip install {library}" if layout != "vit" else "it is this project's own"
         raise CheckpointError(f"there is nothing to check the {layout} layout against: {hint}")
     build = {"timm": _timm, "transformers": _transformers, "torchvision": _torchvision}[library]
-    return build(layout, state, config, folder)
+    try:
+        return build(layout, dict(state) | _zeros(layout, state, config), config, folder)
+    except CheckpointError:
+        raise
+    except Exception as error:  # each library has its own way of not loading something
+        raise CheckpointError(f"{library} cannot load this: {str(error).splitlines()[0]}") from None
+
+
+def _zeros(layout: str, state: Mapping[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
+    """What the layout's files have and this project drops, as zeros."""
+    one, dtype = get_layout(layout), next(iter(state.values())).dtype
+    front = one.prefix if any(key.startswith(one.prefix) for key in state) else ""
+    return {
+        front + key: torch.zeros(
+            [getattr(config, side) if isinstance(side, str) else side for side in shape], dtype=dtype
+        )
+        for key, shape in one.zeros.items()
+    }
 
 
 def timm_model(config: ViTConfig) -> Any:

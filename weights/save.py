@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,15 +16,18 @@ from vit.attention import SOFTMAX
 from vit.config import ViTConfig
 from vit.metadata import Preprocessing, Provenance
 from vit.model import ViT
+from vit.resources import imagenet_categories
 
 from .checkpoint import Checkpoint, CheckpointError, replacing, write_json
 from .convert import Converted, Ours, adapt_positions, from_model, to_ours, to_theirs, unrecorded
 from .description import Attributes
+from .detect import locate
 from .formats.npz import read_npz, write_npz
 from .formats.safetensors import read_safetensors, write_safetensors
 from .layouts import get_layout, timm_config, transformers_config
 from .layouts.google import AUGREG, BIG_VISION, BIG_VISION_SCANNED
 from .layouts.own import check_attributes, read_header, write_header
+from .shapes import known_preprocessing
 
 _NPZ = {layout.name for layout in (AUGREG, BIG_VISION, BIG_VISION_SCANNED)}
 _TIMM = {"timm", "deit"}  # layouts with timm's config.json
@@ -60,15 +64,19 @@ def save_checkpoint(model: ViT, path: str | Path, layout: str = "vit") -> Path:
     file = target_files(path, layout)[0]
     license = None if model.provenance is None else model.provenance.license
     attributes = Attributes(model.preprocessing, model.categories, license)
-    write(from_model(model), attributes, file, layout, lambda: model.provenance)
+    converted, _ = write(from_model(model), attributes, file, layout, lambda: model.provenance)
+    for name, value in converted.report.unsaid.items():
+        warnings.warn(f"{file} cannot say {name}, whose reader will assume {value!r}", stacklevel=2)
     return file
 
 
 def target_files(path: str | Path, layout: str) -> list[Path]:
     """The files that are written: the weights, then the JSON files beside them where the layout has any."""
     get_layout(layout)
+    if str(path) == "":
+        raise ValueError("expected a file or folder to write, not ''")
     path = Path(path)
-    is_folder = path.is_dir() or path.suffix not in (
+    is_folder = path.is_dir() or path.suffix.lower() not in (
         ".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".npy", ".onnx", ".json", ".jpg", ".png",
     )  # fmt: skip
     beside = _beside(layout)
@@ -110,10 +118,8 @@ def write(
     check_attributes(converted.config, attributes)
     contents = _configs(converted.config, attributes, layout)
     if contents or file.suffix == ".npz":  # the others carry everything in their header
-        stated = _stated(converted.config, layout, contents.get("config.json"))
-        converted.report.notes.extend(unrecorded(ours, converted.config, target, stated))
-        if "preprocessor_config.json" in contents:
-            converted.report.notes.extend(_other_images(attributes.preprocessing, contents["preprocessor_config.json"]))
+        _check_detected(converted, layout)
+        converted.report.unsaid.update(_unsaid(ours, converted, attributes, layout, contents))
     header = {}
     if not contents and file.suffix != ".npz":
         header = write_header(converted.config, attributes, provenance())
@@ -163,20 +169,41 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def _stated(config: ViTConfig, layout: str, content: dict[str, Any] | None) -> Mapping[str, Any]:
-    """What a reader without our header is told of the config."""
-    if content is None:
-        return {"img_size": config.img_size}
-    reader = timm_config if layout in _TIMM else transformers_config
-    return reader.read_config(content, "config.json").declared
+def _check_detected(converted: Converted, layout: str) -> None:
+    """A file that says nothing of its layout must be taken for what it is."""
+    found = locate(converted.state_dict).layout.name
+    if found != layout:
+        raise CheckpointError(f"written in the {layout} layout, this model would be read as {found}")
 
 
-def _other_images(settings: Preprocessing, content: dict[str, Any]) -> list[str]:
-    """How images would be prepared otherwise than the model has it, by what is written of that."""
-    read = transformers_config.read_preprocessing(content, "preprocessor_config.json")
-    square = settings.size[0] == settings.size[1]
-    if settings.mode == "squash" or (
-        square and int(settings.size[0] / settings.crop_pct) == int(read.size[0] / read.crop_pct)
-    ):
-        return []
-    return [f"the file cannot say crop_pct={settings.crop_pct} for {settings.size}: it has the short side resized"]
+def _unsaid(
+    ours: Ours, converted: Converted, attributes: Attributes, layout: str, contents: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """What files without our header cannot say of a model -> what their reader will take it to be."""
+    config, target = converted.config, get_layout(layout)
+    stated: Mapping[str, Any] = {}
+    images = known_preprocessing(config, target)
+    categories = imagenet_categories() if config.num_classes == 1000 else None
+    if layout in _TIMM:
+        read = timm_config.read_config(contents["config.json"], "config.json")
+        stated, images, categories = read.declared, read.preprocessing or images, read.categories
+    elif contents:
+        read = transformers_config.read_config(contents["config.json"], "config.json")
+        stated, categories = read.declared, read.categories
+        images = transformers_config.read_preprocessing(
+            contents["preprocessor_config.json"], "preprocessor_config.json"
+        )
+    elif config.grid[0] != config.grid[1]:
+        raise CheckpointError(f"an npz file cannot say that its grid is {config.grid[0]}x{config.grid[1]}, not square")
+    unsaid = unrecorded(ours, config, target, stated)
+    if _effect(images) != _effect(attributes.preprocessing):
+        unsaid["preprocessing"] = images
+    if categories != attributes.categories:
+        unsaid["categories"] = None if categories is None else f"{len(categories)} labels, {categories[0]!r} the first"
+    return unsaid
+
+
+def _effect(settings: Preprocessing) -> tuple:
+    """What preprocessing does to images: the same crop_pct may be written in several ways."""
+    resized = [math.floor(side / settings.crop_pct) for side in settings.size] if settings.mode == "crop" else None
+    return settings.size, settings.mean, settings.std, settings.interpolation, settings.mode, resized

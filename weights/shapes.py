@@ -24,6 +24,7 @@ _OPTIONAL = re.compile(r"(dist_token|register_tokens|blocks\.\{\}\.scale|norm\.|
 
 # Statements about the model, the first one first: who states it -> fields of ViTConfig.
 Claims = Mapping[str, Mapping[str, Any]]
+ASSUMED = "the named model's default"  # what goes by this name counts less than shapes
 
 
 def required_names(names: Iterable[str]) -> list[str]:
@@ -56,7 +57,7 @@ def config_from_shapes(
         CheckpointError: shapes contradict what is stated, or cannot tell what has to be known.
     """
     facts = _facts(tensors) | dict(extra or {})
-    stated, sources = _merge(claims)
+    stated, sources = _merge({source: fields for source, fields in claims.items() if source != ASSUMED})
     for name, value in facts.items():
         if name in stated and stated[name] != value and name not in ("init_values", "global_pool"):
             raise CheckpointError(f"{name} is declared to be {stated[name]}, but the weights have {value}")
@@ -64,6 +65,8 @@ def config_from_shapes(
         has = "have" if facts["init_values"] is not None else "lack"
         raise CheckpointError(f"init_values is declared as {stated['init_values']}, the weights {has} LayerScale")
     assumed = dict(layout.defaults) | (dict(layout.register_defaults) if facts["reg_tokens"] else {})
+    named = dict(claims.get(ASSUMED, {}))
+    assumed |= named
     values: dict[str, Any] = {**assumed, **facts, **stated}
     if "num_heads" not in values:
         values["num_heads"] = assumed["num_heads"] = _default_heads(layout, values["embed_dim"])
@@ -77,6 +80,7 @@ def config_from_shapes(
     sources = (
         dict.fromkeys(config.field_names(), "the default")
         | dict.fromkeys(assumed, f"the {layout.name} layout's default")
+        | dict.fromkeys(named, ASSUMED)
         | dict.fromkeys({**facts, **positions}, "the shapes")
         | sources
     )
@@ -144,6 +148,8 @@ def _positions(rows: int, values: Mapping[str, Any], layout: Layout) -> dict[str
     to be square.
     """
     p, prefix = values["patch_size"], 1 + values["dist_token"]
+    if not isinstance(values.get("class_position", True), bool):
+        raise CheckpointError(f"class_position must be True or False, not {values['class_position']!r}")
     if "img_size" in values:
         H, W = as_pair(values["img_size"], "img_size")
         class_position = values.get("class_position", rows == (H // p) * (W // p) + prefix)

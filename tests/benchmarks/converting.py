@@ -47,7 +47,10 @@ done.set()
 print((peak - before) / Path(source).stat().st_size)
 """
 READ_WRITE = "save_file({k: v.clone() for k, v in load_file(source).items()}, target)"
-CONVERT = 'loaded = load(find(source)); write(loaded.ours, loaded.attributes, Path(target) / "model.safetensors", %r, lambda: loaded.provenance)'
+CONVERT = """
+    loaded = load(find(source))
+    write(loaded.ours, loaded.attributes, Path(target) / "model.safetensors", %r, lambda: loaded.provenance)
+"""
 
 
 def measure(job: str, source: Path, target: Path, tiny: Path, watched: bool = False) -> float:

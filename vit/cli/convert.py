@@ -55,5 +55,7 @@ def as_text(report: dict[str, Any], file: Path) -> str:
     if report["left"]:
         lines.append(f"left        {len(report['left'])} keys beside the model: {', '.join(report['left'][:5])} ...")
     lines += [f"note        {note}" for note in report["notes"]]
-    lines += [f"check       {what}: {difference:.1e}" for what, difference in (report["check"] or {}).items()]
+    lines += [f"unsaid      {name}: its reader will assume {value}" for name, value in report["unsaid"].items()]
+    for what, found in (report["check"] or {}).items():
+        lines.append(f"check       {what}: {found if isinstance(found, str) else format(found, '.1e')}")
     return "\n".join([*lines, f"report      {file}"])

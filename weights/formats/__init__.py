@@ -13,7 +13,7 @@ READERS: dict[str, Callable[[Path], Checkpoint]] = {
     ".safetensors": read_safetensors,
     ".index.json": read_sharded,
     ".npz": read_npz,
-    **dict.fromkeys((".pth", ".pt", ".bin", ".ckpt"), read_pickled),
+    **dict.fromkeys((".pth", ".pt", ".bin", ".ckpt", ".pth.tar"), read_pickled),
     ".onnx": read_onnx,
 }
 
@@ -30,6 +30,6 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     for ending, read in READERS.items():
-        if path.name.endswith(ending):
+        if path.name.lower().endswith(ending):
             return read(path)
     raise CheckpointError(f"{path} must end in one of {', '.join(READERS)}")

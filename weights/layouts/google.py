@@ -132,7 +132,7 @@ def unstack(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     depths = set()
     for key, tensor in state_dict.items():
-        if not key.startswith(_STACKED):
+        if not key.startswith(_STACKED) or not isinstance(tensor, Tensor):
             result[key] = tensor
             continue
         if tensor.ndim == 0:
@@ -141,7 +141,7 @@ def unstack(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if len(depths) > 1:
             raise CheckpointError(f"{key} holds {tensor.shape[0]} blocks, others {min(depths - {tensor.shape[0]})}")
         for i, one in enumerate(tensor):
-            result[f"Transformer/encoderblock_{i}/{key.removeprefix(_STACKED)}"] = one
+            result[f"Transformer/encoderblock_{i}/{key.removeprefix(_STACKED)}"] = one.clone()  # memory of its own
     return result
 
 

@@ -40,6 +40,7 @@ _DISTILLED = (*same("dist_token", "dist_token"), *pair("head_dist", "head_dist")
 _PRE_LOGITS = "the representation layer of older ImageNet-21k files; timm's models do not use it either"
 _NO_DIST = {"dist_token": (False,), "global_pool": ("token", "avg")}
 _BACKBONE = {"dist_token": (False,), "global_pool": ("token",), "fc_norm": (False,), "num_classes": (0,)}
+_WITHOUT_REGISTERS = {**_BACKBONE, "reg_tokens": (0,)}
 
 TIMM = Layout(
     "timm",
@@ -82,12 +83,14 @@ DEIT3 = Layout(
 DINO = Layout(
     "dino",
     "DINO, Meta's full checkpoints",
-    tuple(Entry(e.ours, tuple(f"backbone.{key}" for key in e.theirs)) for e in _entries()),
-    markers=(f"backbone.{_QKV}", "head.last_layer.weight_v"),
+    _entries()[:-2],  # without a head
+    markers=(_QKV, "head.last_layer.weight_v"),
+    prefix="backbone.",
+    always_prefixed=True,
     drops={"head.": "DINO's projection head, which is for training only"},
     head_width=64,
     defaults={"position_rule": "dinov2"},  # DINO resamples as DINOv2 does
-    needs=_BACKBONE,
+    needs=_WITHOUT_REGISTERS,
     preprocessing=_IMAGENET,
 )
 
@@ -98,31 +101,38 @@ MAE = Layout(
     markers=(_QKV, "decoder_pos_embed"),
     drops=dict.fromkeys(("decoder_", "mask_token"), "MAE's decoder, which is for training only"),
     head_width=64,
-    needs=_BACKBONE,
+    needs=_WITHOUT_REGISTERS,
     preprocessing=_IMAGENET,
 )
 
 MOCO = Layout(
     "moco",
     "MoCo-v3, Meta's full checkpoints",
-    tuple(Entry(e.ours, tuple(f"base_encoder.{key}" for key in e.theirs)) for e in _entries() if e.ours[:4] != "head"),
-    markers=(f"base_encoder.{_QKV}",),
+    _entries()[:-2],
+    markers=(_QKV, f"base_encoder.{_QKV}"),
+    prefix="base_encoder.",
+    always_prefixed=True,
     drops={
         "base_encoder.head.": "MoCo's projector, which is for training only",
         "momentum_encoder.": "MoCo's moving average of the encoder, which is for training only",
         "predictor.": "MoCo's predictor, which is for training only",
     },
     heads=12,  # its small model, too, which everybody else gives 6
-    needs=_BACKBONE,
+    needs=_WITHOUT_REGISTERS,
     preprocessing=_IMAGENET,
 )
+
+
+def without_chunk(key: str) -> str:
+    """`blocks.0.7.norm1` -> `blocks.7.norm1`, behind any prefix."""
+    return re.sub(r"(^|\.)blocks\.[0-9]+\.([0-9]+)\.", r"\1blocks.\2.", key)
 
 
 def _without_chunks(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`blocks.0.7.norm1` -> `blocks.7.norm1`: large models were trained with their blocks in chunks."""
     result: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
-        name = re.sub(r"^blocks\.[0-9]+\.([0-9]+)\.", r"blocks.\1.", key)
+        name = without_chunk(key)
         if name in result:
             raise CheckpointError(f"{key} is a second {name}")
         result[name] = tensor
@@ -135,7 +145,10 @@ DINOV2 = Layout(
     _entries(registers="register_tokens"),
     markers=(_QKV, "mask_token"),
     absent=("decoder_",),
-    drops={"mask_token": "DINOv2's stand-in for hidden patches, which is for training only"},
+    drops={
+        "mask_token": "DINOv2's stand-in for hidden patches, which is for training only",
+        **dict.fromkeys(("dino_head.", "ibot_head."), "DINOv2's projection heads, which are for training only"),
+    },
     zeros={"mask_token": (1, "embed_dim")},
     head_width=64,
     needs=_BACKBONE,

@@ -55,9 +55,7 @@ def read_config(content: dict[str, Any], where: str, known_heads: bool = False) 
         hint = "If it is a plain ViT, state its number of heads: num_heads=..."
         raise CheckpointError(f"{where}: {unknown('architecture', name, NAMED_MODELS)} {hint}")
     declared: dict[str, Any] = {}
-    if name in NAMED_MODELS:
-        named = NAMED_MODELS[name].config
-        declared.update({field: getattr(named, field) for field in _SAME if field not in ("num_classes", "fc_norm")})
+    named = NAMED_MODELS[name].config if name in NAMED_MODELS else None
     if "input_size" in settings:
         size = settings["input_size"]
         if not isinstance(size, list) or len(size) != 3:
@@ -76,6 +74,7 @@ def read_config(content: dict[str, Any], where: str, known_heads: bool = False) 
     return Description(
         where="config.json",
         declared=declared,
+        assumed={} if named is None else {"num_heads": named.num_heads, "img_size": named.img_size},
         preprocessing=_read_preprocessing(settings, where),
         categories=_read_categories(content, settings, declared.get("num_classes"), where),
         license=license,
@@ -152,6 +151,7 @@ def write_config(config: ViTConfig, attributes: Attributes) -> dict[str, Any]:
     if config.eps != 1e-6:
         raise CheckpointError(f"timm's config.json cannot hold eps {config.eps}: its ViT has 1e-6")
     args = {name: getattr(config, name) for name in _SAME if name not in ("in_chans", "num_classes")}
+    args["init_values"] = None if config.init_values is None else config.init_values or 1e-5  # 0 is none to timm
     args |= {
         "no_embed_class": not config.class_position,
         "global_pool": "token" if config.dist_token else args["global_pool"],

@@ -33,7 +33,8 @@ def _layout(name: str, about: str, fc1: str, fc2: str) -> Layout:
                  f"encoder.layers.encoder_layer_0.mlp.{fc1}.weight"),
         head_width=64,
         defaults={"position_rule": "torchvision"},
-        needs={"dist_token": (False,), "global_pool": ("token",), "gelu": ("erf",), "init_values": (None,)},
+        needs={"dist_token": (False,), "global_pool": ("token",), "gelu": ("erf",), "in_chans": (3,)},
+        square=True,
         preprocessing=Preprocessing(
             mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear", crop_pct=0.875
         ),

@@ -103,6 +103,7 @@ def _layouts(on_disk: bool) -> tuple[Layout, ...]:
         absent=(),
         defaults={**vit.defaults, "dist_token": True},
         needs={"dist_token": (True,), "global_pool": ("token",)},
+        requires=("head.weight",),
     )
     dinov2 = Layout(
         f"transformers_dinov2{after}",
@@ -115,8 +116,10 @@ def _layouts(on_disk: bool) -> tuple[Layout, ...]:
         zeros={"embeddings.mask_token": (1, "embed_dim")},
         head_width=64,
         defaults={"position_rule": "transformers"},
-        needs={"dist_token": (False,), "global_pool": ("token", "token_avg"), "fc_norm": (False,)},
+        needs={"dist_token": (False,), "fc_norm": (False,)},
         requires=("blocks.{}.scale1",),
+        head_pool="token_avg",
+        square=True,
         preprocessing=_IMAGENET,
     )
     registers = replace(

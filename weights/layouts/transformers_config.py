@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 from vit.config import ViTConfig
@@ -59,7 +60,7 @@ def read_config(content: dict[str, Any], where: str) -> Description:
     try:
         hidden = values.get("intermediate_size") if kind in ("vit", "deit") else None
         declared["mlp_ratio"] = values["mlp_ratio"] if hidden is None else hidden / values["hidden_size"]
-    except (TypeError, ZeroDivisionError, OverflowError):
+    except (TypeError, KeyError, ZeroDivisionError, OverflowError):
         raise CheckpointError(f"{where}: intermediate_size and hidden_size must be numbers above 0") from None
     return Description("config.json", declared, categories=_categories(content, where))
 
@@ -84,11 +85,15 @@ _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5
 def read_preprocessing(content: dict[str, Any], where: str) -> Preprocessing:
     """Read transformers' `preprocessor_config.json`.
 
-    DeiT's squashes an image before it cuts out the middle; here its short side is resized, as the paper's code does.
+    DeiT's squashes an image before it cuts out the middle; here its short side is resized, as the paper's code does,
+    and a warning says so.
 
     Raises:
         CheckpointError: a way to prepare images that this project lacks.
     """
+    for step in ("do_resize", "do_rescale", "do_normalize"):
+        if content.get(step, True) is not True:
+            raise CheckpointError(f"{where}: {step}={content[step]!r}, expected true")
     crop, size = content.get("crop_size"), content.get("size", 224)
     cropped = bool(content.get("do_center_crop", crop is not None))
     try:
@@ -96,6 +101,14 @@ def read_preprocessing(content: dict[str, Any], where: str) -> Preprocessing:
         if not cropped and isinstance(size, dict) and "shortest_edge" in size:
             raise ValueError("a shortest_edge without a crop leaves images of all sizes")
         resized = min(_sides(size)) if cropped else height
+        if not math.isclose(content.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3):
+            raise ValueError(f"rescale_factor {content['rescale_factor']!r}, expected 1/255")
+        if cropped and height != width:
+            raise ValueError(f"a crop of {height}x{width}, expected a square")
+        if cropped and isinstance(size, dict) and "shortest_edge" not in size:
+            warnings.warn(
+                f"{where} squashes images before it crops them; here their short side is resized", stacklevel=2
+            )
         return Preprocessing(
             (height, width),
             content.get("image_mean", (0.5, 0.5, 0.5)),
@@ -176,7 +189,7 @@ def write_preprocessing(attributes: Attributes) -> dict[str, Any]:
         "rescale_factor": 1 / 255,
         "resample": next(number for number, name in _FILTERS.items() if name == settings.interpolation),
     }
-    if settings.mode == "squash":
+    if settings.mode == "squash" or height != width:  # a crop is of the short side there, so squares only
         return values | {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
     return values | {
         "image_processor_type": "BitImageProcessor",
