@@ -26,7 +26,8 @@ from vit.cli.options import setting
 from vit.image import create_transform
 from vit.weights import CheckpointError
 from vit.weights.hub import download
-from vit.weights.proof import compare, convert_file, report_path
+from vit.weights.proof import compare, convert_file
+from vit.weights.save import report_path
 
 TINY = vit.ViTConfig(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, num_classes=5)
 KINDS = {

@@ -16,7 +16,11 @@ from torch import Tensor
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: the text names the file or key, and what was expected."""
+    """A checkpoint that cannot be used: the text names the file or key, and what was expected, in one line."""
+
+    def __init__(self, text: str) -> None:
+        # names come out of files, and may hold what spoils a terminal
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import CheckpointError, replacing, write_json
+from .checkpoint import CheckpointError
+from .convert import Converted
 from .description import Attributes
 from .load import WEIGHT_FILES, Loaded, build, find, load
 from .peers import build_peer, peer_library
@@ -60,19 +61,15 @@ def convert_file(
     files = target_files(target, to)
     loaded = load(find(source, revision), **reading)
     checked = _check(loaded, files[0].name, to) if check else None
-    converted, sha256 = write(
-        loaded.ours, loaded.attributes, files[0], to, lambda: loaded.provenance, verify=True
-    )  # fmt: skip
-    report = _report(loaded, converted.report.to_dict(), [str(file) for file in files], sha256, checked)
-    report_file = report_path(files[0])
-    with replacing(report_file) as temporary:
-        write_json(temporary, report)
-    return report
+    reports: list[dict[str, Any]] = []
 
+    def report(converted: Converted, sha256: str) -> dict[str, Any]:
+        details = converted.report.to_dict()
+        reports.append(_report(loaded, details, [str(file) for file in files], sha256, checked))
+        return reports[0]
 
-def report_path(file: Path) -> Path:
-    """Where the report on a converted file is written."""
-    return file.with_name(f"{file.name}.report.json")
+    write(loaded.ours, loaded.attributes, files[0], to, lambda: loaded.provenance, report)
+    return reports[0]
 
 
 def _report(
@@ -119,7 +116,7 @@ def _check(loaded: Loaded, name: str, to: str) -> dict[str, float | str]:
     }
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / name
-        converted, _ = write(ours, loaded.attributes, file, to, lambda: loaded.provenance)
+        converted = write(ours, loaded.attributes, file, to, lambda: loaded.provenance)
         fields = [field for field in converted.report.unsaid if field in converted.config.field_names()]
         result = load(find(file), overrides={field: getattr(converted.config, field) for field in fields})
         results["result in vit, source in vit"] = _difference(_forward(result, images), expected)

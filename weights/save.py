@@ -64,7 +64,7 @@ def save_checkpoint(model: ViT, path: str | Path, layout: str = "vit") -> Path:
     file = target_files(path, layout)[0]
     license = None if model.provenance is None else model.provenance.license
     attributes = Attributes(model.preprocessing, model.categories, license)
-    converted, _ = write(from_model(model), attributes, file, layout, lambda: model.provenance)
+    converted = write(from_model(model), attributes, file, layout, lambda: model.provenance)
     for name, value in converted.report.unsaid.items():
         warnings.warn(f"{file} cannot say {name}, whose reader will assume {value!r}", stacklevel=2)
     return file
@@ -92,6 +92,11 @@ def target_files(path: str | Path, layout: str) -> list[Path]:
     return [path]
 
 
+def report_path(file: Path) -> Path:
+    """Where the report on a converted file is written."""
+    return file.with_name(f"{file.name}.report.json")
+
+
 def _beside(layout: str) -> tuple[str, ...]:
     if layout in _TIMM:
         return ("config.json",)
@@ -104,14 +109,14 @@ def write(
     file: Path,
     layout: str,
     provenance: Callable[[], Provenance | None],
-    verify: bool = False,
-) -> tuple[Converted, str]:
+    report: Callable[[Converted, str], Mapping[str, Any]] | None = None,
+) -> Converted:
     """Write weights that fit in a layout; what came of them and of each setting stands in the result's report.
 
     Each file is written under a temporary name and renamed, so that it holds all of its new content or all of its
-    old; a failure before the last of the writing leaves all as they were. With `verify` the weights are read back
-    and compared to the bit before that, and their sha256 is returned ("" otherwise). `provenance` is asked for where a
-    header holds it only, since it waits for the hash of what was read.
+    old; a failure before the last of the writing leaves all as they were. Where a `report` is asked for, the weights
+    are read back and compared to the bit before that, and what it makes of the conversion and of the weights' sha256 is
+    written beside them. `provenance` is asked for where a header holds it only: it waits for the hash of what was read.
     """
     target = get_layout(layout)
     converted = to_theirs(ours, target)
@@ -124,7 +129,6 @@ def write(
     if not contents and file.suffix != ".npz":
         header = write_header(converted.config, attributes, provenance())
         read_header(header)  # it must read back
-    sha256 = ""
     file.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         temporary = stack.enter_context(replacing(file))
@@ -132,12 +136,14 @@ def write(
             write_npz(temporary, converted.state_dict)
         else:
             write_safetensors(temporary, converted.state_dict, {"format": "pt", **header})
-        if verify:
+        if report is not None:
             read = read_npz if file.suffix == ".npz" else read_safetensors
             sha256 = _verify(read(temporary), adapt_positions(ours.tensors, ours.config, target)[0], converted, layout)
+            content = report(converted, sha256)
+            write_json(stack.enter_context(replacing(report_path(file))), content)
         for name, content in contents.items():
             write_json(stack.enter_context(replacing(file.parent / name)), content)
-    return converted, sha256
+    return converted
 
 
 def _configs(config: ViTConfig, attributes: Attributes, layout: str) -> dict[str, dict[str, Any]]:

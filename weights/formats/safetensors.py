@@ -10,7 +10,7 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import safetensors
 import torch
@@ -47,8 +47,11 @@ def read_safetensors(path: Path) -> Checkpoint:
     with path.open("rb") as file:
         start = file.read(8)
         text = file.read(struct.unpack("<Q", start)[0])
-        header = json.loads(text)
+        header = _parse(path, text)
         metadata = header.pop("__metadata__", None) or {}
+        for name, entry in header.items():  # which the library also takes as a list, in the order of its fields
+            if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+                raise CheckpointError(f"{path}: {name} is described by {entry}, expected dtype, shape and data_offsets")
         whole, unsealed = Hash(), Hash()
         seal = metadata.pop(_SEAL, None)
         whole.update(start + text)
@@ -67,6 +70,19 @@ def read_safetensors(path: Path) -> Checkpoint:
             f"{path} was changed after it was written: its content has sha256 {content}, its header says {seal}"
         )
     return Checkpoint(path, tensors, metadata, whole)
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    """The header's JSON, in which no name may stand twice: the library takes the last of them."""
+
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            raise CheckpointError(f"{path}: its header has two entries of the name {twice}")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=without_duplicates)
 
 
 def _empty(path: Path, name: str, entry: dict) -> Tensor:
