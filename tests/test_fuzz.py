@@ -30,11 +30,11 @@ from vit.weights.keymap import SAME
 from vit.weights.layouts import google
 from vit.weights.proof import convert_file
 
-CASES = 20_000
+CASES = 2_000  # .ci/run has 20,000, and `python tests/fuzz.py` as many as you like
 often = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
-def test_twenty_thousand_files_are_refused_or_loaded_to_the_bit(capsys):
+def test_damaged_files_are_refused_or_loaded_to_the_bit(capsys):
     tally, stopped = fuzz.fuzz(seed=0, numbers=range(CASES), jobs=2)
     with capsys.disabled():
         print(f"\n{tally.table()}")
@@ -43,7 +43,7 @@ def test_twenty_thousand_files_are_refused_or_loaded_to_the_bit(capsys):
     counts = Counter()
     for (kind, _, outcome), count in tally.outcomes.items():
         counts[kind, outcome] += count
-    assert all(counts[kind, outcome] > 300 for kind in KINDS for outcome in ("refused", "loaded"))
+    assert all(counts[kind, outcome] > 20 for kind in KINDS for outcome in ("refused", "loaded"))
 
 
 # --- the fuzzer would see it
