@@ -714,8 +714,8 @@ def npy_headers(base: Base, draw: random.Random) -> Outcome:
     shape = re.search(rb"'shape': (\(.*?\))", data).group(1).decode()  # type: ignore[union-attr]
     values = {"descr": "'<f4'", "order": "False", "shape": shape}
     values |= draw.choice((
-        {"descr": draw.choice(("'>f4'", "'<i4'", "'<f8'", "'|V4'", "'<U1'", "'<c8'", "'zzz'", "None", "[]", "5", "'f4'",
-                               "'<f4,<f4'", "('<f4', (2,))", "'=f4'", "'<M8[s]'", "'|S4'", "'<f2'", "'|V2'"))},
+        {"descr": draw.choice(("'>f4'",) * 3 + ("'<i4'", "'<f8'", "'|V4'", "'<U1'", "'<c8'", "'zzz'", "None", "[]", "5",
+                              "'f4'", "'=f4'", "'<f4,<f4'", "('<f4', (2,))", "'|S4'", "'<f2'", "'|V2'", "'<M8[s]'"))},
         {"order": draw.choice(("True", "True", "1", "None", "'C'", "[]"))},
         {"shape": draw.choice((*(f"({wrong},)" for wrong in (*INTEGERS, *BEYOND)), "(0, 8)", "()", "[8]", "8", "None",
                                "(1e9,)", "(8, -1)", "(" * 500, f"({'9' * 4000},)", "(True,)", shape[:-1] + " 1)"))},

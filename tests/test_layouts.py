@@ -329,8 +329,13 @@ def test_googles_kernels_tell_the_heads():
     assert found.num_heads == 4 and found.sources["num_heads"] == "the shapes"
     with pytest.raises(CheckpointError, match="num_heads is declared to be 2, but the weights have 4"):
         convert(state, config={"num_heads": 2})
+    for odd in (torch.ones(64, 4, 32), torch.ones(())):
+        with pytest.raises(CheckpointError, match="has shape .*, expected"):
+            convert(state | {"Transformer/encoderblock_0/MultiHeadDotProductAttention_1/value/kernel": odd})
+        with pytest.raises(CheckpointError, match="has shape .*, expected"):
+            convert(state | {"Transformer/encoderblock_1/MultiHeadDotProductAttention_1/query/bias": odd})
     state["Transformer/encoderblock_1/MultiHeadDotProductAttention_1/key/kernel"] = torch.ones(128, 8, 16)
-    with pytest.raises(CheckpointError, match=r"key/kernel.*has shape \[128, 8, 16\], expected \[\*, 4, \*\]"):
+    with pytest.raises(CheckpointError, match=r"key/kernel.*has shape \[128, 8, 16\], expected \[128, 4, 32\]"):
         convert(state)
 
 

@@ -36,8 +36,9 @@ def _conv(parts: list[Tensor], heads: int) -> Tensor:
 
 
 def _qkv_kernels(parts: list[Tensor], heads: int) -> Tensor:
+    _require(parts[0], None, heads, None)
     for part in parts:
-        _require(part, None, heads, None)
+        _require(part, *parts[0].shape)
     return torch.cat([part.flatten(1).T for part in parts])  # each [D, A, d] -> [D, A*d] -> [A*d, D]
 
 
@@ -46,8 +47,9 @@ def _split_kernels(whole: Tensor, heads: int) -> list[Tensor]:
 
 
 def _qkv_biases(parts: list[Tensor], heads: int) -> Tensor:
+    _require(parts[0], heads, None)
     for part in parts:
-        _require(part, heads, None)
+        _require(part, *parts[0].shape)
     return torch.cat([part.flatten() for part in parts])  # each [A, d] -> [A*d]
 
 
