@@ -229,6 +229,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
 @given(content=st.dictionaries(names, tensors(), max_size=5), metadata=st.dictionaries(names, st.text('a"\\é😀\n')))
 def test_what_is_written_as_safetensors_is_read(tmp_path_factory, content, metadata):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    path.unlink(missing_ok=True)
     write_safetensors(path, content, metadata)
     found = read_safetensors(path)
     assert same(found.tensors, content) and found.metadata == metadata

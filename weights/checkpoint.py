@@ -106,7 +106,6 @@ class replacing:
         self.temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
 
     def __enter__(self) -> Path:
-        os.close(os.open(self.temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         return self.temporary
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

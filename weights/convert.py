@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -177,14 +178,20 @@ def _transform(
     state: Mapping[str, Tensor], groups: Mapping[str, tuple[Entry, list[str]]], heads: int
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Our tensors, made of theirs, and what could not be made for its shape. Incomplete groups are passed over."""
-    tensors, shapes = {}, []
-    for ours, (entry, keys) in groups.items():
-        if all(keys):
-            try:
-                tensors[ours] = entry.transform.to_ours([state[key] for key in keys], heads)
-            except ValueError as error:
-                shapes.append(f"{' + '.join(keys)}: {error}")
-    return tensors, shapes
+
+    def make(group: tuple[Entry, list[str]]) -> Tensor | str:
+        entry, keys = group
+        try:
+            return entry.transform.to_ours([state[key] for key in keys], heads)
+        except ValueError as error:
+            return f"{' + '.join(keys)}: {error}"
+
+    complete = {ours: group for ours, group in groups.items() if all(group[1])}
+    with ThreadPoolExecutor(2) as pool:  # PyTorch transposes on one core
+        waiting = {ours: pool.submit(make, group) for ours, group in complete.items() if group[0].transform is not SAME}
+        made = {ours: waiting[ours].result() if ours in waiting else make(group) for ours, group in complete.items()}
+    tensors = {ours: tensor for ours, tensor in made.items() if isinstance(tensor, Tensor)}
+    return tensors, [text for text in made.values() if isinstance(text, str)]
 
 
 def _fit(

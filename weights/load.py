@@ -157,7 +157,7 @@ def read(found: Source, sha256: str | None = None) -> Checkpoint:
     checkpoint = read_checkpoint(found.weights)
     if sha256 is not None and sha256.lower() != checkpoint.sha256:
         raise CheckpointError(f"{found.weights} has sha256 {checkpoint.sha256}, expected {sha256.lower()}")
-    if found.sha256 not in (None, checkpoint.sha256):
+    if found.sha256 is not None and found.sha256 != checkpoint.sha256:
         # The cache holds a link to the bytes: they are what has to go.
         raise CheckpointError(
             f"{found.weights.resolve()} has sha256 {checkpoint.sha256}, but the Hub says {found.sha256}: "

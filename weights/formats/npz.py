@@ -12,6 +12,7 @@ import math
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -62,38 +63,47 @@ def read_npz(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path} has {size} bytes that unpack to {wanted}, expected {_COMPRESSION}x at most")
         with path.open("rb") as again, ThreadPoolExecutor(1) as thread:  # which ends before the file is closed
             sha256 = thread.submit(file_sha256, again)
-            tensors = {entry.filename[: -len(".npy")]: _read_array(path, archive, entry) for entry in entries}
+            tensors = {entry.filename[: -len(".npy")]: _read_array(path, file, archive, entry) for entry in entries}
         return Checkpoint(path, tensors, {}, sha256.result())
 
 
-def _read_array(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
-    """One member, whose end zipfile checks against its CRC."""
+def _read_array(path: Path, file: BinaryIO, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
     where = f"{path}: {entry.filename}"
-    with archive.open(entry) as member:
-        start = member.read(_HEADER + 12)  # the format's name, its version and the header's length take 12 at most
-        header = io.BytesIO(start)
-        shape, transposed, dtype = _read_header(where, header)
-        length = math.prod(shape) * dtype.itemsize
-        if header.tell() + length != entry.file_size:
-            raise CheckpointError(
-                f"{where} has {entry.file_size - header.tell()} bytes of values, expected {length} for {shape} {dtype}"
-            )
-        memory = torch.empty(length, dtype=torch.uint8, device="cpu")  # whatever the default is
-        values = memory.numpy().data
-        end = len(start) - header.tell()
-        values[:end] = start[header.tell() :]
-        while end < length:
-            chunk = member.read(_CHUNK)
-            if not chunk:
-                raise CheckpointError(f"{where} ends after {end} of {length} bytes of values")
-            values[end : end + len(chunk)] = chunk
-            end += len(chunk)
+    memory = _unpack(where, file, archive, entry)
+    header = io.BytesIO(memory[: _HEADER + 12].numpy())  # the format's name, its version, the header's length: 12 bytes
+    shape, transposed, dtype = _read_header(where, header)
+    memory = memory[header.tell() :]
+    if len(memory) != (length := math.prod(shape) * dtype.itemsize):
+        raise CheckpointError(f"{where} has {len(memory)} bytes of values, expected {length} for {shape} {dtype}")
+    if header.tell() % dtype.itemsize:  # NumPy aligns the values, others need not
+        memory = memory.clone()
     if not dtype.isnative:
         memory.numpy().view(dtype).byteswap(inplace=True)
     tensor = memory.view(_DTYPES[dtype.str[1:]])
     if transposed:
         return tensor.reshape(shape[::-1]).permute(*range(len(shape) - 1, -1, -1)).contiguous()
     return tensor.reshape(shape)
+
+
+def _unpack(where: str, file: BinaryIO, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
+    """The bytes of a member, held against its CRC."""
+    memory = torch.empty(entry.file_size, dtype=torch.uint8, device="cpu")  # whatever the default is
+    values, end = memory.numpy().data, 0
+    with archive.open(entry) as member:  # which holds the member's own header against the list at the archive's end
+        if entry.compress_type == zipfile.ZIP_STORED:  # straight into memory: zipfile would copy each byte three times
+            file.seek(entry.header_offset)
+            name, extra = struct.unpack("<26x2H", file.read(30))
+            file.seek(name + extra, os.SEEK_CUR)
+            end = file.readinto(values)
+            if zlib.crc32(values) != entry.CRC:
+                raise CheckpointError(f"{where} is damaged: its values do not have the CRC that was written with them")
+        else:
+            while chunk := member.read(_CHUNK):
+                values[end : end + len(chunk)] = chunk
+                end += len(chunk)
+    if end != entry.file_size:
+        raise CheckpointError(f"{where} ends after {end} of {entry.file_size} bytes")
+    return memory
 
 
 def _read_header(where: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -186,8 +196,9 @@ def file_sha256(file: BinaryIO) -> str:
     """The sha256 of a whole open file."""
     file.seek(0)
     digest = hashlib.sha256()
-    while chunk := file.read(_CHUNK):
-        digest.update(chunk)
+    chunk = memoryview(bytearray(_CHUNK))
+    while size := file.readinto(chunk):
+        digest.update(chunk[:size])
     return digest.hexdigest()
 
 

@@ -136,7 +136,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # as the format's own writer aligns the data
-    with path.open("wb") as file:
+    with path.open("xb") as file:  # a new one: opening one that is there makes ext4 flush it on closing
         content = Hash()
         _write(file, content, struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
