@@ -3,3 +3,9 @@
 Importing this package registers the attention backends that it holds; `vit.attention` does so when it is asked for
 a name that it does not know.
 """
+
+from vit.attention import register_attention
+
+from .varlen import varlen
+
+register_attention("varlen", varlen, overwrite=True)

@@ -99,8 +99,18 @@ def test_predict_native_sizes(tmp_path, folder):
     images[1].resize((61, 33)).save(tmp_path / "b.png")
     result = run("predict", tmp_path, "--model", DIGITS, "--img-size", "native", "--json")
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 2
+    model = vit.load_pretrained(DIGITS)
+    transform = vit.create_transform(model, mode="native")
+    for line, name in zip(result.stdout.splitlines(), ("a.png", "b.png")):
+        with torch.inference_mode():
+            expected = model(transform(vit.load_image(tmp_path / name))[None]).softmax(dim=-1)[0]
+        for answer in json.loads(line)["predictions"]:
+            assert abs(answer["probability"] - expected[answer["class"]].item()) < 1e-5
+    result = run("predict", tmp_path, "--model", DIGITS, "--img-size", "native", "--max-tokens", "110")
+    assert result.returncode == 1 and "makes 120 patches at 32 x 60, more than max_tokens=110" in result.stderr
+    assert "a.png" in result.stdout and "b.png" not in result.stdout
     refused = run("predict", tmp_path, "--model", DIGITS, "--img-size", "native", "--mode", "squash")
-    assert refused.returncode == 2 and "keeps the aspect ratio" in refused.stderr
+    assert refused.returncode == 2 and "--mode squash cannot go with it" in refused.stderr
 
 
 def test_predict_reports_and_skips_what_it_cannot_read(tmp_path, folder):
@@ -249,11 +259,10 @@ def test_a_terminal_gets_a_progress_bar(folder):
     assert b"/12" not in done.stdout
 
 
-def test_batches_keep_order_and_group_by_shape():
-    shapes = [(3, 8, 8), (3, 8, 8), None, (3, 8, 8), (3, 8, 16), None, (3, 8, 8)]
-    items = [(Path(str(i)), ImageError("x") if s is None else torch.zeros(s)) for i, s in enumerate(shapes)]
+def test_batches_keep_order():
+    items = [(Path(str(i)), ImageError("x") if i % 3 else torch.zeros(3, 8, 8)) for i in range(7)]
     groups = [[int(str(path)) for path, _ in batch] for batch in batches(items, 3)]
-    assert groups == [[0, 1, 2], [3], [4, 5], [6]]
+    assert groups == [[0, 1, 2], [3, 4, 5], [6]]
     assert list(batches([], 3)) == []
 
 

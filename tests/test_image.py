@@ -324,7 +324,7 @@ def test_squash_is_a_plain_resize(name, size, expected):
         (SMALL, None, 427, 640, (432, 640)),
         (SMALL, None, 640, 427, (640, 432)),
         (SMALL, None, 24, 23, (32, 16)),  # halves go up
-        (SMALL, None, 5, 1, (16, 16)),  # at least one patch
+        (SMALL, None, 8, 9, (16, 16)),
         (SMALL, 224, 427, 640, (224, 336)),
         (SMALL, 224, 640, 427, (336, 224)),
         (SMALL, 230, 427, 640, (224, 336)),  # in proportion to the rounded short side
@@ -344,6 +344,28 @@ def test_native_sizes(model, size, height, width, expected):
     resized = image.resize(expected[::-1], Image.Resampling.BICUBIC)
     same = Transform("native", None, model.config.patch_size, settings.mean, settings.std, "nearest", None)
     assert torch.equal(ours, same(resized))
+
+
+def test_native_refuses_sides_that_would_be_nothing():
+    transform = create_transform(SMALL, mode="native")
+    for size in ((1, 10_000), (10_000, 7), (1, 1)):
+        with pytest.raises(ValueError, match="side of less than half a patch of 16 x 16"):
+            transform(CHINA.resize(size))
+    assert create_transform(SMALL, 32, mode="native")(CHINA.resize((7, 7))).shape == (3, 32, 32)
+
+
+def test_too_many_tokens_are_refused():
+    """Those of the transformed image count: 14 x 14 in "crop", whatever the photograph."""
+    assert create_transform(SMALL, mode="crop", max_tokens=196)(CHINA).shape == (3, 224, 224)
+    for mode, size, patches in (
+        ("crop", None, 196),
+        ("squash", (32, 64), 8),
+        ("native", 32, 6),
+        ("native", None, 1080),
+    ):
+        assert create_transform(SMALL, size, mode=mode, max_tokens=patches)(CHINA).shape[0] == 3
+        with pytest.raises(ValueError, match=f"makes {patches} patches at .* more than max_tokens={patches - 1}"):
+            create_transform(SMALL, size, mode=mode, max_tokens=patches - 1)(CHINA)
 
 
 def test_native_leaves_whole_patches_alone():
@@ -379,7 +401,7 @@ def test_transforms_pickle_compare_and_show_what_they_do():
     assert torch.equal(again(CHINA), transform(CHINA))
     assert repr(transform) == (
         "Transform(mode='crop', size=(256, 160), patch_size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), "
-        "interpolation='bicubic', crop_pct=0.9)"
+        "interpolation='bicubic', crop_pct=0.9, max_tokens=None)"
     )
     assert create_transform(SMALL, mode="native").crop_pct is None
 

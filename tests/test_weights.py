@@ -580,3 +580,20 @@ def test_arguments_of_other_kinds(timm_file):
             vit.load_pretrained(source)
     with pytest.raises(CheckpointError, match="is of type int, expected a tensor"):
         vit.weights.convert({"blocks.0.attn.qkv.weight": 3})
+
+
+def test_loading_for_another_size_keeps_the_stored_grid(tmp_path):
+    model = vit.load_pretrained("vit_digits_patch4_32")
+    larger = vit.load_pretrained("vit_digits_patch4_32", size=(48, 64))
+    assert larger.preprocessing.size == (48, 64) and larger.config == model.config
+    assert torch.equal(larger.position_embedding, model.position_embedding)
+    x = torch.randn(1, 3, 48, 64)
+    assert torch.equal(larger.eval()(x), model.eval()(x))
+    again = vit.load_pretrained(vit.save_checkpoint(larger, tmp_path / "larger.safetensors"))
+    assert again.preprocessing.size == (48, 64) and again.config.grid == (8, 8)
+    finer = vit.load_pretrained("vit_digits_patch4_32", patch_size=2, size=48)
+    assert finer.preprocessing.size == (48, 48) and finer.config.img_size == (16, 16)
+    with pytest.raises(ValueError, match="size 50 x 50 is not made of whole patches of 4 x 4"):
+        vit.load_pretrained("vit_digits_patch4_32", size=50)
+    with pytest.raises(ValueError, match="65 rows, which img_size 48x48 does not give.*size=... sets the one"):
+        vit.load_pretrained("vit_digits_patch4_32", img_size=48)

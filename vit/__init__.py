@@ -14,14 +14,15 @@ from .image import create_transform, load_image
 from .maps import attention_maps
 from .metadata import Preprocessing, Provenance
 from .model import ViT, create_model
+from .pyramid import FeaturePyramid
 
 if TYPE_CHECKING:
     from vit import kernels, weights
     from vit.weights import load_pretrained, save_checkpoint
 
 __all__ = [
-    "Preprocessing", "Provenance", "ViT", "ViTConfig", "attention_maps", "attention_names", "create_model",
-    "create_transform", "kernels", "list_models", "load_image", "load_pretrained", "register_attention",
+    "FeaturePyramid", "Preprocessing", "Provenance", "ViT", "ViTConfig", "attention_maps", "attention_names",
+    "create_model", "create_transform", "kernels", "list_models", "load_image", "load_pretrained", "register_attention",
     "save_checkpoint", "weights",
 ]  # fmt: skip
 

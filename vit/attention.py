@@ -6,6 +6,9 @@ An attention function is `fn(q, k, v, *, bias=None) -> out`:
     bias      broadcastable to [B, A, T, T], added to the scores before the softmax, or None (always, so far)
     out       [B, A, T, d]    the values, averaged with weights softmax(q k^T / sqrt(d) + bias)
 
+It may take `lengths` as well, then it is handed packed images in one call: B is 1, T the sum of `lengths`, and each
+image's tokens attend to one another only. A function without it is called image by image.
+
     vit.register_attention("mine", fn)
     model.set_attention("mine")
 """
@@ -36,6 +39,20 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) ->
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """The same numbers from PyTorch's fused kernels, which never hold the T*T weights. The default."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B, A, T, d]
+
+
+def image_by_image(fn: AttentionFunction, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Attention within each of several images whose tokens lie one after another, q, k, v and the result [1, A, T, d].
+
+    For functions that do not take `lengths`, each image's number of tokens, themselves.
+    """
+    images = zip(*(x.split(lengths, dim=2) for x in (q, k, v)))
+    return torch.cat([fn(*image) for image in images], dim=2)
+
+
+def takes(fn: AttentionFunction, keyword: str) -> bool:
+    """Whether an attention function has a parameter of that name."""
+    return keyword in inspect.signature(fn).parameters
 
 
 SOFTMAX = (reference, sdpa)  # functions whose weights are softmax(q k^T / sqrt(d))

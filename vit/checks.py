@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from torch import Tensor
+
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """The error text for an unknown `name` of some `kind`: the nearest known name, then all of them."""
@@ -25,6 +27,18 @@ def as_pair(value: object, name: str) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
+def whole_patches(size: object, patch: int) -> tuple[int, int]:
+    """`size` as (height, width), multiples of the patch; the error names the nearest size that is."""
+    H, W = as_pair(size, "size")
+    if H % patch or W % patch:
+        nearest = " x ".join(str(nearest_multiple(side, patch)) for side in (H, W))
+        raise ValueError(
+            f"size {H} x {W} is not made of whole patches of {patch} x {patch} pixels;"
+            f" the nearest size that works is {nearest}"
+        )
+    return H, W
+
+
 def require_int(name: str, value: object, least: int) -> None:
     """`value` must be a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -37,6 +51,38 @@ def require_float(name: str, value: object, above: float | None = None) -> None:
         raise ValueError(f"{name} must be a finite number, not {repr(value)[:40]}")
     if above is not None and value <= above:
         raise ValueError(f"{name} must be above {above}, not {value!r}")
+
+
+def as_numbers(name: str, one: str, numbers: object, count: int) -> list[int]:
+    """Numbers of things that there are `count` of, from 0: negative ones count from the end, None is all of them.
+
+    `name` and `one` are what the error calls them: "blocks" and "block".
+    """
+    if numbers is None:
+        return list(range(count))
+    if isinstance(numbers, str) or not isinstance(numbers, Iterable) or not (listed := list(numbers)):
+        raise ValueError(f"{name} must be a list of at least one number, not {numbers!r}")
+    for i in listed:
+        require_int(f"a {one}'s number", i, least=-count)
+        if i >= count:
+            raise ValueError(f"{one} {i} is out of range: there are {count}, numbered from 0")
+    return [i % count for i in listed]
+
+
+def check_list(images: object) -> None:
+    """`images` must be a list of [C, H, W] tensors of one dtype and on one device, one image at least."""
+    if not isinstance(images, (list, tuple)):
+        raise ValueError(f"expected a list of [C, H, W] images, not {type(images).__name__}")
+    if not images:
+        raise ValueError("expected at least one [C, H, W] image, got an empty list")
+    for i, image in enumerate(images):
+        if not isinstance(image, Tensor) or image.ndim != 3:
+            found = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            raise ValueError(f"image {i} of the list: expected a tensor [C, H, W], got {found}")
+        for what in ("dtype", "device"):
+            one, other = getattr(images[0], what), getattr(image, what)
+            if one != other:
+                raise ValueError(f"images of one list must share their {what}: image 0 has {one}, image {i} {other}")
 
 
 def nearest_multiple(side: float, patch: int) -> int:

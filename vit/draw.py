@@ -24,6 +24,17 @@ def overlay(image: Image.Image, weights: np.ndarray, size: tuple[int, int]) -> I
     return Image.fromarray((255 * mixed.clip(0, 1)).astype(np.uint8))
 
 
+def mosaic(pictures: Sequence[Image.Image], columns: int, gap: int = 8) -> Image.Image:
+    """Pictures of one size in rows, a gap of so many pixels between them."""
+    width, height = pictures[0].size
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), BACKGROUND)
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
+    return sheet
+
+
 def table(rows: Sequence[Sequence[Image.Image | str]], titles: Sequence[str], cell: int = 96) -> Image.Image:
     """Pictures and texts in rows of cells, with a title before each row. Pictures keep their sizes, centred."""
     font = ImageFont.load_default(size=15)

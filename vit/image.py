@@ -21,7 +21,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
-from .checks import as_pair, nearest_multiple, unknown
+from .checks import nearest_multiple, require_int, unknown, whole_patches
 
 if TYPE_CHECKING:
     from .model import ViT
@@ -170,8 +170,9 @@ class Transform:
     """Makes a PIL image the tensor that a model expects; `create_transform` builds and checks it.
 
     `transform(image)` takes a PIL image of any size and returns [C, H, W] float32, normalised, on the CPU. It raises
-    ValueError for what `to_mode` refuses, and for an image so long and thin that resizing it would make more than
-    `PIL.Image.MAX_IMAGE_PIXELS` pixels.
+    ValueError for what `to_mode` refuses, for an image that would make more than `max_tokens` patches, for one so long
+    and thin that resizing it would make more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, and in "native" for one with a
+    side of less than half a patch.
     """
 
     mode: str  # one of MODES
@@ -181,8 +182,13 @@ class Transform:
     std: tuple[float, ...]
     interpolation: str  # one of vit.metadata.INTERPOLATIONS
     crop_pct: float | None  # in "crop": the image is first resized to cover size / crop_pct; else None
+    max_tokens: int | None = None  # the most patches that an image may have
 
     def __call__(self, image: Image.Image) -> Tensor:
+        return self.normalise(self.view(image))
+
+    def view(self, image: Image.Image) -> Image.Image:
+        """What the model sees of an image: upright, resized and cropped, its sides made of whole patches."""
         image = to_mode(image, len(self.mean))
         height, width = self.resized_size(image.height, image.width)
         if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
@@ -190,12 +196,13 @@ class Transform:
                 f"an image of {image.height} x {image.width} would be resized to {height} x {width}, more pixels than"
                 f" the limit of {Image.MAX_IMAGE_PIXELS} (PIL.Image.MAX_IMAGE_PIXELS)"
             )
+        self.check_tokens(image, height, width)
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling[self.interpolation.upper()])
         if self.mode == "crop":
             assert isinstance(self.size, tuple)
             image = _center_crop(image, self.size)
-        return self.normalise(image)
+        return image
 
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
         """The (height, width) to which an upright image is resized, before any crop."""
@@ -203,6 +210,11 @@ class Transform:
             assert not isinstance(self.size, tuple)
             p, short = self.patch_size, min(height, width)
             target = short if self.size is None else nearest_multiple(self.size, p)  # for the short side
+            if 2 * target < p:
+                raise ValueError(
+                    f"an image of {height} x {width} has a side of less than half a patch of {p} x {p}: say a size, to"
+                    " which the short side is then resized"
+                )
             return nearest_multiple(height * target / short, p), nearest_multiple(width * target / short, p)
         assert isinstance(self.size, tuple)
         if self.mode == "squash":
@@ -214,6 +226,18 @@ class Transform:
             return (long, cover[0]) if height > width else (cover[0], long)
         ratio = min(height / cover[0], width / cover[1])  # timm's rounding: both sides to the nearest
         return round(height / ratio), round(width / ratio)
+
+    def check_tokens(self, image: Image.Image, height: int, width: int) -> None:
+        """Raise ValueError where an image, resized so and then cropped, makes more patches than are allowed."""
+        if self.mode == "crop":
+            assert isinstance(self.size, tuple)
+            height, width = self.size
+        tokens = (height // self.patch_size) * (width // self.patch_size)
+        if self.max_tokens is not None and tokens > self.max_tokens:
+            raise ValueError(
+                f"an image of {image.height} x {image.width} makes {tokens} patches at {height} x {width}, more than"
+                f" max_tokens={self.max_tokens}: ask for a smaller size"
+            )
 
     def normalise(self, image: Image.Image) -> Tensor:
         """An image of mode "L" or "RGB" -> [C, H, W] float32: (pixel / 255 - mean) / std, in this order.
@@ -242,7 +266,11 @@ def _crop_start(side: int, crop: int) -> int:
 
 
 def create_transform(
-    model: ViT, size: int | tuple[int, int] | None = None, crop_pct: float | None = None, mode: str | None = None
+    model: ViT,
+    size: int | tuple[int, int] | None = None,
+    crop_pct: float | None = None,
+    mode: str | None = None,
+    max_tokens: int | None = None,
 ) -> Transform:
     """What makes a PIL image the [C, H, W] tensor that `model` expects.
 
@@ -252,7 +280,7 @@ def create_transform(
         "squash": resize to size, whatever the image's proportions, and cut nothing off: Google's own evaluation, with
             Pillow's antialiased filter.
         "native": keep the image's proportions and all of it, each side rounded to the nearest multiple of the patch,
-            halves upwards, and at least one patch.
+            halves upwards.
 
     Args:
         model: `preprocessing` gives size, mean, std, interpolation and crop_pct, `config` gives channels and patch.
@@ -260,6 +288,8 @@ def create_transform(
             number, to whose nearest multiple the short side is resized; None keeps the image's own pixels.
         crop_pct: in (0, 1], "crop" only; None for the model's own.
         mode: one of MODES; None for the model's own, which is "crop" but for those who evaluate otherwise.
+        max_tokens: the most patches that an image may make, since attention costs their square; an image that would
+            make more is refused. None for no limit.
 
     Raises:
         ValueError: an unknown mode, a size or crop_pct that it cannot use, or a model whose channels are not 1 or 3.
@@ -271,6 +301,8 @@ def create_transform(
     _mode_for(config.in_chans)
     if len(settings.mean) != config.in_chans:
         raise ValueError(f"model.preprocessing has {len(settings.mean)} channels and the model {config.in_chans}")
+    if max_tokens is not None:
+        require_int("max_tokens", max_tokens, 1)
     if crop_pct is not None:
         if mode != "crop":
             raise ValueError(f"crop_pct={crop_pct!r} has no use in mode {mode!r}, which cuts nothing off")
@@ -278,8 +310,7 @@ def create_transform(
     if mode == "native":
         _check_short_side(size)
     else:
-        size = as_pair(settings.size if size is None else size, "size")
-        _check_multiples(size, config.patch_size)
+        size = whole_patches(settings.size if size is None else size, config.patch_size)
     return Transform(
         mode=mode,
         size=size,
@@ -288,6 +319,7 @@ def create_transform(
         std=settings.std,
         interpolation=settings.interpolation,
         crop_pct=settings.crop_pct if mode == "crop" else None,
+        max_tokens=max_tokens,
     )
 
 
@@ -297,14 +329,4 @@ def _check_short_side(size: object) -> None:
         raise ValueError(
             f"mode 'native' keeps the image's proportions: size must be one whole number above 0, for the short side,"
             f" or None, not {size!r}"
-        )
-
-
-def _check_multiples(size: tuple[int, int], patch: int) -> None:
-    """Both sides must be multiples of the patch; raises ValueError that names the nearest size that works."""
-    if any(side % patch for side in size):
-        nearest = " x ".join(str(nearest_multiple(side, patch)) for side in size)
-        raise ValueError(
-            f"size {size[0]} x {size[1]} is not made of whole patches of {patch} x {patch} pixels;"
-            f" the nearest size that works is {nearest}"
         )

@@ -2,54 +2,71 @@
 
 import warnings
 from collections.abc import Sequence
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .attention import SOFTMAX
-from .model import ViT
+from .checks import as_numbers
+from .model import Block, ViT
 
 
 @torch.no_grad()
-def attention_maps(model: ViT, images: Tensor, blocks: Sequence[int] = (-1,), queries: str = "class") -> list[Tensor]:
+def attention_maps(
+    model: ViT,
+    images: Tensor,
+    blocks: Sequence[int] = (-1,),
+    heads: Sequence[int] | None = None,
+    queries: str | Sequence[int] = "class",
+    ragged: str = "error",
+) -> list[Tensor]:
     """The softmax weights of some blocks, recomputed from their queries and keys.
 
-    Fused backends never hold these weights, so they are computed beside the forward pass, for the asked rows only.
-    They are softmax(q k^T / sqrt(d)), whatever function attends; where that is neither `sdpa` nor `reference`, a
-    warning says so.
+    Fused backends never hold these weights, so they are computed beside the forward pass, for the asked heads and rows
+    only, in float32; no block beyond the last asked one runs. They are softmax(q k^T / sqrt(d)), whatever function
+    attends; where that is neither `sdpa` nor `reference`, a warning says so.
 
     Args:
         model: the model, with any attention function.
         images: [B, C, H, W], as for `model`.
         blocks: which blocks; negative numbers count from the end.
-        queries: "class" for the row of the class token, "all" for the rows of all tokens.
+        heads: which heads, in the order of the result; negative numbers count from the end. None for all A.
+        queries: "class" for the row of the class token, "all" for the rows of all tokens, or a list of tokens' numbers:
+            0 is the class token, P + y * w + x the patch in row y and column x; negative ones count from the end.
+        ragged: as for `model`.
 
     Returns:
-        For each block [B, A, 1, P + N] or [B, A, P + N, P + N]; rows sum to 1. The last N columns are the patches in
-        reading order.
+        For each block [B, heads, rows, P + N] float32; rows sum to 1. The last N columns are the patches in reading
+        order. Beyond what is returned, little memory is taken.
 
     Raises:
-        ValueError: a block that there is not, or other `queries`.
+        ValueError: a block, head or token that there is not, or other `queries`.
     """
-    if queries not in ("class", "all"):
-        raise ValueError(f"queries must be 'class' or 'all', not {queries!r}")
-    chosen = model.select_blocks(blocks)
-    if any(block.attention.attend not in SOFTMAX for block in chosen):
+    numbers = model.block_numbers(blocks)
+    chosen = as_numbers("heads", "head", heads, model.config.num_heads)
+    if any(model.select_blocks([i])[0].attention.attend not in SOFTMAX for i in numbers):
         warnings.warn("these are softmax(q k^T / sqrt(d)), and a block here attends by another function", stacklevel=2)
-    maps: dict[nn.Module, Tensor] = {}
-    hooks = [block.attention.qkv.register_forward_hook(partial(_record, maps, model, queries)) for block in {*chosen}]
-    try:
-        model.forward_features(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [maps[block.attention.qkv] for block in chosen]
+    if isinstance(queries, str) and queries not in ("class", "all"):
+        raise ValueError(f"queries must be 'class', 'all' or a list of tokens' numbers, not {queries!r}")
+    x = model.embed(images, ragged)  # [B, T, D]
+    names = {"class": [0], "all": None}
+    rows = as_numbers("queries", "token", names[queries] if isinstance(queries, str) else queries, x.shape[1])
+    maps = {}
+    for i, block in enumerate(model.select_blocks()[: max(numbers) + 1]):
+        if i in numbers:
+            maps[i] = attention_weights(block, x, chosen, rows)
+        if i < max(numbers):
+            x = block(x)
+    return [maps[i] for i in numbers]
 
 
-def _record(maps: dict[nn.Module, Tensor], model: ViT, queries: str, layer: nn.Module, _: tuple, qkv: Tensor) -> None:
-    A = model.config.num_heads
-    q, k, _ = (part.unflatten(2, (A, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2))  # each [B, A, T, d]
-    q = q[:, :, :1] if queries == "class" else q
-    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5  # [B, A, 1 or T, T]
-    maps[layer] = torch.softmax(scores.float(), dim=-1)
+def attention_weights(block: Block, x: Tensor, heads: list[int], rows: list[int]) -> Tensor:
+    """[B, T, D] tokens before a block -> [B, heads, rows, T]: how much each of these rows looks at each token."""
+    qkv = block.attention.qkv(block.norm1(x)).unflatten(2, (3, block.attention.num_heads, -1))  # [B, T, 3, A, d]
+    q, k, _ = qkv[:, :, :, heads].permute(2, 0, 3, 1, 4).float()  # each [B, heads, T, d]
+    q = q[:, :, rows] / q.shape[-1] ** 0.5  # [B, heads, rows, d]
+    weights = q @ k.transpose(-2, -1)  # [B, heads, rows, T]; softmax in place, since they may be as large as memory
+    weights -= weights.amax(dim=-1, keepdim=True)
+    weights.exp_()
+    weights /= weights.sum(dim=-1, keepdim=True)
+    return weights

@@ -10,7 +10,8 @@ Letters for shapes, here and everywhere:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,11 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import AttentionFunction, get_attention, sdpa
-from .checks import nearest_multiple, require_int
+from .attention import AttentionFunction, get_attention, image_by_image, sdpa, takes
+from .checks import as_numbers, check_list, require_int
 from .config import ViTConfig, named_model
 from .metadata import Preprocessing, Provenance
 from .position import resample_position_embedding
+from .ragged import complete_patches
+
+BUDGET = 2048  # tokens that are packed at a time; measured by tests/benchmarks/packed.py
 
 
 class PatchEmbed(nn.Module):
@@ -49,12 +53,19 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
         self.attend: AttentionFunction = sdpa  # `ViT.set_attention` replaces it
+        self.takes_lengths = False  # whether that function knows packed images
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lengths: list[int] | None = None) -> Tensor:
+        """[B, T, D] tokens -> [B, T, D]; with `lengths`, of several images, each of which keeps to its own tokens."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)  # [B, T, 3, A, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, A, T, d]
-        out = self.attend(q, k, v)  # [B, A, T, d]
+        if lengths is None:
+            out = self.attend(q, k, v)  # [B, A, T, d]
+        elif self.takes_lengths:
+            out = self.attend(q, k, v, lengths=lengths)  # [1, A, T, d]
+        else:
+            out = image_by_image(self.attend, q, k, v, lengths)  # [1, A, T, d]
         if not isinstance(out, Tensor) or out.shape != q.shape or out.dtype != v.dtype:
             found = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(f"the attention function returned {found}, expected {v.dtype} {list(q.shape)}")
@@ -95,19 +106,21 @@ class Block(nn.Module):
             self.scale1 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
             self.scale2 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.residual(self.attention(self.norm1(x)), self.scale1)  # [B, T, D]
-        x = x + self.residual(self.mlp(self.norm2(x)), self.scale2)  # [B, T, D]
+    def forward(self, x: Tensor, lengths: list[int] | None = None) -> Tensor:
+        x = x + self.residual(self.attention(self.norm1(x), lengths), self.scale1, lengths)  # [B, T, D]
+        x = x + self.residual(self.mlp(self.norm2(x)), self.scale2, lengths)  # [B, T, D]
         return x
 
-    def residual(self, branch: Tensor, scale: Tensor | None) -> Tensor:
+    def residual(self, branch: Tensor, scale: Tensor | None, lengths: list[int] | None) -> Tensor:
         """What a branch adds to the stream: [B, T, D], scaled, and dropped for some images in training."""
         if scale is not None:
             branch = branch * scale
         if self.training and self.drop_path_rate > 0.0:
             keep = 1.0 - self.drop_path_rate
-            mask = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep)  # [B, 1, 1]
-            branch = branch * mask.div_(keep)
+            mask = branch.new_empty(len(lengths or branch), 1, 1).bernoulli_(keep).div_(keep)  # [B, 1, 1]
+            if lengths is not None:  # one image's tokens live or die together
+                mask = mask.repeat_interleave(torch.tensor(lengths, device=mask.device), dim=0).transpose(0, 1)
+            branch = branch * mask
         return branch
 
 
@@ -140,11 +153,12 @@ class ViT(nn.Module):
         self.head_dist = make_head(config) if config.global_pool == "dist" else None
         self.init_weights()
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, ragged: str = "error") -> Tensor:
         """Classify.
 
         Args:
             images: [B, in_chans, H, W], floating, normalised as `preprocessing` says; H and W any multiples of p.
+            ragged: what becomes of other sides: "error", "resize", "crop" or "pad", see `vit.ragged`.
 
         Returns:
             [B, num_classes] logits, or [B, D] features where there is no head.
@@ -152,17 +166,142 @@ class ViT(nn.Module):
         Raises:
             ValueError: images of another rank, dtype or number of channels, none at all, or with ragged sides.
         """
-        return self.forward_head(self.forward_features(images))  # [B, num_classes]
+        return self.forward_head(self.forward_features(images, ragged))  # [B, num_classes]
 
-    def forward_features(self, images: Tensor) -> Tensor:
+    def forward_features(self, images: Tensor, ragged: str = "error") -> Tensor:
         """[B, in_chans, H, W] images -> [B, P + N, D] tokens after the final norm: class token, registers, patches."""
-        x = self.embed(images)  # [B, T, D], Eq. 1
+        x = self.embed(images, ragged)  # [B, T, D], Eq. 1
         for block in self.blocks:  # Eq. 2 and 3, L times
-            if self.config.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)  # [B, T, D]
+            x = self.run(block, x)  # [B, T, D]
         return self.norm(x)  # [B, T, D], Eq. 4 for every token
+
+    def run(self, block: nn.Module, x: Tensor, lengths: list[int] | None = None) -> Tensor:
+        """One block, whose activations are computed again in the backward pass where `grad_checkpointing` is set."""
+        if self.config.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, lengths, use_reentrant=False)
+        return block(x, lengths)
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        blocks: Sequence[int] | None = None,
+        norm: bool = False,
+        return_prefix_tokens: bool = False,
+        ragged: str = "error",
+    ) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
+        """The patch tokens after some blocks, as maps; nothing is computed beyond the last of them.
+
+        Args:
+            images: [B, in_chans, H, W], as for `forward`.
+            blocks: which, in the order of the result; negative numbers count from the end. None for all.
+            norm: apply the final norm to each.
+            return_prefix_tokens: give the class token and registers too.
+            ragged: as for `forward`.
+
+        Returns:
+            For each block [B, D, h, w], or with `return_prefix_tokens` a pair of that and [B, P, D].
+
+        Raises:
+            ValueError: as `forward`, or blocks that there are not.
+        """
+        numbers = self.block_numbers(blocks)
+        images = self.accept(images, ragged)
+        x = self.embed(images)  # [B, T, D]
+        kept = {}
+        for i in range(max(numbers) + 1):
+            x = self.run(self.blocks[i], x)  # [B, T, D]
+            if i in numbers:
+                kept[i] = self.split(self.norm(x) if norm else x, self.grid_of(images))
+        return [kept[i] if return_prefix_tokens else kept[i][0] for i in numbers]
+
+    def split(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """[B, P + N, D] tokens -> those of the patches as a map [B, D, h, w], and the others [B, P, D]."""
+        prefix, patches = tokens.tensor_split([self.config.num_prefix_tokens], dim=1)
+        return patches.transpose(1, 2).reshape(tokens.shape[0], -1, *grid), prefix
+
+    def forward_packed(self, images: Sequence[Tensor], ragged: str = "error", budget: int = BUDGET) -> Tensor:
+        """Classify images of different sizes without padding them.
+
+        Their tokens go through the linear layers side by side, and attention stays within each image.
+
+        Args:
+            images: a list of [in_chans, H_i, W_i], of one dtype and on one device.
+            ragged: as for `forward`.
+            budget: tokens that go through at a time, in the order of the images; an image with more goes by itself.
+
+        Returns:
+            [B, num_classes] logits: those of `forward` on each image.
+
+        Raises:
+            ValueError: as `forward`, naming the image; an empty list, several dtypes or devices.
+        """
+        tokens = self.forward_features_packed(images, ragged, budget)  # each [P + N_i, D]
+        P = self.config.num_prefix_tokens
+        # All that a head reads, and as few tokens for every image: the prefix, and the mean of the patches.
+        pooled = [torch.cat([x[:P], x[P:].mean(dim=0, keepdim=True)]) for x in tokens]  # each [P + 1, D]
+        return self.forward_head(torch.stack(pooled))  # [B, num_classes]
+
+    def forward_features_packed(
+        self, images: Sequence[Tensor], ragged: str = "error", budget: int = BUDGET
+    ) -> list[Tensor]:
+        """A list of [in_chans, H_i, W_i] images -> for each [P + N_i, D]; see `forward_packed`, `forward_features`."""
+        result: list[Tensor] = []
+        for part in self.parts(images, ragged, budget):
+            x, lengths = self.pack(part)  # [1, T, D], T the sum of the lengths
+            for block in self.blocks:
+                x = self.run(block, x, lengths)
+            result += self.norm(x)[0].split(lengths)
+        return result
+
+    def forward_intermediates_packed(
+        self,
+        images: Sequence[Tensor],
+        blocks: Sequence[int] | None = None,
+        norm: bool = False,
+        return_prefix_tokens: bool = False,
+        ragged: str = "error",
+        budget: int = BUDGET,
+    ) -> list[list]:
+        """For each block and each image [D, h_i, w_i]; see `forward_packed` and `forward_intermediates`.
+
+        With `return_prefix_tokens` a pair of that and [P, D].
+        """
+        numbers = self.block_numbers(blocks)
+        kept: dict[int, list] = {i: [] for i in numbers}
+        for part in self.parts(images, ragged, budget):
+            x, lengths = self.pack(part)
+            for i in range(max(numbers) + 1):
+                x = self.run(self.blocks[i], x, lengths)
+                if i in numbers:
+                    tokens = (self.norm(x) if norm else x).split(lengths, dim=1)  # each [1, P + N_i, D]
+                    for one, image in zip(tokens, part):
+                        patches, prefix = self.split(one, self.grid_of(image))
+                        kept[i].append((patches[0], prefix[0]) if return_prefix_tokens else patches[0])
+        return [kept[i] for i in numbers]
+
+    def parts(self, images: Sequence[Tensor], ragged: str, budget: int) -> list[list[Tensor]]:
+        """The images as [1, C, H, W] with whole patches, in lists that have `budget` tokens at most, or one image."""
+        require_int("budget", budget, 1)
+        check_list(images)
+        parts: list[list[Tensor]] = []
+        tokens = budget
+        for i, image in enumerate(images):
+            try:
+                accepted = self.accept(image[None], ragged)
+            except ValueError as error:
+                raise ValueError(f"image {i} of the list: {error}") from None
+            more = self.config.num_prefix_tokens + math.prod(self.grid_of(accepted))
+            if not parts or tokens + more > budget:
+                parts.append([])
+                tokens = 0
+            parts[-1].append(accepted)
+            tokens += more
+        return parts
+
+    def pack(self, images: list[Tensor]) -> tuple[Tensor, list[int]]:
+        """[1, C, H_i, W_i] images -> their tokens [1, T, D], one image after the other, and the number of each."""
+        tokens = [self.embed(image) for image in images]  # each [1, T_i, D]
+        return torch.cat(tokens, dim=1), [x.shape[1] for x in tokens]
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """[B, P + N, D] tokens -> [B, num_classes] logits, or with `pre_logits` the [B, D] features before the head.
@@ -185,9 +324,10 @@ class ViT(nn.Module):
             return torch.cat([class_token, patches.mean(dim=1)], dim=1)  # [B, 2D]
         return class_token  # [B, D]
 
-    def embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor, ragged: str = "error") -> Tensor:
         """Eq. 1: [B, in_chans, H, W] images -> [B, P + N, D] tokens, positions added."""
-        grid = self.check_images(images)  # (h, w)
+        images = self.accept(images, ragged)  # [B, in_chans, h*p, w*p]
+        grid = self.grid_of(images)
         x = self.patch_embed(images)  # [B, N, D]
 
         n = self.config.num_position_rows
@@ -203,8 +343,12 @@ class ViT(nn.Module):
             prefix = torch.cat([prefix, self.register_tokens], dim=1)  # [1, P, D]
         return torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)  # [B, P + N, D]
 
-    def check_images(self, images: Tensor) -> tuple[int, int]:
-        """The grid (h, w) of a batch of images that this model takes; raises ValueError for any other."""
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """(h, w) of [B, C, H, W] images with whole patches."""
+        return images.shape[2] // self.config.patch_size, images.shape[3] // self.config.patch_size
+
+    def accept(self, images: Tensor, ragged: str) -> Tensor:
+        """A batch of images that this model takes, its sides made multiples of p; ValueError for any other."""
         p, chans = self.config.patch_size, self.config.in_chans
         expected = f"expected [B, {chans}, H, W] floating images, H and W multiples of {p}"
         if not isinstance(images, Tensor):
@@ -220,12 +364,9 @@ class ViT(nn.Module):
         if images.dtype != weights.dtype and not autocast:
             raise ValueError(f"{expected} in the model's {weights.dtype}; got {images.dtype}: cast one of them")
         B, _, H, W = images.shape
-        if B == 0:
-            raise ValueError(f"{expected}; got an empty batch: {list(images.shape)}")
-        if min(H, W) < p or H % p or W % p:
-            nearest = " x ".join(str(nearest_multiple(side, p)) for side in (H, W))
-            raise ValueError(f"{expected}; got {H} x {W}, the nearest size that works is {nearest}")
-        return H // p, W // p
+        if 0 in (B, H, W):
+            raise ValueError(f"{expected}; got {'an empty batch' if B == 0 else 'no pixels'}: {list(images.shape)}")
+        return complete_patches(images, p, ragged)
 
     def set_attention(self, name_or_fn: str | AttentionFunction, blocks: Sequence[int] | None = None) -> None:
         """Replace attention, in all blocks or in those with the given numbers (negative ones count from the end).
@@ -240,21 +381,15 @@ class ViT(nn.Module):
         """
         fn = get_attention(name_or_fn)
         for block in self.select_blocks(blocks):
-            block.attention.attend = fn
+            block.attention.attend, block.attention.takes_lengths = fn, takes(fn, "lengths")
 
     def select_blocks(self, numbers: Sequence[int] | None = None) -> list[Block]:
         """The blocks with these numbers, negative ones counted from the end; None for all. ValueError beyond them."""
-        blocks = cast(list[Block], list(self.blocks))
-        if numbers is None:
-            return blocks
-        if not isinstance(numbers, Iterable):
-            raise ValueError(f"blocks must be a list of numbers, not {numbers!r}")
-        numbers = list(numbers)
-        for i in numbers:
-            require_int("a block's number", i, least=-len(blocks))
-            if i >= len(blocks):
-                raise ValueError(f"block {i} is out of range: there are {len(blocks)}, numbered from 0")
-        return [blocks[i] for i in numbers]
+        return [cast(Block, self.blocks[i]) for i in self.block_numbers(numbers)]
+
+    def block_numbers(self, numbers: Sequence[int] | None = None) -> list[int]:
+        """Numbers of blocks, from 0: negative ones count from the end, None is all. ValueError beyond them."""
+        return as_numbers("blocks", "block", numbers, len(self.blocks))
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a new one with random weights; 0 removes it. Forgets `categories`."""

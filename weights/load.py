@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vit.checks import require_int, unknown
+from vit.checks import require_int, unknown, whole_patches
 from vit.config import NAMED_MODELS, ViTConfig, list_models
 from vit.metadata import Provenance
 from vit.model import ViT
@@ -41,7 +41,14 @@ class Source:
     license: str | None = None  # where it is known without the file
 
 
-_SETTINGS = ("mean", "std", "interpolation", "crop_pct", "mode")  # fields of Preprocessing that a caller may state
+_SETTINGS = (
+    "size",
+    "mean",
+    "std",
+    "interpolation",
+    "crop_pct",
+    "mode",
+)  # fields of Preprocessing that a caller may state
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,8 @@ def load_pretrained(
         dtype: what the weights are cast to; None keeps the file's.
         overrides: fields of `ViTConfig` that the file cannot know or says wrongly (num_heads=12, eps=1e-5 ...), or
             that are the user's to choose (drop_path_rate, grad_checkpointing); `model.config.sources` tells of each
-            field where its value came from. And the fields of `Preprocessing` but its size (mean=..., std=...).
+            field where its value came from. And the fields of `Preprocessing` (mean=..., std=...): size=384 prepares
+            images at 384 px; the stored grid stays what it was trained at, as at any other size.
 
     Raises:
         FileNotFoundError, HubError (an OSError): nothing is there, or the Hub cannot be reached.
@@ -144,6 +152,8 @@ def load(
         state = checkpoint.tensors | {name: NotATensor(kind) for name, kind in checkpoint.others.items()}
         ours = to_ours(state, layout, claims, prefix)
         attributes = _attributes(found, about, ours)
+        if "size" in settings:
+            settings["size"] = whole_patches(settings["size"], ours.config.patch_size)
         attributes = replace(attributes, preprocessing=replace(attributes.preprocessing, **settings))
     except ValueError as error:
         raise CheckpointError(f"{found.weights}: {error}") from None
@@ -263,7 +273,9 @@ def build(loaded: Loaded, in_chans: int | None = None, patch_size: int | None = 
     if patch_size is not None and patch_size != config.patch_size:
         weight, (h, w) = resample_patch_projection(weight, patch_size), config.grid
         config = _stated(config, patch_size=patch_size, img_size=(h * patch_size, w * patch_size))
-        preprocessing = replace(preprocessing, size=config.img_size)
+        if preprocessing.size == loaded.ours.config.img_size:
+            preprocessing = replace(preprocessing, size=config.img_size)
+        whole_patches(preprocessing.size, patch_size)
     model = skeleton(config)
     model.load_state_dict({**tensors, "patch_embed.proj.weight": weight}, assign=True)
     model.preprocessing = preprocessing.with_channels(config.in_chans)

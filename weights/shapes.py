@@ -154,7 +154,10 @@ def _positions(rows: int, values: Mapping[str, Any], layout: Layout) -> dict[str
         H, W = as_pair(values["img_size"], "img_size")
         class_position = values.get("class_position", rows == (H // p) * (W // p) + prefix)
         if rows - class_position * prefix != (H // p) * (W // p):
-            raise CheckpointError(f"position_embedding has {rows} rows, which img_size {H}x{W} does not give")
+            raise CheckpointError(
+                f"position_embedding has {rows} rows, which img_size {H}x{W} does not give: that is the size they were"
+                " trained at, and the model takes any other (size=... sets the one that images are prepared at)"
+            )
         return {"class_position": class_position}
     choices = [values["class_position"]] if "class_position" in values else _usual_class_rows(layout, values)
     for class_position in choices:

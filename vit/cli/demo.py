@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit.attention import attention_names
 from vit.draw import overlay, table
 from vit.image import create_transform
 from vit.maps import attention_maps
 from vit.model import ViT
 from vit.resources import digit_images
+
+from . import options
 
 MODEL = "vit_digits_patch4_32"
 SIZES = ((32, 32), (48, 48), (32, 48))  # the model's own, a larger one, and one that is not square
@@ -34,8 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Load, classify at three sizes, compare the attention backends, draw."""
     from vit.weights import load_pretrained
 
-    if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or args.output.is_dir():
-        raise ValueError(f"--output must be a .png, .jpg or .webp file, not {args.output}")
+    options.check_picture(args.output)
     model = load_pretrained(MODEL)
     images, truth = digit_images()
     print(f"{MODEL}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.provenance.layout} layout,")  # type: ignore[union-attr]
@@ -85,7 +85,7 @@ def choose(truth: Tensor) -> list[int]:
 def compare_attention(model: ViT, batch: Tensor) -> dict[str, float]:
     """How far each attention backend's logits lie from those of `reference`, relative to the largest."""
     logits = {}
-    for name in attention_names():
+    for name in ("reference", "sdpa"):
         model.set_attention(name)
         logits[name] = model(batch)
     model.set_attention("sdpa")

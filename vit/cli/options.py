@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,11 +45,46 @@ def setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def add_size(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """--img-size, --mode and --max-tokens: what becomes of an image's sides."""
+    parser.add_argument(
+        "--img-size", type=image_size, default=default, metavar="SIZE",
+        help="384, 224x448 (height x width), or native: the image's own size and proportions, each side resized to the "
+        f"nearest multiple of the patch; default: {default or 'the model' + chr(39) + 's own'}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mode", choices=("crop", "squash"), help="how to get there from another shape; default: the model's own"
+    )
+    parser.add_argument(
+        "--max-tokens", type=positive, metavar="N", help="refuse images of more patches, whose square attention costs"
+    )
+
+
+def sizing(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_size` took, as arguments of `create_transform`."""
+    if args.img_size != "native":
+        return {"size": args.img_size, "mode": args.mode, "max_tokens": args.max_tokens}
+    if args.mode is not None:
+        raise ValueError(f"--img-size native cuts and squashes nothing, so --mode {args.mode} cannot go with it")
+    return {"mode": "native", "max_tokens": args.max_tokens}
+
+
 def add_compute(parser: argparse.ArgumentParser) -> None:
     """--device, --dtype and -b/--batch-size."""
+    add_device(parser)
+    parser.add_argument("-b", "--batch-size", type=positive, default=32, help="default: %(default)s")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device and --dtype."""
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps ... default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    parser.add_argument("-b", "--batch-size", type=positive, default=32, help="default: %(default)s")
+
+
+def check_picture(path: Path) -> None:
+    """--output must be a file that a picture can be written to."""
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or path.is_dir():
+        raise ValueError(f"--output must be a .png, .jpg or .webp file, not {path}")
 
 
 def positive(text: str) -> int:

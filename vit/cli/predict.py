@@ -9,6 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (searched through) or globs")
     options.add_model(parser)
     options.add_reading(parser)
-    parser.add_argument(
-        "--img-size", type=options.image_size, help="384, 224x448 (height x width) or native; default: the model's own"
-    )
-    parser.add_argument(
-        "--mode", choices=("crop", "squash"), help="how to get there from another shape; default: the model's own"
-    )
+    options.add_size(parser)
     parser.add_argument("-k", "--top-k", type=options.positive, default=5, help="labels per image (%(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object per line and image")
     options.add_compute(parser)
@@ -54,20 +50,18 @@ def run(args: argparse.Namespace) -> int:
     from vit.weights import load_pretrained
 
     paths = find_images(args.images)
-    if args.img_size == "native" and args.mode == "squash":
-        raise ValueError("--img-size native keeps the aspect ratio, so --mode squash cannot go with it")
+    sizing = options.sizing(args)
     model = load_pretrained(args.model, device=args.device, dtype=options.DTYPES[args.dtype], **options.reading(args))
     if model.config.num_classes == 0:
         raise ValueError(f"{args.model} has no classifier, so there is nothing to predict")
-    native = args.img_size == "native"
-    transform = create_transform(model, None if native else args.img_size, mode="native" if native else args.mode)
+    transform = create_transform(model, **sizing)
 
     failures = 0
     shown = len(paths) > 1 and sys.stderr is not None and sys.stderr.isatty()
     with warnings.catch_warnings(), tqdm(total=len(paths), unit="image", leave=False, disable=not shown) as bar:
         warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is reported; the rest was read
         for batch in batches(decode(paths, transform), args.batch_size):
-            for path, outcome in label(model, batch, args.top_k):
+            for path, outcome in label(model, batch, args.top_k, packed=args.img_size == "native"):
                 failures += isinstance(outcome, ImageError)
                 report(path, outcome, args.json, bar)
                 bar.update()
@@ -127,26 +121,21 @@ def decode(paths: Iterable[Path], transform: Callable[[Image.Image], Tensor]) ->
 
 
 def batches(items: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
-    """Group neighbours whose tensors have one shape; files that could not be read ride along."""
-    batch: list[Decoded] = []
-    for item in items:
-        shapes = {outcome.shape for _, outcome in (*batch, item) if isinstance(outcome, Tensor)}
-        if len(batch) == size or len(shapes) > 1:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
+    """Neighbours in groups of `size`; files that could not be read ride along."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
         yield batch
 
 
 @torch.inference_mode()
-def label(model: ViT, batch: list[Decoded], top_k: int) -> Iterator[tuple[Path, list[dict] | ImageError]]:
-    """The `top_k` most probable classes of each image of a batch, in its order."""
+def label(model: ViT, batch: list[Decoded], top_k: int, packed: bool) -> Iterator[tuple[Path, list[dict] | ImageError]]:
+    """The `top_k` most probable classes of each image of a batch, in its order; `packed` where their sizes differ."""
     tensors = [outcome for _, outcome in batch if isinstance(outcome, Tensor)]
     rows: Iterator[Tensor] = iter(())
     if tensors:
         weights = model.patch_embed.proj.weight
-        logits = model(torch.stack(tensors).to(weights.device, weights.dtype))  # [B, classes]
+        tensors = [tensor.to(weights.device, weights.dtype) for tensor in tensors]
+        logits = model.forward_packed(tensors) if packed else model(torch.stack(tensors))  # [B, classes]
         rows = iter(logits.float().softmax(dim=-1).cpu())
     for path, outcome in batch:
         yield path, outcome if isinstance(outcome, ImageError) else describe(model, next(rows), top_k)

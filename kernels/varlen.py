@@ -1,0 +1,41 @@
+"""Attention over packed images in one call on CUDA: PyTorch's `varlen_attn`, a FlashAttention (arXiv:2307.08691).
+
+Images of different sizes lie one after another; each one's tokens attend to one another only, and nothing is padded.
+"""
+
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lengths: list[int] | None = None) -> Tensor:
+    """See `vit.attention` for the arguments.
+
+    Args:
+        q, k, v: [B, A, T, d] on CUDA, bfloat16 or float16; with `lengths` B is 1.
+        bias: None; the kernel has no place for one.
+        lengths: each image's number of tokens, T in sum; None where all images have T.
+
+    Returns:
+        [B, A, T, d].
+
+    Raises:
+        ValueError: another device or dtype, or a bias.
+    """
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"attention 'varlen' runs on cuda in bfloat16 or float16, not on {q.device.type} in {q.dtype}")
+    if bias is not None:
+        raise ValueError("attention 'varlen' takes no bias")
+    return attend(q, k, v, lengths or [q.shape[2]] * q.shape[0])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """The call itself: heads beside one another, and where each image begins and ends."""
+    from torch.nn.attention.varlen import varlen_attn  # not in every PyTorch that everything else runs on
+
+    B, A, T, d = q.shape
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=q.device)  # [images + 1]
+    q, k, v = (x.transpose(1, 2).reshape(B * T, A, d) for x in (q, k, v))  # each [B * T, A, d]
+    out = varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths))  # [B * T, A, d]
+    return out.view(B, T, A, d).transpose(1, 2)  # [B, A, T, d]

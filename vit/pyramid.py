@@ -1,0 +1,72 @@
+"""Feature maps at four scales out of a plain ViT, for detectors and segmenters."""
+
+from collections import OrderedDict
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checks import require_int
+from .model import ViT
+
+
+class FeaturePyramid(nn.Module):
+    """ViTDet's simple feature pyramid (arXiv:2203.16527, section 3): every scale from the last block's map alone.
+
+    With patches of 16 the strides are 4, 8, 16 and 32: two transposed convolutions, one, none, and a maximum over 2x2;
+    then a 1x1 and a 3x3 convolution for each scale. All of it is trained along with the model, which it contains.
+
+    It is what torchvision calls a backbone: `out_channels`, and a dictionary of maps "0" to "3". `channels` and
+    `strides` list the same per map, as decoders for segmentation ask for them.
+    """
+
+    def __init__(self, model: ViT, out_channels: int = 256, ragged: str = "error") -> None:
+        """
+        Args:
+            model: the model; its weights are shared, not copied.
+            out_channels: of every map.
+            ragged: for sides that are no multiples of the patch, as for `model`.
+        """
+        super().__init__()
+        require_int("out_channels", out_channels, 1)
+        D, p = model.config.embed_dim, model.config.patch_size
+        self.model = model
+        self.ragged = ragged
+        self.out_channels = out_channels
+        self.channels = [out_channels] * 4
+        self.strides = [p / 4, p / 2, float(p), p * 2.0]  # pixels per cell
+        four = nn.Sequential(_double(D, D // 2), ChannelNorm(D // 2), nn.GELU(), _double(D // 2, D // 4))
+        scales = ((four, D // 4), (_double(D, D // 2), D // 2), (nn.Identity(), D), (nn.MaxPool2d(2), D))
+        self.scales = nn.ModuleList(nn.Sequential(scale, _smooth(width, out_channels)) for scale, width in scales)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """[B, C, H, W] images, normalised -> "0" to "3": [B, out_channels, 4h, 4w], [2h, 2w], [h, w], [h//2, w//2].
+
+        Raises:
+            ValueError: images that the model refuses, or of a single patch along a side, which cannot be halved.
+        """
+        (x,) = self.model.forward_intermediates(images, blocks=[-1], norm=True, ragged=self.ragged)  # [B, D, h, w]
+        if min(x.shape[2:]) < 2:
+            raise ValueError(f"a pyramid halves its map, so it needs two patches a side; got {list(x.shape[2:])}")
+        return OrderedDict((str(i), scale(x)) for i, scale in enumerate(self.scales))
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of [B, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps).permute(
+            0, 3, 1, 2
+        )
+
+
+def _double(width: int, out: int) -> nn.Module:
+    return nn.ConvTranspose2d(width, out, kernel_size=2, stride=2)  # [B, width, H, W] -> [B, out, 2H, 2W]
+
+
+def _smooth(width: int, out: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(width, out, kernel_size=1, bias=False),
+        ChannelNorm(out, eps=1e-6),
+        nn.Conv2d(out, out, kernel_size=3, padding=1, bias=False),
+        ChannelNorm(out, eps=1e-6),
+    )
