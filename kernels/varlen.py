@@ -4,6 +4,7 @@ Images of different sizes lie one after another; each one's tokens attend to one
 """
 
 from itertools import accumulate
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -37,5 +38,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     B, A, T, d = q.shape
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=q.device)  # [images + 1]
     q, k, v = (x.transpose(1, 2).reshape(B * T, A, d) for x in (q, k, v))  # each [B * T, A, d]
-    out = varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths))  # [B * T, A, d]
+    out = cast(Tensor, varlen_attn(q, k, v, ends, ends, max(lengths), max(lengths)))  # [B * T, A, d]
     return out.view(B, T, A, d).transpose(1, 2)  # [B, A, T, d]

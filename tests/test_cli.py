@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import randomize
@@ -17,6 +18,7 @@ from PIL import Image
 
 import vit
 from vit.cli import main
+from vit.cli.attention import draw
 from vit.cli.predict import batches, decode
 from vit.image import ImageError, create_transform, load_image
 from vit.resources import digit_images, imagenet_synsets
@@ -156,6 +158,10 @@ def test_predict_reports_and_skips_what_it_cannot_read(tmp_path, folder):
         (["predict", "{image}", "--device", "meta"], "'meta' cannot be used here"),
         (["inspect", ""], "expected the name of a model"),
         (["demo", "-o", "{empty}/x.xyz"], "must be a .png"),
+        (["attention", "{image}", "--model", DIGITS, "-o", "{empty}/x.txt"], "must be a .png"),
+        (["attention", "{image}", "--model", DIGITS, "--block", "6", "-o", "{empty}/a.png"], "block 6 is out of range"),
+        (["attention", "gone.png", "--model", DIGITS, "-o", "{empty}/a.png"], "cannot use image 'gone.png'"),
+        (["attention", "{image}", "--model", DIGITS, "--max-tokens", "3", "-o", "{empty}/a.png"], "makes 4 patches at"),
         (["predictt"], "invalid choice: 'predictt'"),
     ],
 )
@@ -277,3 +283,35 @@ def test_decoding_stays_a_bounded_way_ahead(folder):
     assert first[1].shape == (3, 32, 32) and 1 <= len(decoded) <= 8 * 8 + 9
     stream.close()
     assert len(decoded) < 200
+
+
+@pytest.mark.parametrize("options", [[], ["--img-size", "48x24", "--block", "0"], ["--img-size", "64"]])
+def test_attention_draws_the_photograph_and_each_head(tmp_path, options, capsys):
+    photo = Image.effect_noise((61, 33), 80)
+    photo.save(tmp_path / "a.png")
+    output = tmp_path / "below" / "out.png"
+    assert main(["attention", str(tmp_path / "a.png"), "--model", DIGITS, "-o", str(output), *options]) == 0
+    picture = Image.open(output)
+    model = vit.load_pretrained(DIGITS)
+    size = {0: {"mode": "native"}, 4: {"size": (48, 24)}, 2: {"size": 64}}[len(options)]
+    H, W = create_transform(model, **size)(photo).shape[1:]
+    assert f"{H // 4} x {W // 4} patches, block {-1 if len(options) < 4 else 0}, 3 heads" in capsys.readouterr().out
+    scale = 420 / max(H, W)
+    width, height = round(W * scale), round(H * scale)  # each picture's, 8 pixels apart: 5 of them, 4 in a row
+    assert picture.size == (4 * width + 24, 2 * height + 8)
+    lefts = (0, width + 8, 2 * width + 16)
+    photo_shown, mean, head = (np.asarray(picture.crop((x, 0, x + width, height))) for x in lefts)
+    assert np.array_equal(photo_shown[..., 0], photo_shown[..., 1])  # grey
+    assert not np.array_equal(mean[..., 0], mean[..., 1]) and not np.array_equal(mean, head)  # heat
+
+
+def test_attention_is_drawn_where_it_falls(tmp_path):
+    """A model that looks at one patch only: the heat lies there, in each head and on average."""
+    weights = np.full((2, 4, 6), 1e-6)
+    weights[:, 1, 4] = 1
+    sheet = np.asarray(draw(Image.new("RGB", (60, 40)), weights)).astype(int)
+    height, width = (sheet.shape[0]), (sheet.shape[1] - 3 * 8) // 4
+    for left in (width + 8, 2 * (width + 8), 3 * (width + 8)):
+        heat = sheet[:, left : left + width, 0] - sheet[:, left : left + width, 2]
+        y, x = np.unravel_index(heat.argmax(), heat.shape)
+        assert height / 4 < y < height / 2 and width * 4 / 6 < x < width * 5 / 6

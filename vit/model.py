@@ -188,7 +188,7 @@ class ViT(nn.Module):
         norm: bool = False,
         return_prefix_tokens: bool = False,
         ragged: str = "error",
-    ) -> list[Tensor] | list[tuple[Tensor, Tensor]]:
+    ) -> list[Any]:
         """The patch tokens after some blocks, as maps; nothing is computed beyond the last of them.
 
         Args:
@@ -261,7 +261,7 @@ class ViT(nn.Module):
         return_prefix_tokens: bool = False,
         ragged: str = "error",
         budget: int = BUDGET,
-    ) -> list[list]:
+    ) -> list[list[Any]]:
         """For each block and each image [D, h_i, w_i]; see `forward_packed` and `forward_intermediates`.
 
         With `return_prefix_tokens` a pair of that and [P, D].

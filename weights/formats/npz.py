@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -67,10 +66,11 @@ def read_npz(path: Path) -> Checkpoint:
         return Checkpoint(path, tensors, {}, sha256.result())
 
 
-def _read_array(path: Path, file: BinaryIO, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
+def _read_array(path: Path, file: io.BufferedReader, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
     where = f"{path}: {entry.filename}"
     memory = _unpack(where, file, archive, entry)
-    header = io.BytesIO(memory[: _HEADER + 12].numpy())  # the format's name, its version, the header's length: 12 bytes
+    start = memory[: _HEADER + 12].numpy().tobytes()  # the format's name, its version, the header's length: 12 bytes
+    header = io.BytesIO(start)
     shape, transposed, dtype = _read_header(where, header)
     memory = memory[header.tell() :]
     if len(memory) != (length := math.prod(shape) * dtype.itemsize):
@@ -85,7 +85,7 @@ def _read_array(path: Path, file: BinaryIO, archive: zipfile.ZipFile, entry: zip
     return tensor.reshape(shape)
 
 
-def _unpack(where: str, file: BinaryIO, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
+def _unpack(where: str, file: io.BufferedReader, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
     """The bytes of a member, held against its CRC."""
     memory = torch.empty(entry.file_size, dtype=torch.uint8, device="cpu")  # whatever the default is
     values, end = memory.numpy().data, 0
@@ -106,7 +106,7 @@ def _unpack(where: str, file: BinaryIO, archive: zipfile.ZipFile, entry: zipfile
     return memory
 
 
-def _read_header(where: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
+def _read_header(where: str, file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether it is in Fortran's order, dtype. Leaves the file where the values begin."""
     version = npy.read_magic(file)
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
@@ -125,7 +125,7 @@ def _read_header(where: str, file: BinaryIO) -> tuple[tuple[int, ...], bool, np.
 
 
 @contextmanager
-def reading(path: Path, expected: str) -> Iterator[BinaryIO]:
+def reading(path: Path, expected: str) -> Iterator[io.BufferedReader]:
     """The open file. What goes wrong inside the block, in any library and for whatever damage, is a CheckpointError."""
     with path.open("rb") as file:
         before = os.fstat(file.fileno())
@@ -141,7 +141,7 @@ def reading(path: Path, expected: str) -> Iterator[BinaryIO]:
             raise CheckpointError(f"{path} was written to while it was read")
 
 
-def checked_entries(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+def checked_entries(path: Path, file: io.BufferedReader, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
     """The members of a zip file: all that it has, lying in it, under names of their own, in the clear.
 
     Raises:
@@ -170,7 +170,7 @@ def checked_entries(path: Path, file: BinaryIO, archive: zipfile.ZipFile) -> lis
     return entries
 
 
-def _check_end(path: Path, file: BinaryIO, size: int, count: int) -> None:
+def _check_end(path: Path, file: io.BufferedReader, size: int, count: int) -> None:
     """Refuse a zip file that lists other members than it has, or whose list another reader would not find there.
 
     The usual end: the list, its place and length in 64 bits (maybe), its place and length in 32 bits. Where that is
@@ -192,7 +192,7 @@ def _check_end(path: Path, file: BinaryIO, size: int, count: int) -> None:
         raise CheckpointError(f"{path} ends otherwise than torch.save ends its files: it is damaged")
 
 
-def file_sha256(file: BinaryIO) -> str:
+def file_sha256(file: io.BufferedReader) -> str:
     """The sha256 of a whole open file."""
     file.seek(0)
     digest = hashlib.sha256()

@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -119,7 +119,7 @@ def _own(path: Path, tensors: dict[str, Tensor], size: int) -> dict[str, Tensor]
     return tensors
 
 
-def _check_zip(path: Path, file: BinaryIO) -> None:
+def _check_zip(path: Path, file: io.BufferedReader) -> None:
     """Refuse a zip file (torch >= 1.6: prefix/data.pkl, prefix/data/0, ...) that torch.load must not get to see."""
     with zipfile.ZipFile(file) as archive:
         entries = checked_entries(path, file, archive)
@@ -155,7 +155,7 @@ def _check_zip(path: Path, file: BinaryIO) -> None:
         _DryUnpickler(path, _Bounded(path, io.BytesIO(archive.read(content))), 5, check).load()
 
 
-def _check_legacy(path: Path, file: BinaryIO, size: int) -> None:
+def _check_legacy(path: Path, file: io.BufferedReader, size: int) -> None:
     """Refuse a file of torch < 1.6 (five pickles, then for each key of the last its length and its values) likewise."""
     storages: dict[str, int] = {}
     stream = _Bounded(path, file)
@@ -190,7 +190,7 @@ class _Bounded:
     `file.read(2**40)` would take the memory before it finds that the file ends.
     """
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: io.BufferedReader | io.BytesIO) -> None:
         self._path = path
         self._file = file
         start = file.tell()
