@@ -10,7 +10,6 @@ Letters for shapes, here and everywhere:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -19,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from . import packed
 from .attention import AttentionFunction, get_attention, image_by_image, sdpa, takes
-from .checks import as_numbers, check_list, require_int
+from .checks import as_numbers
 from .config import ViTConfig, named_model
 from .metadata import Preprocessing, Provenance
+from .packed import BUDGET
 from .position import resample_position_embedding
 from .ragged import complete_patches
-
-BUDGET = 2048  # tokens that are packed at a time; measured by tests/benchmarks/packed.py
 
 
 class PatchEmbed(nn.Module):
@@ -236,22 +235,13 @@ class ViT(nn.Module):
             ValueError: as `forward`, naming the image; an empty list, several dtypes or devices.
         """
         tokens = self.forward_features_packed(images, ragged, budget)  # each [P + N_i, D]
-        P = self.config.num_prefix_tokens
-        # All that a head reads, and as few tokens for every image: the prefix, and the mean of the patches.
-        pooled = [torch.cat([x[:P], x[P:].mean(dim=0, keepdim=True)]) for x in tokens]  # each [P + 1, D]
-        return self.forward_head(torch.stack(pooled))  # [B, num_classes]
+        return self.forward_head(torch.stack([packed.summary(x, self.config.num_prefix_tokens) for x in tokens]))
 
     def forward_features_packed(
         self, images: Sequence[Tensor], ragged: str = "error", budget: int = BUDGET
     ) -> list[Tensor]:
         """A list of [in_chans, H_i, W_i] images -> for each [P + N_i, D]; see `forward_packed`, `forward_features`."""
-        result: list[Tensor] = []
-        for part in self.parts(images, ragged, budget):
-            x, lengths = self.pack(part)  # [1, T, D], T the sum of the lengths
-            for block in self.blocks:
-                x = self.run(block, x, lengths)
-            result += self.norm(x)[0].split(lengths)
-        return result
+        return packed.features(self, packed.parts(self, images, ragged, budget))
 
     def forward_intermediates_packed(
         self,
@@ -266,42 +256,8 @@ class ViT(nn.Module):
 
         With `return_prefix_tokens` a pair of that and [P, D].
         """
-        numbers = self.block_numbers(blocks)
-        kept: dict[int, list] = {i: [] for i in numbers}
-        for part in self.parts(images, ragged, budget):
-            x, lengths = self.pack(part)
-            for i in range(max(numbers) + 1):
-                x = self.run(self.blocks[i], x, lengths)
-                if i in numbers:
-                    tokens = (self.norm(x) if norm else x).split(lengths, dim=1)  # each [1, P + N_i, D]
-                    for one, image in zip(tokens, part):
-                        patches, prefix = self.split(one, self.grid_of(image))
-                        kept[i].append((patches[0], prefix[0]) if return_prefix_tokens else patches[0])
-        return [kept[i] for i in numbers]
-
-    def parts(self, images: Sequence[Tensor], ragged: str, budget: int) -> list[list[Tensor]]:
-        """The images as [1, C, H, W] with whole patches, in lists that have `budget` tokens at most, or one image."""
-        require_int("budget", budget, 1)
-        check_list(images)
-        parts: list[list[Tensor]] = []
-        tokens = budget
-        for i, image in enumerate(images):
-            try:
-                accepted = self.accept(image[None], ragged)
-            except ValueError as error:
-                raise ValueError(f"image {i} of the list: {error}") from None
-            more = self.config.num_prefix_tokens + math.prod(self.grid_of(accepted))
-            if not parts or tokens + more > budget:
-                parts.append([])
-                tokens = 0
-            parts[-1].append(accepted)
-            tokens += more
-        return parts
-
-    def pack(self, images: list[Tensor]) -> tuple[Tensor, list[int]]:
-        """[1, C, H_i, W_i] images -> their tokens [1, T, D], one image after the other, and the number of each."""
-        tokens = [self.embed(image) for image in images]  # each [1, T_i, D]
-        return torch.cat(tokens, dim=1), [x.shape[1] for x in tokens]
+        kept = packed.intermediates(self, packed.parts(self, images, ragged, budget), self.block_numbers(blocks), norm)
+        return kept if return_prefix_tokens else [[patches for patches, _ in one] for one in kept]
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """[B, P + N, D] tokens -> [B, num_classes] logits, or with `pre_logits` the [B, D] features before the head.

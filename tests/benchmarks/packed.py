@@ -20,7 +20,7 @@ from harness import environment, interleave, print_rows, summarize, write_json
 from helpers import difference, images, randomize
 
 import vit
-from vit.model import BUDGET
+from vit.packed import BUDGET
 
 PATCH = 16
 MIXES = {"96 to 512 px": (6, 32), "16 to 128 px": (1, 8)}  # patches a side
