@@ -41,13 +41,22 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tens
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B, A, T, d]
 
 
+def call(fn: AttentionFunction, q: Tensor, k: Tensor, v: Tensor, **keywords: object) -> Tensor:
+    """What an attention function gives for q, k and v; ValueError for anything but [B, A, T, d] in their dtype."""
+    out = fn(q, k, v, **keywords)
+    if not isinstance(out, Tensor) or out.shape != q.shape or out.dtype != v.dtype:
+        found = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise ValueError(f"the attention function returned {found}, expected {v.dtype} {list(q.shape)}")
+    return out
+
+
 def image_by_image(fn: AttentionFunction, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
     """Attention within each of several images whose tokens lie one after another, q, k, v and the result [1, A, T, d].
 
     For functions that do not take `lengths`, each image's number of tokens, themselves.
     """
     images = zip(*(x.split(lengths, dim=2) for x in (q, k, v)))
-    return torch.cat([fn(*image) for image in images], dim=2)
+    return torch.cat([call(fn, *image) for image in images], dim=2)
 
 
 def takes(fn: AttentionFunction, keyword: str) -> bool:

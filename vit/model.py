@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import packed
-from .attention import AttentionFunction, get_attention, image_by_image, sdpa, takes
+from .attention import AttentionFunction, call, get_attention, image_by_image, sdpa, takes
 from .checks import as_numbers
 from .config import ViTConfig, named_model
 from .metadata import Preprocessing, Provenance
@@ -60,14 +60,11 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)  # [B, T, 3, A, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, A, T, d]
         if lengths is None:
-            out = self.attend(q, k, v)  # [B, A, T, d]
+            out = call(self.attend, q, k, v)  # [B, A, T, d]
         elif self.takes_lengths:
-            out = self.attend(q, k, v, lengths=lengths)  # [1, A, T, d]
+            out = call(self.attend, q, k, v, lengths=lengths)  # [1, A, T, d]
         else:
             out = image_by_image(self.attend, q, k, v, lengths)  # [1, A, T, d]
-        if not isinstance(out, Tensor) or out.shape != q.shape or out.dtype != v.dtype:
-            found = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"the attention function returned {found}, expected {v.dtype} {list(q.shape)}")
         out = out.transpose(1, 2).reshape(B, T, D)  # [B, T, D], heads side by side
         return self.proj(out)  # [B, T, D]
 

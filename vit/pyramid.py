@@ -34,7 +34,7 @@ class FeaturePyramid(nn.Module):
         self.out_channels = out_channels
         self.channels = [out_channels] * 4
         self.strides = [p / 4, p / 2, float(p), p * 2.0]  # pixels per cell
-        four = nn.Sequential(_double(D, D // 2), ChannelNorm(D // 2), nn.GELU(), _double(D // 2, D // 4))
+        four = nn.Sequential(_double(D, D // 2), ChannelNorm(D // 2, eps=1e-6), nn.GELU(), _double(D // 2, D // 4))
         scales = ((four, D // 4), (_double(D, D // 2), D // 2), (nn.Identity(), D), (nn.MaxPool2d(2), D))
         self.scales = nn.ModuleList(nn.Sequential(scale, _smooth(width, out_channels)) for scale, width in scales)
 
