@@ -60,7 +60,11 @@ def as_numbers(name: str, one: str, numbers: object, count: int) -> list[int]:
     """
     if numbers is None:
         return list(range(count))
-    if isinstance(numbers, str) or not isinstance(numbers, Iterable) or not (listed := list(numbers)):
+    try:
+        listed = [] if isinstance(numbers, str) else list(numbers)  # type: ignore[call-overload]
+    except TypeError:
+        listed = []
+    if not listed:
         raise ValueError(f"{name} must be a list of at least one number, not {numbers!r}")
     for i in listed:
         require_int(f"a {one}'s number", i, least=-count)

@@ -9,6 +9,7 @@ from torch import Tensor
 from .attention import SOFTMAX
 from .checks import as_numbers
 from .model import Block, ViT
+from .position import without_autocast
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def attention_maps(
     chosen = as_numbers("heads", "head", heads, model.config.num_heads)
     if any(model.select_blocks([i])[0].attention.attend not in SOFTMAX for i in numbers):
         warnings.warn("these are softmax(q k^T / sqrt(d)), and a block here attends by another function", stacklevel=2)
-    if isinstance(queries, str) and queries not in ("class", "all"):
+    if queries is None or (isinstance(queries, str) and queries not in ("class", "all")):
         raise ValueError(f"queries must be 'class', 'all' or a list of tokens' numbers, not {queries!r}")
     x = model.embed(images, ragged)  # [B, T, D]
     names = {"class": [0], "all": None}
@@ -65,7 +66,8 @@ def attention_weights(block: Block, x: Tensor, heads: list[int], rows: list[int]
     qkv = block.attention.qkv(block.norm1(x)).unflatten(2, (3, block.attention.num_heads, -1))  # [B, T, 3, A, d]
     q, k, _ = qkv[:, :, :, heads].permute(2, 0, 3, 1, 4).float()  # each [B, heads, T, d]
     q = q[:, :, rows] / q.shape[-1] ** 0.5  # [B, heads, rows, d]
-    weights = q @ k.transpose(-2, -1)  # [B, heads, rows, T]; softmax in place, since they may be as large as memory
+    with without_autocast(x.device.type):
+        weights = q @ k.transpose(-2, -1)  # [B, heads, rows, T]; softmax in place, they may be as large as memory
     weights -= weights.amax(dim=-1, keepdim=True)
     weights.exp_()
     weights /= weights.sum(dim=-1, keepdim=True)

@@ -115,7 +115,7 @@ class Block(nn.Module):
             keep = 1.0 - self.drop_path_rate
             mask = branch.new_empty(len(lengths or branch), 1, 1).bernoulli_(keep).div_(keep)  # [B, 1, 1]
             if lengths is not None:  # one image's tokens live or die together
-                mask = mask.repeat_interleave(torch.tensor(lengths, device=mask.device), dim=0).transpose(0, 1)
+                mask = torch.cat([one.expand(1, length, 1) for one, length in zip(mask, lengths)], dim=1)  # [1, T, 1]
             branch = branch * mask
         return branch
 

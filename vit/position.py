@@ -36,7 +36,7 @@ def resample_position_embedding(
     exporting = torch.compiler.is_exporting()
     if not exporting and wanted == stored:
         return embedding
-    with _without_autocast(embedding.device.type):
+    with without_autocast(embedding.device.type):
         matrices = [RULES[rule](*sizes, embedding.device) for sizes in zip(stored, wanted)]
         rows, columns = _unless_stored(matrices, stored, wanted) if exporting else matrices  # [h', h], [w', w]
         grid = embedding[0].float()  # [h*w, D]
@@ -57,7 +57,8 @@ def _unless_stored(matrices: list[Tensor], stored: tuple[int, int], wanted: tupl
     return [torch.where(same[0] & same[1], i, m) for i, m in zip(identities, matrices)]
 
 
-def _without_autocast(device: str) -> AbstractContextManager:
+def without_autocast(device: str) -> AbstractContextManager:
+    """A block in which autocast does not lower what is in float32."""
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 

@@ -5,8 +5,9 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import require_int
+from .checks import require_int, unknown
 from .model import ViT
+from .ragged import POLICIES
 
 
 class FeaturePyramid(nn.Module):
@@ -28,6 +29,8 @@ class FeaturePyramid(nn.Module):
         """
         super().__init__()
         require_int("out_channels", out_channels, 1)
+        if ragged not in POLICIES:
+            raise ValueError(unknown("policy for ragged sides", ragged, POLICIES))
         D, p = model.config.embed_dim, model.config.patch_size
         self.model = model
         self.ragged = ragged

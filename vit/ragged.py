@@ -52,4 +52,4 @@ def complete_patches(images: Tensor, p: int, ragged: str) -> Tensor:
             warnings.warn(f"{H % p} rows of {H} and {W % p} columns of {W} were cropped", stacklevel=3)
         return images[..., : H - H % p, : W - W % p]
     size = (nearest_multiple(H, p), nearest_multiple(W, p))
-    return F.interpolate(images, size, mode="bicubic", antialias=True)
+    return F.interpolate(images.float(), size, mode="bicubic", antialias=True).to(images.dtype)
