@@ -25,13 +25,15 @@ def overlay(image: Image.Image, weights: np.ndarray, size: tuple[int, int]) -> I
 
 
 def mosaic(pictures: Sequence[Image.Image], columns: int, gap: int = 8) -> Image.Image:
-    """Pictures of one size in rows, a gap of so many pixels between them."""
-    width, height = pictures[0].size
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), BACKGROUND)
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
+    """Pictures in rows of so many, a gap of so many pixels between them; each row is as high as its highest."""
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    width = max(picture.width for picture in pictures)
+    heights = [max(picture.height for picture in row) for row in rows]
+    size = (len(rows[0]) * (width + gap) - gap, sum(heights) + gap * (len(rows) - 1))
+    sheet = Image.new("RGB", size, BACKGROUND)
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            sheet.paste(picture, (x * (width + gap), sum(heights[:y]) + y * gap))
     return sheet
 
 

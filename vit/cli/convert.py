@@ -21,6 +21,7 @@ def add_parser(commands: Any) -> None:
         "--check", action="store_true", help="run source and result on a fixed input, the source in its own library"
     )
     parser.add_argument("--json", action="store_true", help="print the whole report, which is written beside DST too")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="the names of the classes, one a line")
     options.add_reading(parser)
     parser.set_defaults(run=run)
 
@@ -36,9 +37,33 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{' and '.join(existing)} exist{'s' * (len(existing) == 1)}: --force replaces what is there")
     reading = options.reading(args)
     overrides = {name: reading.pop(name) for name, _ in args.settings}
-    report = convert_file(args.source, args.target, args.to, check=args.check, overrides=overrides, **reading)
+    reading |= {"overrides": overrides, "categories": None if args.labels is None else labels(args.labels)}
+    report = convert_file(args.source, args.target, args.to, check=args.check, **reading)
     print(json.dumps(report, indent=2) if args.json else as_text(report, report_path(files[0])))
     return 0
+
+
+def labels(file: Path) -> list[str]:
+    """One name a line; ValueError for a file that holds something else."""
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8").rstrip().split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--labels {file} is no text in UTF-8: {error}") from None
+    if "" in names:
+        raise ValueError(f"--labels {file}: line {names.index('') + 1} is empty")
+    return names
+
+
+def assumptions(assumed: dict[str, dict[str, Any]]) -> list[str]:
+    """What nobody stated, a line for each that it is taken from."""
+    grouped: dict[str, list[str]] = {}
+    for name, entry in assumed.items():
+        grouped.setdefault(entry["from"], []).append(f"{name} {entry['value']}")
+    return [
+        f"{', '.join(fields)} ({whose.replace('default', 'defaults' if len(fields) > 1 else 'default', 1)}; "
+        "--set states others)"
+        for whose, fields in grouped.items()
+    ]
 
 
 def as_text(report: dict[str, Any], file: Path) -> str:
@@ -54,6 +79,7 @@ def as_text(report: dict[str, Any], file: Path) -> str:
     lines += [f"dropped     {key}: {why}" for key, why in report["dropped"].items()]
     if report["left"]:
         lines.append(f"left        {len(report['left'])} keys beside the model: {', '.join(report['left'][:5])} ...")
+    lines += [f"assumed     {line}" for line in assumptions(report["assumed"])]
     lines += [f"note        {note}" for note in report["notes"]]
     lines += [f"unsaid      {name}: its reader will assume {value}" for name, value in report["unsaid"].items()]
     for what, found in (report["check"] or {}).items():

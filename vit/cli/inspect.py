@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from . import options
+from .convert import assumptions
 
 
 def add_parser(commands: Any) -> None:
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
 def show(args: argparse.Namespace, reading: dict[str, Any], overrides: dict[str, Any]) -> int:
     """One checkpoint."""
     from vit.weights import CheckpointError
+    from vit.weights.description import assumed
     from vit.weights.load import find, load, read
 
     found = find(args.checkpoint)
@@ -58,6 +60,10 @@ def show(args: argparse.Namespace, reading: dict[str, Any], overrides: dict[str,
         facts |= {"layout": loaded.ours.layout.name, "why": loaded.ours.why}
         facts["config"] = {n: {"value": v, "from": config.sources.get(n, "")} for n, v in config.to_dict().items()}
         facts["preprocessing"] = asdict(loaded.attributes.preprocessing)
+        names = loaded.attributes.categories
+        facts["categories"] = {"count": len(names or ()), "from": loaded.attributes.categories_from}
+        facts["assumed"] = assumed(config)
+        facts["notes"] = loaded.ours.notes
     except CheckpointError as error:
         facts["problem"] = str(error)
         problem = CheckpointError(f"this cannot be loaded: {error}")
@@ -82,11 +88,20 @@ def as_text(facts: dict[str, Any]) -> str:
     lines.append(f"{'parameters':14} {facts['parameters']:,} in {len(tensors)} tensors")
     for name, entry in facts.get("config", {}).items():
         lines.append(f"{'config':14} {name} = {entry['value']}  ({entry['from']})")
+    if "categories" in facts:
+        count, whence = facts["categories"].values()
+        lines.append(f"{'categories':14} {count}, {whence}" if count else f"{'categories':14} none")
+    lines += [f"{'assumed':14} {line}" for line in assumptions(facts.get("assumed", {}))]
+    lines += [f"{'note':14} {note}" for note in facts.get("notes", ())]
     for key in ("preprocessing", "metadata"):
         for name, value in facts.get(key, {}).items():
-            text = str(value)
-            lines.append(f"{key:14} {name} = {text if len(text) <= 80 else text[:77] + '...'}")
+            lines.append(f"{key:14} {name} = {_short(value)}")
     return "\n".join(lines)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def compare(args: argparse.Namespace, overrides: dict[str, Any]) -> int:
@@ -107,6 +122,6 @@ def compare(args: argparse.Namespace, overrides: dict[str, Any]) -> int:
         for row in different:
             numbers = "" if row.difference is None else f"max|a-b| {row.difference:.1e}, relative {row.relative:.1e}"
             print(f"{row.name}  {numbers}{', ' * bool(numbers and row.remark)}{row.remark}")
-        for name, (one, two) in settings.items():
-            print(f"{name}: {one} and {two}")
+        for name, (one, two, effect) in settings.items():
+            print(f"{name}: {_short(one)} and {_short(two)} ({effect})")
     return 1 if different or settings else 0

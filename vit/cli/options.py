@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from vit.image import MODES
+
 DEFAULT_MODEL = "vit_small_patch16_224.augreg_in21k_ft_in1k"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -53,8 +55,10 @@ def add_size(parser: argparse.ArgumentParser, default: str | None = None) -> Non
         f"nearest multiple of the patch; default: {default or 'the model' + chr(39) + 's own'}",
     )  # fmt: skip
     parser.add_argument(
-        "--mode", choices=("crop", "squash"), help="how to get there from another shape; default: the model's own"
-    )
+        "--mode", choices=MODES,
+        help="how to get there from another shape; native keeps proportions and makes SIZE the short side; default: "
+        "the model's own",
+    )  # fmt: skip
     parser.add_argument(
         "--max-tokens", type=positive, metavar="N", help="refuse images of more patches, whose square attention costs"
     )
@@ -64,7 +68,7 @@ def sizing(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_size` took, as arguments of `create_transform`."""
     if args.img_size != "native":
         return {"size": args.img_size, "mode": args.mode, "max_tokens": args.max_tokens}
-    if args.mode is not None:
+    if args.mode not in (None, "native"):
         raise ValueError(f"--img-size native cuts and squashes nothing, so --mode {args.mode} cannot go with it")
     return {"mode": "native", "max_tokens": args.max_tokens}
 

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     with warnings.catch_warnings(), tqdm(total=len(paths), unit="image", leave=False, disable=not shown) as bar:
         warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is reported; the rest was read
         for batch in batches(decode(paths, transform), args.batch_size):
-            for path, outcome in label(model, batch, args.top_k, packed=args.img_size == "native"):
+            for path, outcome in label(model, batch, args.top_k, packed=transform.mode == "native"):
                 failures += isinstance(outcome, ImageError)
                 report(path, outcome, args.json, bar)
                 bar.update()

@@ -1,0 +1,240 @@
+"""`vit features`: what is on disk is what the model computes, however often the run was cut off."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import FLOAT32, difference
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import vit
+from vit.cli import main
+from vit.cli.pca import principal_components
+from vit.resources import digit_images
+
+DIGITS = "vit_digits_patch4_32"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Eleven digits as PNG files of different sizes, and one file that is no image."""
+    folder = tmp_path_factory.mktemp("digits")
+    for i, image in enumerate(digit_images()[0][:11]):
+        image.resize((16 + 5 * i, 40 - 2 * i)).save(folder / f"{i:02}.png")
+    (folder / "05b.png").write_bytes(b"no image")
+    return folder
+
+
+def features(folder: Path, output: Path, *options: object) -> int:
+    return main(["features", str(folder), "-o", str(output), "--model", DIGITS, "-b", "4", *map(str, options)])
+
+
+def metadata(file: Path) -> dict:
+    with safe_open(file, "pt") as opened:
+        return opened.metadata()
+
+
+def expected(path: str, kind: str, **sizing) -> torch.Tensor:
+    model = vit.load_pretrained(DIGITS)
+    with torch.inference_mode():
+        x = vit.create_transform(model, **sizing)(vit.load_image(path))[None]
+        tokens = model.forward_features(x)
+        if kind == "dense":
+            h, w = x.shape[2] // 4, x.shape[3] // 4
+            return tokens[0, 1:].T.reshape(-1, h, w)
+        return tokens[0, 0] if kind == "class" else model.forward_head(tokens, pre_logits=True)[0]
+
+
+@pytest.mark.parametrize("kind", ["class", "pooled", "dense"])
+@pytest.mark.parametrize(
+    ("options", "sizing"),
+    [([], {}), (["--img-size", "native"], {"mode": "native"}),
+     (["--img-size", 24, "--mode", "native"], {"size": 24, "mode": "native"})],
+)  # fmt: skip
+def test_equals_the_library(tmp_path, folder, capsys, kind, options, sizing):
+    assert features(folder, tmp_path / "a.safetensors", "--kind", kind, *options) == 1  # for the one that is no image
+    out, err = capsys.readouterr()
+    assert "11 images in 1 file" in out and "1 of 12 could not be read" in err and "05b.png" in err
+    tensors, about = load_file(tmp_path / "a.safetensors"), metadata(tmp_path / "a.safetensors")
+    paths = json.loads(about["paths"])
+    assert [Path(path).name for path in paths] == [f"{i:02}.png" for i in range(11)]
+    assert list(json.loads(about["skipped"])) == [str(folder / "05b.png")] and about["kind"] == kind
+    rows = tensors if kind == "dense" else dict(zip(paths, tensors["features"], strict=True))
+    assert rows.keys() == set(paths)
+    for path in paths:
+        assert difference(rows[path], expected(path, kind, **sizing)) <= FLOAT32
+
+
+def test_average_pooling_is_what_the_head_reads(tmp_path, folder):
+    model = vit.load_pretrained(DIGITS)
+    model.config = model.config.override(global_pool="avg")
+    vit.save_checkpoint(model, tmp_path / "avg.safetensors")
+    for kind in ("class", "pooled"):
+        features(
+            folder / "00.png", tmp_path / f"{kind}.safetensors", "--kind", kind, "--model", tmp_path / "avg.safetensors"
+        )
+    one, other = (load_file(tmp_path / f"{kind}.safetensors")["features"] for kind in ("class", "pooled"))
+    assert difference(one, other) > 0.1
+
+
+def test_float16(tmp_path, folder, capsys):
+    features(folder, tmp_path / "a.safetensors", "--save-dtype", "float16")
+    features(folder, tmp_path / "b.safetensors")
+    half, full = (load_file(tmp_path / f"{name}.safetensors")["features"] for name in "ab")
+    assert half.dtype == torch.float16 and torch.equal(half, full.half())
+    model = vit.load_pretrained(DIGITS)
+    with torch.no_grad():
+        model.norm.weight.mul_(1e6)
+    vit.save_checkpoint(model, tmp_path / "large.safetensors")
+    large = ["--model", tmp_path / "large.safetensors", "--save-dtype", "float16"]
+    assert features(folder, tmp_path / "c.safetensors", *large) == 2
+    assert "float16 cannot hold" in capsys.readouterr().err and not (tmp_path / "c.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["pooled", "dense"])
+def test_several_files(tmp_path, folder, kind):
+    features(folder, tmp_path / "one.safetensors", "--kind", kind)
+    features(folder, tmp_path / "some.safetensors", "--kind", kind, "--shard", 5)
+    names = [f"some-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
+    index = json.loads((tmp_path / "some.safetensors.index.json").read_text())["shards"]
+    assert [shard["file"] for shard in index] == names
+    assert [path for shard in index for path in shard["paths"]] == json.loads(
+        metadata(tmp_path / "one.safetensors")["paths"]
+    )
+    whole, parts = load_file(tmp_path / "one.safetensors"), [load_file(tmp_path / name) for name in names]
+    if kind == "dense":
+        together = {path: values for part in parts for path, values in part.items()}
+        assert together.keys() == whole.keys()
+        assert all(difference(together[path], whole[path]) <= FLOAT32 for path in whole)
+    else:
+        assert difference(torch.cat([part["features"] for part in parts]), whole["features"]) <= FLOAT32
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+@pytest.mark.parametrize("call", range(9))
+def test_a_run_that_was_cut_off_goes_on(tmp_path, folder, call, monkeypatch, capsys):
+    """Cut off at each renaming and at each batch: the end is to the byte that of a run in one go."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "cut").mkdir()
+    features(folder, tmp_path / "whole" / "a.safetensors", "--shard", 3)
+    calls = 0
+
+    def cut(function):
+        def counted(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == call + 1:
+                raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", cut(os.replace))
+        patch.setattr(vit.ViT, "forward_features", cut(vit.ViT.forward_features))
+        assert features(folder, tmp_path / "cut" / "a.safetensors", "--shard", 3) == 130
+    assert contents(tmp_path / "cut") != contents(tmp_path / "whole")
+    computed = []
+    forward = vit.ViT.forward_features
+    monkeypatch.setattr(vit.ViT, "forward_features", lambda *args: computed.append(1) or forward(*args))
+    done = len(list((tmp_path / "cut").glob("*.safetensors")))
+    assert features(folder, tmp_path / "cut" / "a.safetensors", "--shard", 3) == 1
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert len(computed) == 4 - done  # nothing twice
+    assert f", {done} of them from an earlier run" in capsys.readouterr().out or not done
+
+
+def test_a_killed_run_goes_on(tmp_path, folder):
+    output = tmp_path / "a.safetensors"
+    arguments = ["features", str(folder), "-o", str(output), "--model", DIGITS, "-b", "4", "--shard", "1"]
+    command = [sys.executable, "-c", f"from vit.cli import main; main({arguments})"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(list(tmp_path.glob("a-*"))) < 3 and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert features(folder, output, "--shard", 1) == 1
+    shards = json.loads((tmp_path / "a.safetensors.index.json").read_text())["shards"]
+    assert [Path(path).name for shard in shards for path in shard["paths"]] == [f"{i:02}.png" for i in range(11)]
+
+
+def test_another_run_is_not_mixed_in(tmp_path, folder, capsys):
+    output = tmp_path / "a.safetensors"
+    features(folder, output)
+    before = output.read_bytes()
+    for options, message in (
+        (["--kind", "class"], "its kind is pooled, not class"),
+        (["--img-size", "48"], "its transform is Transform"),
+        (["--save-dtype", "float16"], "its dtype is float32, not float16"),
+    ):
+        assert features(folder, output, *options) == 2
+        assert message in capsys.readouterr().err and output.read_bytes() == before
+    assert features(folder / "00.png", output) == 2
+    assert "is there already, of other images" in capsys.readouterr().err
+    output.write_bytes(b"something else")
+    assert features(folder, output) == 2
+    assert "is no safetensors file" in capsys.readouterr().err and output.read_bytes() == b"something else"
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "message"),
+    [
+        ("a.npz", [], "must be a .safetensors file"),
+        ("a.safetensors", ["--pca"], "must be a .png"),
+        ("a.safetensors", ["--img-size", "native", "--mode", "crop"], "--mode crop cannot go with it"),
+        ("a.safetensors", ["--shard", "0"], "expected a whole number above 0"),
+    ],
+)
+def test_bad_input(tmp_path, folder, capsys, output, options, message):
+    try:
+        code = features(folder, tmp_path / output, *options)
+    except SystemExit as stop:
+        code = stop.code
+    err = capsys.readouterr().err
+    assert code == 2 and message in err and len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_images_that_were_named_twice_count_once(tmp_path, folder):
+    assert main(["features", str(folder / "00.png"), str(folder / "0[01].png"), "-o", str(tmp_path / "a.safetensors"),
+                 "--model", DIGITS]) == 0  # fmt: skip
+    assert len(json.loads(metadata(tmp_path / "a.safetensors")["paths"])) == 2
+
+
+def test_principal_components_are_those_of_an_svd():
+    maps = [torch.randn(8, 5, 7, generator=torch.Generator().manual_seed(0)), torch.ones(8, 2, 3)]
+    maps[0][2] *= 9  # the first component is this channel
+    maps[0][5] *= 4
+    colours = principal_components(maps)
+    assert [one.shape for one in colours] == [(5, 7, 3), (2, 3, 3)]
+    tokens = torch.cat([one.flatten(1) for one in maps], dim=1).T
+    centred = tokens - tokens.mean(dim=0)
+    _, _, rows = torch.linalg.svd(centred, full_matrices=False)
+    for i in range(3):
+        direction = rows[i] * rows[i][rows[i].abs().argmax()].sign()
+        values = (centred @ direction).numpy()
+        low, high = np.percentile(values, [1, 99])
+        by_hand = 255 * ((values - low) / (high - low)).clip(0, 1)
+        found = np.concatenate([one[..., i].ravel() for one in colours])
+        assert np.abs(found - by_hand).max() <= 1
+    assert all(np.array_equal(one, other) for one, other in zip(colours, principal_components(maps)))
+
+
+def test_pca_draws_a_row_per_image(tmp_path, capsys):
+    for name, size in (("a", (61, 33)), ("b", (24, 48))):
+        Image.effect_noise(size, 80).save(tmp_path / f"{name}.png")
+    images = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    assert main(["features", "--pca", *images, "--model", DIGITS, "-o", str(tmp_path / "new" / "c.png")]) == 0
+    assert "8 x 15, 12 x 6 patches" in capsys.readouterr().out
+    assert Image.open(tmp_path / "new" / "c.png").size == (2 * 560 + 8, round(560 * 32 / 60) + 8 + 560)

@@ -1,0 +1,204 @@
+"""`vit features`: one row of numbers per image, or one map, streamed to disk; and pictures of their components."""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vit.image import ImageError, Transform, create_transform
+from vit.model import ViT
+
+from . import options
+from .pca import draw_components
+from .predict import Decoded, batches, decode, find_images
+
+KINDS = ("pooled", "class", "dense")
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+ROWS, MAPS = 100_000, 500  # images per file
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "features",
+        help="write features of images to disk",
+        description="Write features of images to safetensors files. A run that was cut off goes on where it stopped.",
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (searched through) or globs")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="features.safetensors")
+    parser.add_argument(
+        "--kind", choices=KINDS, default=KINDS[0],
+        help="pooled: what the classifier reads; class: the class token after the last norm; dense: the patch tokens "
+        "after it, a map [D, h, w] per image (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--save-dtype", choices=DTYPES, default="float32", help="of the numbers on disk (%(default)s)")
+    parser.add_argument(
+        "--shard", type=options.positive, metavar="N", help=f"images per file ({ROWS}, or {MAPS} for maps)"
+    )
+    parser.add_argument("--pca", action="store_true", help="draw the maps' three main components as colours instead")
+    options.add_model(parser)
+    options.add_reading(parser)
+    options.add_size(parser)
+    options.add_compute(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Find the images, load the model, write one file after another."""
+    from vit.weights import load_pretrained
+
+    if args.pca:
+        options.check_picture(args.output)
+        args.img_size = args.img_size or "native"
+    elif args.output.suffix != ".safetensors" or args.output.is_dir():
+        raise ValueError(f"--output must be a .safetensors file, not {args.output}")
+    sizing = options.sizing(args)
+    paths = list(dict.fromkeys(find_images(args.images)))  # each once
+    model = load_pretrained(args.model, device=args.device, dtype=options.DTYPES[args.dtype], **options.reading(args))
+    transform = create_transform(model, **sizing)
+    if args.pca:
+        return draw_components(model, transform, paths, args.output)
+
+    files = name_files(args.output, len(paths), args.shard or (MAPS if args.kind == "dense" else ROWS))
+    settings = describe(model, transform, args)
+    for file, numbers in files.items():  # all of them before the first is computed
+        check_file(file, settings, [str(paths[i]) for i in numbers])
+    done = {file for file in files if file.exists()}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    shown = sys.stderr is not None and sys.stderr.isatty()
+    skipped = 0
+    with warnings.catch_warnings(), tqdm(total=len(paths), unit="image", leave=False, disable=not shown) as bar:
+        warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is reported; the rest was read
+        for file, numbers in files.items():
+            if file not in done:
+                write_file(file, model, transform, [paths[i] for i in numbers], settings, args, bar)
+            bar.update(len(numbers) if file in done else 0)
+            skipped += len(json.loads(read_metadata(file)["skipped"]))
+    if len(files) > 1:
+        write_index(args.output, files)
+    resumed = f", {len(done)} of them from an earlier run" if done else ""
+    print(f"{len(paths) - skipped} images in {len(files)} file{'s' * (len(files) > 1)}{resumed}: {args.output}")
+    if skipped:
+        print(f"vit features: {skipped} of {len(paths)} could not be read", file=sys.stderr)
+    return 1 if skipped else 0
+
+
+def name_files(output: Path, count: int, per_file: int) -> dict[Path, range]:
+    """The files to write and the numbers of their images: one, or features-00001-of-00003.safetensors and so on."""
+    parts = [range(start, min(start + per_file, count)) for start in range(0, count, per_file)]
+    if len(parts) == 1:
+        return {output: parts[0]}
+    names = (f"{output.stem}-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1))
+    return {output.with_name(name): part for name, part in zip(names, parts)}
+
+
+def describe(model: ViT, transform: Transform, args: argparse.Namespace) -> dict[str, str]:
+    """All that the numbers depend on besides the images."""
+    sha256 = None if model.provenance is None else model.provenance.sha256
+    return {
+        "kind": args.kind, "dtype": args.save_dtype, "model": args.model, "model_sha256": str(sha256),
+        "model_config": json.dumps(model.config.to_dict()), "transform": repr(transform), "computed": args.dtype,
+    }  # fmt: skip
+
+
+def check_file(file: Path, settings: dict[str, str], paths: list[str]) -> None:
+    """A file that is there already must be what this run would write; ValueError names what differs."""
+    if not file.exists():
+        return
+    found = read_metadata(file)
+    for name, value in settings.items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"{file} is there already, and its {name} is {found.get(name)}, not {value}: remove it, or choose"
+                " another --output"
+            )
+    if json.loads(found["images"]) != paths:
+        raise ValueError(f"{file} is there already, of other images: remove it, or choose another --output")
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; ValueError where it is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is there already and is no safetensors file: {error}") from None
+
+
+def write_file(
+    file: Path,
+    model: ViT,
+    transform: Transform,
+    paths: list[Path],
+    settings: dict[str, str],
+    args: argparse.Namespace,
+    bar: tqdm,
+) -> None:
+    """Compute the features of some images and write them: "features" [rows, D], or a map [D, h, w] by each path.
+
+    The metadata say what they are: `paths`, of the rows in order, `images`, all that were asked for, and `skipped`,
+    the others with the reason. The file gets its name when all of it is written.
+    """
+    from vit.weights.checkpoint import replacing
+    from vit.weights.formats.safetensors import write_safetensors
+
+    rows: dict[str, Tensor] = {}
+    skipped: dict[str, str] = {}
+    for batch in batches(decode(paths, transform), args.batch_size):
+        for path, outcome in extract(model, batch, args.kind, packed=transform.mode == "native"):
+            if isinstance(outcome, ImageError):
+                skipped[str(path)] = str(outcome)
+                bar.write(f"vit features: {outcome}", file=sys.stderr)
+            else:
+                rows[str(path)] = lower(outcome, DTYPES[args.save_dtype], path)
+            bar.update()
+    names = {"paths": [*rows], "images": [str(path) for path in paths], "skipped": skipped}
+    metadata = {**settings, **{name: json.dumps(value) for name, value in names.items()}}
+    tensors = rows if args.kind == "dense" else {"features": torch.stack([*rows.values()])} if rows else {}
+    with replacing(file) as temporary:
+        write_safetensors(temporary, tensors, metadata)
+
+
+@torch.inference_mode()
+def extract(model: ViT, batch: list[Decoded], kind: str, packed: bool) -> Iterator[tuple[Path, Tensor | ImageError]]:
+    """Each image's features, [D] or [D, h, w] float32 on the CPU, in the batch's order; `packed` where sizes differ."""
+    weights = model.patch_embed.proj.weight
+    images = [outcome.to(weights.device, weights.dtype) for _, outcome in batch if isinstance(outcome, Tensor)]
+    found: Iterator[Tensor] = iter(())
+    if images and kind == "dense":
+        found = iter(
+            model.forward_intermediates_packed(images, [-1], norm=True)[0]
+            if packed
+            else model.forward_intermediates(torch.stack(images), [-1], norm=True)[0]
+        )
+    elif images:
+        tokens = model.forward_features_packed(images) if packed else model.forward_features(torch.stack(images))
+        found = (one[0] if kind == "class" else model.forward_head(one[None], pre_logits=True)[0] for one in tokens)
+    for path, outcome in batch:
+        yield path, outcome if isinstance(outcome, ImageError) else next(found).float().cpu()
+
+
+def lower(values: Tensor, dtype: torch.dtype, path: Path) -> Tensor:
+    """Values in a dtype that must be able to hold them."""
+    result = values.to(dtype)
+    if not result.isfinite().all():
+        raise ValueError(f"the features of {path} reach {values.abs().max():.3g}, which {dtype} cannot hold")
+    return result.contiguous()
+
+
+def write_index(output: Path, files: dict[Path, range]) -> None:
+    """The list of the files, written when all of them are there: <output>.index.json."""
+    from vit.weights.checkpoint import replacing, write_json
+
+    shards = [{"file": file.name, "paths": json.loads(read_metadata(file)["paths"])} for file in files]
+    with replacing(output.with_name(f"{output.name}.index.json")) as temporary:
+        write_json(temporary, {"shards": shards})
