@@ -29,7 +29,8 @@ def test_python_blocks_run(default_hub, tmp_path):
     text = re.sub(re.escape(refused) + r".*\n", run_it, text)
     saved = 'vit.save_checkpoint(model, "for-timm", layout="timm")'  # what the shell command before it does
     text = text.replace("timm.create_model", f"import timm\n{saved}\ntimm.create_model")
-    text += "\nprint(refusal)"
+    command = ["features", "photo.jpg", "-o", "features.safetensors", "--model", "vit_digits_patch4_32"]
+    text = f"import vit.cli\nassert vit.cli.main({command}) == 0\n{text}\nprint(refusal)"
     (tmp_path / "readme.py").write_text(text)
     env = os.environ | {"HF_ENDPOINT": default_hub.endpoint, "HF_HUB_CACHE": str(tmp_path / "cache"),
                         "HF_HUB_OFFLINE": "0", "NO_PROXY": "127.0.0.1"}  # fmt: skip
