@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from skimage import data
 
 import vit
+from vit.cli import main
 from vit.cli.options import setting
 from vit.image import create_transform
 from vit.weights import CheckpointError
@@ -454,16 +456,115 @@ def test_a_report_is_written_beside_the_result(tmp_path, model):
         "config.json", "model.safetensors", "model.safetensors.report.json", "preprocessor_config.json"]  # fmt: skip
 
 
-def test_check_runs_the_source_in_its_own_library(tmp_path, model):
-    vit.save_checkpoint(model, tmp_path / "a", layout="timm")
+def test_check_runs_the_source_in_its_own_library(tmp_path):
+    vit.save_checkpoint(randomize(vit.ViT(TINY.override(gelu="tanh"))), tmp_path / "a", layout="timm")
     report = convert_file(tmp_path / "a", tmp_path / "b.npz", "augreg", check=True)
-    assert set(report["check"]) == {"source in timm, source in vit", "result in vit, source in vit",
-                                    "result in timm, source in vit"}  # fmt: skip
+    assert set(report["check"]) == {"source in timm against source in vit", "result in vit against source in vit",
+                                    "result in timm against source in vit"}  # fmt: skip
     assert max(report["check"].values()) <= FLOAT32
-    source = vit.save_checkpoint(model, tmp_path / "c.safetensors")
-    with pytest.raises(CheckpointError, match="nothing to check the vit layout against: it is this project's own"):
-        convert_file(source, tmp_path / "d", "timm", check=True)
-    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("layout", ["timm", "transformers", "torchvision", "dino", "moco"])
+def test_check_runs_the_half_that_has_a_library(tmp_path, model, layout):
+    """One of both files is in this project's own layout, which no other library reads."""
+    if layout in ("dino", "moco"):
+        model.reset_classifier(0)
+        model.config = model.config.override(num_classes=0)
+    source = vit.save_checkpoint(model, tmp_path / "a.safetensors")
+    there = convert_file(source, tmp_path / "b", layout, check=True)["check"]
+    back = convert_file(tmp_path / "b", tmp_path / "c.safetensors", "vit", check=True)["check"]
+    library = layout if layout in ("transformers", "torchvision") else "timm"
+    assert list(there) == ["source in its own library against source in vit", "result in vit against source in vit",
+                           f"result in {library} against source in vit"]  # fmt: skip
+    assert list(back) == [f"source in {library} against source in vit", "result in vit against source in vit",
+                          "result in its own library against source in vit"]  # fmt: skip
+    for rows, skipped in ((list(there.values()), 0), (list(back.values()), 2)):
+        assert rows.pop(skipped) == "not run: no other library reads the vit layout, this project's own"
+        assert max(rows) <= FLOAT32
+
+
+def test_a_check_that_can_run_nothing_is_refused(tmp_path, model, monkeypatch):
+    ours = vit.save_checkpoint(model, tmp_path / "a.safetensors")
+    theirs = vit.save_checkpoint(model, tmp_path / "b", layout="timm")
+    with pytest.raises(CheckpointError, match="nothing to check against: no other library reads the vit layout"):
+        convert_file(ours, tmp_path / "c.safetensors", "vit", check=True)
+    monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
+    with pytest.raises(CheckpointError, match="nothing to check against: --check needs timm: pip install timm"):
+        convert_file(theirs, tmp_path / "c.safetensors", "vit", check=True)
+    assert not (tmp_path / "c.safetensors").exists()
+    half = convert_file(theirs, tmp_path / "c", "torchvision", check=True)["check"]
+    assert half["source in timm against source in vit"] == "not run: --check needs timm: pip install timm"
+    assert half["result in torchvision against source in vit"] <= FLOAT32
+
+
+def test_check_reads_the_result_as_anybody_would(tmp_path, model):
+    """An npz file cannot say that its GELU is the exact one: whoever loads it gets the other."""
+    source = vit.save_checkpoint(model, tmp_path / "a", layout="timm").parent
+    with pytest.raises(CheckpointError) as error:
+        convert_file(source, tmp_path / "b.npz", "augreg", check=True)
+    assert str(error.value).startswith("result in vit against source in vit: the largest difference is")
+    assert "the result cannot say gelu 'erf', which its reader takes to be 'tanh'" in str(error.value)
+    assert not (tmp_path / "b.npz").exists()
+    assert "gelu" in convert_file(source, tmp_path / "b.npz", "augreg")["unsaid"]
+
+
+def test_what_was_assumed_is_reported(tmp_path, capsys):
+    """192 channels in 6 heads: nothing says so, and 3 are 64 wide; a check on 3 against 3 cannot see it."""
+    wide = randomize(vit.ViT(TINY.override(embed_dim=192, num_heads=6, num_classes=1000))).eval()
+    vit.save_checkpoint(wide, tmp_path / "a", layout="transformers")
+    save_file(load_file(tmp_path / "a" / "model.safetensors"), tmp_path / "bare.safetensors")
+    bare, ours = str(tmp_path / "bare.safetensors"), str(tmp_path / "b.safetensors")
+    assert main(["convert", bare, ours, "--to", "vit", "--check"]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "assumed     num_heads 3, eps 1e-12, gelu erf, position_rule transformers "
+        "(the transformers layout's defaults; --set states others)\n"
+        "note        both sides of the check ran with what is assumed, so that it does not prove that\n"
+    ) in printed
+    report = json.loads(report_path(Path(ours)).read_text())
+    assert report["assumed"]["num_heads"] == {"value": 3, "from": "the transformers layout's default"}
+    assert report["assumed"].keys() == {"num_heads", "eps", "gelu", "position_rule"}
+
+    assert main(["inspect", ours]) == 0
+    printed = capsys.readouterr().out
+    assert "num_heads = 3  (the transformers layout's default, by way of the file's header)" in printed
+    assert "categories     1000, assumed to be ImageNet-1k's, by way of the file's header" in printed
+    report = convert_file(bare, tmp_path / "c.safetensors", "vit", overrides={"num_heads": 6, "eps": 1e-6})
+    assert report["assumed"].keys() == {"gelu", "position_rule"} and report["notes"] == []
+    told = convert_file(tmp_path / "a", tmp_path / "d.safetensors", "vit", check=True)
+    assert told["assumed"].keys() == {"position_rule"} and told["notes"] == []  # its config.json says the others
+
+
+def test_where_categories_come_from(tmp_path, model, capsys):
+    def shown(path):
+        assert main(["inspect", str(path)]) == 0
+        return next(line for line in capsys.readouterr().out.splitlines() if line.startswith("categories "))
+
+    file = tmp_path / "model.safetensors"
+    save_file(timm_twin(TINY.override(num_classes=1000)).state_dict(), file)
+    assert shown(file) == "categories     1000, assumed to be ImageNet-1k's"
+    about = {"architecture": "vit_small_patch16_224", "num_classes": 1000}
+    about["model_args"] = {"num_heads": 2, "img_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert shown(file) == "categories     1000, assumed to be ImageNet-1k's"  # as timm does
+    (tmp_path / "config.json").write_text(json.dumps(about | {"label_names": [str(i) for i in range(1000)]}))
+    assert shown(file) == "categories     1000, from config.json"
+    theirs = vit.save_checkpoint(model, tmp_path / "m", layout="transformers")
+    assert shown(theirs) == "categories     5, from config.json"
+    assert shown(vit.save_checkpoint(model, tmp_path / "m.safetensors")) == "categories     5, from the file's header"
+    assert shown(vit.save_checkpoint(vit.ViT(TINY), tmp_path / "m.safetensors")) == "categories     none"
+
+
+def test_labels_are_attached(tmp_path, model, capsys):
+    source = str(vit.save_checkpoint(model, tmp_path / "a.safetensors"))
+    command = ["convert", source, str(tmp_path / "b"), "--to", "timm", "--labels", str(tmp_path / "names.txt")]
+    for text, message in ((b"one\ntwo\n", "there are 2 categories for 5 classes"), (b"a\n\nb\n", "line 2 is empty"),
+                          (b"\xff", "is no text in UTF-8")):  # fmt: skip
+        (tmp_path / "names.txt").write_bytes(text)
+        assert main(command) == 2 and message in capsys.readouterr().err
+    (tmp_path / "names.txt").write_text("one\ntwo\nthree\nvier, fünf\nsix\n", encoding="utf-8")
+    assert main(command) == 0
+    assert vit.load_pretrained(tmp_path / "b").categories == ["one", "two", "three", "vier, fünf", "six"]
 
 
 def test_a_config_that_is_wrong_is_seen_by_check(tmp_path, model):
@@ -472,7 +573,7 @@ def test_a_config_that_is_wrong_is_seen_by_check(tmp_path, model):
     convert_file(tmp_path / "a", tmp_path / "b.safetensors", "vit", overrides={"num_heads": 4})
     before = (tmp_path / "b.safetensors").read_bytes()
     with pytest.raises(
-        CheckpointError, match="source in timm, source in vit: .* difference is .*; nothing was written"
+        CheckpointError, match="source in timm against source in vit: .* difference is .*; nothing was written"
     ):
         convert_file(tmp_path / "a", tmp_path / "b.safetensors", "vit", overrides={"num_heads": 4}, check=True)
     assert (tmp_path / "b.safetensors").read_bytes() == before
@@ -504,6 +605,27 @@ def test_compare(tmp_path, model):
     c = vit.save_checkpoint(model, tmp_path / "c.npz", layout="augreg")
     rows = [row for row in compare(load(find(a)), load(find(c))) if row.difference]
     assert [row.name for row in rows] == ["blocks.1.norm2.bias"] and abs(rows[0].difference - 0.5) < 1e-6
+
+
+def test_settings_that_differ_say_whether_it_matters(tmp_path, model, default_checkpoint, capsys):
+    """The command that the README shows, and what it prints."""
+    ours, theirs = str(tmp_path / "vit-s.safetensors"), str(tmp_path / "for-transformers")
+    convert_file(default_checkpoint, ours, "vit")
+    convert_file(ours, theirs, "transformers")  # where crop_pct is 224 / 248: as many pixels as 0.9 gives
+    assert main(["inspect", ours, theirs]) == 1
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"```text\n{capsys.readouterr().out}```\n" in readme
+
+    a = str(vit.save_checkpoint(model, tmp_path / "a.safetensors"))
+    model.config = model.config.override(drop_path_rate=0.1, eps=1e-5)
+    model.preprocessing = replace(model.preprocessing, mean=(0.1, 0.2, 0.3))
+    b = str(vit.save_checkpoint(model, tmp_path / "b.safetensors"))
+    assert main(["inspect", a, b]) == 1
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "eps: 1e-06 and 1e-05 (changes results)",
+        "drop_path_rate: 0.0 and 0.1 (changes no result)",
+        "preprocessing.mean: (0.5, 0.5, 0.5) and (0.1, 0.2, 0.3) (changes results)",
+    ]
 
 
 def test_nothing_is_said_where_nothing_is_left_out(tmp_path, model):

@@ -203,7 +203,10 @@ def test_of_two_models_the_better_known_container_counts():
         assert torch.equal(converted.state_dict["class_token"], first["cls_token"])
         assert converted.report.prefix == better and "epoch" in converted.report.left
         assert f"{worse}cls_token" in converted.report.left
+        note = f"took {better}; {worse} is there too: --prefix {worse} takes that"
+        assert converted.report.notes == [note]
         chosen = convert(both, prefix=worse)
+        assert chosen.report.notes == []
         assert torch.equal(chosen.state_dict["class_token"], second["cls_token"])
 
 
@@ -228,8 +231,38 @@ def test_an_unknown_prefix_is_named_and_can_be_stated():
         convert(state)
     converted = convert(state, prefix="image_tower.trunk.")
     assert converted.report.left == ["text.weight"] and converted.report.prefix == "image_tower.trunk."
-    with pytest.raises(CheckpointError, match="no key begins with the prefix 'nowhere.'"):
+    with pytest.raises(CheckpointError, match="no key begins with the prefix 'nowhere.'; the first keys are image_tow"):
         convert(state, prefix="nowhere.")
+    with pytest.raises(CheckpointError, match="did you mean --prefix 'image_tower.trunk.'"):
+        convert(state, prefix="trunk.")
+    with pytest.raises(CheckpointError, match="no key begins with the prefix 'runk.'; the first keys are"):
+        convert(state, prefix="runk.")  # the middle of a name
+
+
+def test_a_prefix_may_lie_behind_a_wrapper():
+    backbone = under("backbone.", timm_state()) | {"decoder.weight": torch.ones(2)}
+    for wrapper in ("model.", "state_dict.module."):
+        wrapped = under(wrapper, backbone) | {"epoch": torch.ones(1)}
+        converted = convert(wrapped, prefix="backbone.")
+        assert converted.report.prefix == f"{wrapper}backbone." == f"{wrapper}{detect_layout(backbone).prefix}"
+        assert set(converted.report.left) == {f"{wrapper}decoder.weight", "epoch"}
+        assert converted.report.steps[0].source == [f"{wrapper}backbone.cls_token"]
+        assert detect_layout(wrapped, prefix="backbone.").prefix == f"{wrapper}backbone."
+    both = under("model.", backbone) | under("model_ema.", backbone)
+    with pytest.raises(CheckpointError, match="did you mean --prefix 'model.backbone.' or --prefix 'model_ema.backb"):
+        convert(both, prefix="backbone.")
+
+
+def test_a_backbone_beside_other_parts_is_pointed_to():
+    beside = under("model.backbone.", timm_state()) | {"model.neck.weight": torch.ones(2)}
+    with pytest.raises(CheckpointError, match="unexpected keys: model.neck.weight; --prefix 'model.backbone.' takes"):
+        convert(beside)
+    assert convert(beside, prefix="model.backbone.").report.left == ["model.neck.weight"]
+    with pytest.raises(CheckpointError, match="unexpected keys: neck.weight; --prefix 'model.backbone.' takes"):
+        convert(beside, prefix="model.")
+    with pytest.raises(CheckpointError) as error:  # something is wrong within as well
+        convert(beside | {"model.backbone.norm3.bias": torch.ones(2)})
+    assert "--prefix" not in str(error.value)
 
 
 def test_two_layouts_at_once_are_refused():
@@ -263,6 +296,13 @@ REFUSED = {
     "blocks.0.attn.q_bias": "BEiT",
     "rope_embed.periods": "DINOv3",
 }
+
+
+@pytest.mark.parametrize("before", ["", "model."])
+@pytest.mark.parametrize("part", ["patch_embed.backbone.stem.conv.weight", "patch_embeddings.backbone.bit.x"])
+def test_hybrids_are_refused_by_name(before, part):
+    with pytest.raises(CheckpointError, match=f"{before}{part} shows a hybrid with a convolutional stem, which this"):
+        convert(under(before, timm_state() | {part: torch.ones(3)}))
 
 
 @pytest.mark.parametrize("key", REFUSED)
@@ -300,6 +340,22 @@ def test_a_stated_layout_needs_no_markers(layout):
     assert detect_layout(state) == "timm"
     report = convert(state, layout, config={"num_heads": 12}).report
     assert report.source == layout and report.prefix == "model."
+    assert report.why.startswith("stated by the caller, and it lacks ")
+
+
+def test_a_stated_layout_does_not_swallow_a_classifier():
+    state = timm_state()
+    assert convert(state, "timm").report.why == "stated by the caller"
+    lacks = r"do not fit the dino layout \(stated by the caller, and it lacks head.last_layer.weight_v\)"
+    with pytest.raises(CheckpointError, match=lacks + ": unexpected keys: head.weight, head.bias"):
+        convert(state, "dino")
+    moco = under("base_encoder.", state)  # a probe on it
+    with pytest.raises(CheckpointError, match="unexpected keys: base_encoder.head.weight, base_encoder.head.bias"):
+        convert(moco | {"base_encoder.head.0.weight": torch.ones(2)}, "moco")
+    trained = under("teacher.backbone.", timm_state(num_classes=0)) | {
+        "teacher.head.mlp.0.weight": torch.ones(2), "teacher.head.last_layer.weight_v": torch.ones(2)
+    }  # fmt: skip
+    assert len(convert(trained, "dino").report.dropped) == 2
 
 
 # --- what shapes cannot tell
@@ -362,7 +418,8 @@ def test_every_field_says_where_it_came_from():
     found = convert(timm_state(), config={"eps": 1e-5}).config
     assert found.sources.keys() == set(vit.ViTConfig.field_names())
     assert found.sources["eps"] == "the caller" and found.sources["depth"] == "the shapes"
-    assert found.sources["num_heads"] == "the timm layout's default" and found.sources["gelu"] == "the default"
+    assert found.sources["num_heads"] == "the timm layout's default" == found.sources["gelu"]
+    assert found.sources["drop_path_rate"] == "the default"
     assert "eps" not in found.override(eps=1e-6).sources  # no longer what was read
 
 

@@ -123,7 +123,7 @@ def test_timm_loads_what_we_write(tmp_path, config):
 
 def test_what_timm_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
     for config, message in (
-        (CONFIG.override(eps=1e-5), "timm's config.json cannot hold eps 1e-05"),
+        (CONFIG.override(eps=1e-12), r"timm's config.json cannot hold eps 1e-12: .*\(--set eps=1e-6, or eps=1e-6 in"),
         (CONFIG.override(global_pool="token_avg"), "timm layout cannot hold global_pool 'token_avg'"),
         (CONFIG.override(dist_token=True), r"timm layout cannot hold dist_token True .*, dist_token"),
     ):
@@ -340,6 +340,12 @@ BAD_FILES = {
         path, change_part("vit.config", lambda c: c | {"depth": 3})
     ),
     "header's vit.config is .*, expected an object": lambda path: header(path, change_part("vit.config", list)),
+    "header's vit.assumed is no object of texts": lambda path: header(
+        path, lambda c: c["__metadata__"].update({"vit.assumed": '{"eps": 1}'})
+    ),
+    "header's vit.assumed: unknown field 'depth'": lambda path: header(
+        path, lambda c: c["__metadata__"].update({"vit.assumed": '{"depth": "x"}'})
+    ),
     "header's vit.config is not JSON": lambda path: header(
         path, lambda c: c["__metadata__"].update({"vit.config": "{"})
     ),
@@ -366,6 +372,42 @@ def test_bad_files(tmp_path, model, message):
     with pytest.raises(CheckpointError, match=message) as error:
         vit.load_pretrained(path)
     assert str(path) in str(error.value)
+
+
+def test_a_guess_does_not_become_a_fact(tmp_path, timm_file):
+    """Who loads what was guessed once is still told so, however often it was written since."""
+    config = vit.load_pretrained(timm_file, eps=1e-5).config
+    assert config.sources["num_heads"] == "the timm layout's default" and config.sources["eps"] == "the caller"
+    path = timm_file
+    for i in range(2):
+        path = vit.save_checkpoint(vit.load_pretrained(path, eps=1e-5), tmp_path / f"{i}.safetensors")
+        sources = vit.load_pretrained(path).config.sources
+        assert sources["num_heads"] == sources["gelu"] == "the timm layout's default, by way of the file's header"
+        assert sources["eps"] == sources["depth"] == "the file's header"
+    stated = vit.load_pretrained(path, num_heads=6)
+    assert stated.config.sources["num_heads"] == "the caller"
+    again = vit.load_pretrained(vit.save_checkpoint(stated, path)).config
+    assert again.sources["num_heads"] == "the file's header" and again == stated.config
+    header(path, lambda content: content["__metadata__"].pop("vit.assumed"))  # as files were written before
+    old = vit.load_pretrained(path).config
+    assert old == again and old.sources["gelu"] == "the file's header"
+
+
+def test_categories_of_the_callers(tmp_path, timm_file):
+    names = [f"class {i}" for i in range(1000)]
+    model = vit.load_pretrained(timm_file, categories=names)
+    assert model.categories == names
+    assert vit.load_pretrained(vit.save_checkpoint(model, tmp_path / "m.safetensors")).categories == names
+    with pytest.warns(UserWarning, match="is replaced by a new one for 2"):
+        assert vit.load_pretrained(timm_file, num_classes=2, categories=("a", "b")).categories == ["a", "b"]
+    for wrong, message in (
+        (names[1:], "there are 999 categories for 1000 classes"),
+        ("abc", "categories must be a list of texts, one for each of the 1000 classes"),
+        ([1] * 1000, "categories must be a list of texts"),
+        (3, "categories must be a list of texts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vit.load_pretrained(timm_file, categories=wrong)
 
 
 BAD_CONFIGS = {
@@ -409,6 +451,7 @@ def test_paths_that_lead_nowhere(tmp_path, model):
         ("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", FileNotFoundError, "is written hf-hub:timm/vit_small"),
         ("vit_smal_patch16_224.augreg_in21k_ft_in1k", ValueError, "Did you mean 'vit_small_patch16_224.augreg_in21k"),
         ("resnet50", ValueError, "unknown model 'resnet50'"),
+        ("nodir/", FileNotFoundError, "^nodir/ does not exist$"),
     ):
         with pytest.raises(kind, match=message):
             vit.load_pretrained(source)
@@ -565,6 +608,7 @@ def test_label_descriptions_are_the_names(timm_file):
 
 def test_arguments_of_other_kinds(timm_file):
     for message, arguments in {
+        "no `strict`: checkpoints map completely or not at all": {"strict": False},
         "in_chans must be a whole number of at least 1, not 0": {"in_chans": 0},
         "in_chans must be a whole number of at least 1, not '3'": {"in_chans": "3"},
         "num_classes must be a whole number": {"num_classes": -1},

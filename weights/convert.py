@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from vit.config import ViTConfig
 from vit.model import ViT
 
 from .checkpoint import CheckpointError, NotATensor
-from .detect import Place, explain, locate
+from .description import assumed
+from .detect import Place, explain, locate, whole_prefix
 from .keymap import SAME, Entry, Layout, sort_keys, split_number
 from .layouts import get_layout
 from .layouts.own import VIT
@@ -44,7 +45,8 @@ class Report:
     steps: list[Step]
     dropped: dict[str, str]  # source key -> why it was left out
     left: list[str]  # source keys beside the model: an optimiser's, another model's
-    notes: list[str] = field(default_factory=list)  # changes that cannot be undone
+    notes: list[str] = field(default_factory=list)  # changes that cannot be undone, and other models that are there
+    assumed: dict[str, dict[str, Any]] = field(default_factory=dict)  # what nobody stated -> its value, whose default
     unsaid: dict[str, Any] = field(default_factory=dict)  # settings that the files cannot say -> what a reader assumes
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,6 +76,7 @@ class Ours:
     groups: dict[str, tuple[Entry, list[str]]]  # our name -> entry, source keys
     dropped: dict[str, str]
     left: list[str]
+    notes: list[str] = field(default_factory=list)
 
 
 def convert(
@@ -107,7 +110,9 @@ def convert(
 
 def to_ours(state_dict: Mapping[str, Any], source: str | None, claims: Claims, prefix: str | None = None) -> Ours:
     """Read a state dict in any layout; see `convert`."""
-    inside, outside = _take(state_dict, prefix)
+    prefix = whole_prefix(state_dict, prefix) if prefix else ""
+    inside = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+    outside = [key for key in state_dict if not key.startswith(prefix)]
     place = locate(inside, source)
     layout = place.layout
     state, dropped, left, odd = _unwrap(inside, place)
@@ -117,24 +122,23 @@ def to_ours(state_dict: Mapping[str, Any], source: str | None, claims: Claims, p
     _check_values({key: value for key, value in state.items() if key not in sorted_keys.dropped})
     extra = {} if layout.facts is None else layout.facts(state)
     tensors, shapes = _transform(state, sorted_keys.groups, extra.get("num_heads", 0))
-    problems = {"missing": sorted_keys.missing, "unexpected": odd + sorted_keys.unexpected, "shapes": shapes}
-    config = _fit(tensors, claims, place, extra, problems)
+    problems = {"missing": sorted_keys.missing, "unexpected": sorted_keys.unexpected, "shapes": shapes, "beside": odd}
+    try:
+        config = _fit(tensors, claims, place, extra, problems)
+    except CheckpointError as error:
+        if not odd or any(found for kind, found in problems.items() if kind != "beside"):
+            raise
+        hint = f"--prefix {prefix + place.wrapper!r} takes the model that lies there and leaves these behind"
+        raise CheckpointError(f"{error}; {hint}") from None
     theirs = {key: state[key] for _, keys in sorted_keys.groups.values() for key in keys}
+    notes = [
+        f"took {prefix + place.wrapper}; {prefix + other} is there too: --prefix {prefix + other} takes that"
+        for other in place.others
+    ]
     return Ours(
-        tensors, theirs, config, layout, explain(place), (prefix or "") + place.wrapper, sorted_keys.groups,
-        dropped | sorted_keys.dropped, outside + left,
+        tensors, theirs, config, layout, explain(place), prefix + place.wrapper, sorted_keys.groups,
+        dropped | sorted_keys.dropped, outside + left, notes,
     )  # fmt: skip
-
-
-def _take(state_dict: Mapping[str, Any], prefix: str | None) -> tuple[dict[str, Any], list[str]]:
-    """What lies under a prefix, without it, and the keys of what does not."""
-    if not prefix:
-        return dict(state_dict), []
-    inside = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-    if not inside:
-        some = ", ".join(sorted(state_dict)[:3]) or "none"
-        raise CheckpointError(f"no key begins with the prefix {prefix!r}; the first keys are {some}")
-    return inside, [key for key in state_dict if not key.startswith(prefix)]
 
 
 def _unwrap(state: Mapping[str, Any], place: Place) -> tuple[dict[str, Any], dict[str, str], list[str], list[str]]:
@@ -203,15 +207,15 @@ def _fit(
     """
     layout = place.layout
     if problems["missing"] or problems["shapes"]:
-        raise _misfit(layout, problems)
+        raise _misfit(place, problems)
     missing = [name for name in required_names(tensors) if name not in tensors]
     problems["missing"] = _their_keys(place, missing)
     if not tensors.keys() >= set(SHAPE_SOURCES):
-        raise _misfit(layout, problems)
+        raise _misfit(place, problems)
     try:
         config = config_from_shapes(tensors, claims, layout, extra)
     except CheckpointError as error:
-        raise _misfit(layout, problems, error) from None
+        raise _misfit(place, problems, error) from None
     expected = expected_shapes(config)
     problems["missing"] = _their_keys(place, [name for name in expected if name not in tensors])
     problems["unexpected"] += _their_keys(place, [name for name in tensors if name not in expected])
@@ -221,7 +225,7 @@ def _fit(
             where = keys[0] if entry and entry.transform is SAME else f"{' + '.join(keys)}, as {name},"
             problems["shapes"].append(f"{where} {list(tensors[name].shape)}, expected {list(shape)}")
     if any(problems.values()):
-        raise _misfit(layout, problems)
+        raise _misfit(place, problems)
     return config
 
 
@@ -249,16 +253,22 @@ def skeleton(config: ViTConfig) -> ViT:
         return ViT(config)
 
 
-def _misfit(layout: Layout, problems: Mapping[str, list[str]], error: Exception | None = None) -> CheckpointError:
-    titles = {"missing": "missing keys", "unexpected": "unexpected keys", "shapes": "wrong shapes"}
-    texts = [f"{titles[kind]}: {', '.join(keys)}" for kind, keys in problems.items() if keys]
+def _misfit(place: Place, problems: Mapping[str, list[str]], error: Exception | None = None) -> CheckpointError:
+    lists = {
+        "missing keys": problems["missing"],
+        "unexpected keys": problems["beside"] + problems["unexpected"],
+        "wrong shapes": problems["shapes"],
+    }
+    texts = [f"{title}: {', '.join(keys)}" for title, keys in lists.items() if keys]
     texts = texts if error is None else [str(error), *texts]
-    return CheckpointError(f"the weights do not fit the {layout.name} layout: {'; '.join(texts)}")
+    stated = f" ({explain(place)})" if place.lacks else ""
+    return CheckpointError(f"the weights do not fit the {place.layout.name} layout{stated}: {'; '.join(texts)}")
 
 
 def to_theirs(ours: Ours, target: Layout) -> Converted:
     """Write what was read in another layout; CheckpointError where that cannot hold it."""
-    tensors, config, notes = adapt_positions(ours.tensors, ours.config, target)
+    tensors, config, adapted = adapt_positions(ours.tensors, ours.config, target)
+    notes = ours.notes + adapted
     _check_needs(tensors, config, target)
     prefixed = bool(target.prefix) and ("head.weight" in tensors or target.always_prefixed)
     result: dict[str, Tensor] = {}
@@ -278,7 +288,10 @@ def to_theirs(ours: Ours, target: Layout) -> Converted:
         notes.append(f"{key} is written as zeros: this model has none")
     if target.pack is not None:
         result = target.pack(result)
-    report = Report(ours.layout.name, target.name, ours.why, ours.prefix, steps, ours.dropped, ours.left, notes)
+    report = Report(
+        ours.layout.name, target.name, ours.why, ours.prefix, steps, ours.dropped, ours.left, notes,
+        assumed(ours.config),
+    )  # fmt: skip
     return Converted(result, config, report)
 
 
@@ -327,8 +340,9 @@ def _check_needs(tensors: Mapping[str, Tensor], config: ViTConfig, target: Layou
 
 
 def from_model(model: ViT) -> Ours:
-    """A model's own weights, checked as those of a file are."""
-    return to_ours(model.state_dict(), VIT.name, {"the model": model.config.to_dict()})
+    """A model's own weights, checked as those of a file are; of its settings it is still known who stated them."""
+    ours = to_ours(model.state_dict(), VIT.name, {"the model": model.config.to_dict()})
+    return replace(ours, config=replace(ours.config, sources={**ours.config.sources, **model.config.sources}))
 
 
 def unrecorded(ours: Ours, config: ViTConfig, target: Layout, stated: Mapping[str, Any]) -> dict[str, Any]:

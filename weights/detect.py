@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .checkpoint import CheckpointError
 from .keymap import Layout, sort_keys
@@ -34,6 +34,11 @@ _REFUSED = {
     "blocks.0.attn.q_bias": "BEiT or EVA, whose attention has relative or rotary positions",
     "rope_embed.periods": "DINOv3, which has rotary positions",
 }
+# And parts of names that show it.
+_REFUSED_PARTS = {
+    "patch_embed.backbone.": "a hybrid with a convolutional stem, which this model has not",
+    "patch_embeddings.backbone.": "a hybrid with a convolutional stem, which this model has not",
+}
 
 
 class Detected(str):
@@ -55,6 +60,8 @@ class Place:
     layout: Layout
     wrapper: str  # what stands before the layout's own names
     prefixed: bool  # do these begin with the layout's own prefix?
+    lacks: tuple[str, ...] | None = None  # the marker keys that a layout stated by the caller lacks; None: it was found
+    others: tuple[str, ...] = ()  # wrappers of other models, which were passed over
 
     @property
     def container(self) -> str:
@@ -82,14 +89,37 @@ def detect_layout(state_dict: Iterable[str], prefix: str | None = None) -> Detec
         CheckpointError: no layout's marker keys are there, those of several, or a model that this one cannot be.
     """
     keys = list(state_dict)
-    place = locate(keys if prefix is None else [key[len(prefix) :] for key in keys if key.startswith(prefix)])
+    prefix = whole_prefix(keys, prefix) if prefix else ""
+    place = locate([key[len(prefix) :] for key in keys if key.startswith(prefix)])
     detected = Detected(place.layout.name)
-    detected.why, detected.prefix = explain(place), (prefix or "") + place.wrapper
+    detected.why, detected.prefix = explain(place), prefix + place.wrapper
     return detected
 
 
+def whole_prefix(keys: Iterable[str], prefix: str) -> str:
+    """The prefix that the caller states, with the one known wrapper before it where no key begins with it itself.
+
+    Raises:
+        CheckpointError: no key begins so, or keys behind several wrappers do: it names them.
+    """
+    keys = list(keys)
+    if any(key.startswith(prefix) for key in keys):
+        return prefix
+    before = {key[: key.find(prefix)] for key in keys if prefix in key}
+    before = {text for text in before if text[-1] in "./"}  # "mybackbone." ends so as well
+    known = sorted(text for text in before if _WRAPPER.fullmatch(text))
+    if len(known) == 1:
+        return known[0] + prefix
+    wholes = " or ".join(f"--prefix {text + prefix!r}" for text in (known or sorted(before))[:3])
+    some = ", ".join(sorted(keys)[:3]) or "none"
+    hint = f"did you mean {wholes}?" if wholes else f"the first keys are {some}"
+    raise CheckpointError(f"no key begins with the prefix {prefix!r}; {hint}")
+
+
 def explain(place: Place) -> str:
-    """The marker keys, in words."""
+    """How the layout was told: the marker keys, in words, or the caller."""
+    if place.lacks is not None:
+        return "stated by the caller" + (f", and it lacks {' and '.join(place.lacks)}" if place.lacks else "")
     others = place.layout.absent
     absent = (
         f", and nothing of another layout's ({', '.join(others[:3])}{' ...' * (len(others) > 3)})" if others else ""
@@ -102,16 +132,23 @@ def locate(keys: Iterable[str], layout: str | None = None) -> Place:
     """The one layout that the keys are of, and its place among them; with `layout` only its place is asked for."""
     index = sorted({without_chunk(key) for key in keys})
     _refuse(index)
+    place = _locate(index, layout)
+    return place if layout is None else replace(place, lacks=_missing_markers(place, index))
+
+
+def _locate(index: list[str], layout: str | None) -> Place:
     asked = list(LAYOUTS.values()) if layout is None else [get_layout(layout)]
     places = [place for one in asked for place in _places(one, index)]
     known = [place for place in places if _WRAPPER.fullmatch(place.wrapper)]
     if known:
+        wrappers = {place.wrapper for place in known}
         best = min(map(_container_rank, known))
         known = [place for place in known if _container_rank(place) == best]
         names = sorted({place.layout.name for place in known})
         if len(names) > 1:
             raise CheckpointError(f"the keys fit several layouts: {', '.join(names)}; say which one it is")
-        return min(known, key=lambda place: (len(place.wrapper), place.wrapper))
+        place = min(known, key=lambda place: (len(place.wrapper), place.wrapper))
+        return replace(place, others=tuple(sorted(wrappers - {place.wrapper})))
     if layout is not None:  # the caller knows; what is missing will be listed
         return _stated_place(asked[0], index)
     if places:
@@ -158,6 +195,13 @@ def _places(layout: Layout, index: list[str]) -> list[Place]:
     return found
 
 
+def _missing_markers(place: Place, index: list[str]) -> tuple[str, ...]:
+    fronts = (place.wrapper, place.front)
+    return tuple(
+        marker for marker in place.layout.markers if not any(_begins(index, front + marker, True) for front in fronts)
+    )
+
+
 def _begins(index: list[str], text: str, whole: bool = False) -> bool:
     """Does any of the sorted keys begin so, or, with `whole`, read so?"""
     i = bisect_left(index, text)
@@ -169,6 +213,10 @@ def _refuse(keys: list[str]) -> None:
         for key in keys:
             if key == marker or key.endswith(f".{marker}"):
                 raise CheckpointError(f"{key} shows {why}: this model cannot hold it")
+    for part, why in _REFUSED_PARTS.items():
+        for key in keys:
+            if key.startswith(part) or f".{part}" in key:
+                raise CheckpointError(f"{key} shows {why}")
 
 
 def _nearest(keys: list[str]) -> str:

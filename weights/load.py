@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from vit.resources import bundled_checkpoint, imagenet_categories
 
 from .checkpoint import Checkpoint, CheckpointError, NotATensor, read_json
 from .convert import Ours, skeleton, to_ours
-from .description import Attributes, Description
+from .description import IMAGENET, Attributes, Description
 from .formats import read_checkpoint
 from .hub import FILE_SUFFIXES, download, parse_name
 from .layouts import own, timm_config, transformers_config
@@ -82,6 +83,7 @@ def load_pretrained(
     revision: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    categories: Sequence[str] | None = None,
     **overrides: Any,
 ) -> ViT:
     """Load a model with its weights, in eval mode.
@@ -102,6 +104,7 @@ def load_pretrained(
         revision: a branch, tag or commit of the Hub's repository.
         device: where the model goes.
         dtype: what the weights are cast to; None keeps the file's.
+        categories: the names of the classes, in order, which are saved with the model; None: as the files say.
         overrides: fields of `ViTConfig` that the file cannot know or says wrongly (num_heads=12, eps=1e-5 ...), or
             that are the user's to choose (drop_path_rate, grad_checkpointing); `model.config.sources` tells of each
             field where its value came from. And the fields of `Preprocessing` (mean=..., std=...): size=384 prepares
@@ -110,7 +113,7 @@ def load_pretrained(
     Raises:
         FileNotFoundError, HubError (an OSError): nothing is there, or the Hub cannot be reached.
         CheckpointError (a ValueError): the file cannot be used; see `vit.weights.convert`.
-        ValueError: an unknown name or override.
+        ValueError: an unknown name or override, or not one category for each class.
     """
     for name, value, least in (
         ("num_classes", num_classes, 0),
@@ -130,6 +133,8 @@ def load_pretrained(
         warnings.warn(f"the head for {model.config.num_classes} classes is replaced by {new}", stacklevel=2)
         model.reset_classifier(num_classes)
         model.config = _stated(model.config, num_classes=num_classes)
+    if categories is not None:
+        model.categories = _checked(categories, model.config.num_classes)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -139,9 +144,12 @@ def load(
     prefix: str | None = None,
     sha256: str | None = None,
     overrides: Mapping[str, Any] | None = None,
+    categories: Sequence[str] | None = None,
 ) -> Loaded:
     """Read a checkpoint and convert it to our names; the arguments are those of `load_pretrained`."""
     overrides = dict(overrides or {})
+    if "strict" in overrides:
+        raise ValueError("there is no `strict`: checkpoints map completely or not at all (prefix=... takes a part)")
     settings = {name: overrides.pop(name) for name in list(overrides) if name in _SETTINGS}
     ViTConfig.check_names(overrides)
     checkpoint = read(found, sha256)
@@ -150,8 +158,8 @@ def load(
         claims = {"the caller": overrides, about.where: about.declared, ASSUMED: about.assumed}
         # what is no tensor comes along, so that it is refused where the model's own keys hold it
         state = checkpoint.tensors | {name: NotATensor(kind) for name, kind in checkpoint.others.items()}
-        ours = to_ours(state, layout, claims, prefix)
-        attributes = _attributes(found, about, ours)
+        ours = _remember(to_ours(state, layout, claims, prefix), about)
+        attributes = _attributes(found, about, ours, categories)
         if "size" in settings:
             settings["size"] = whole_patches(settings["size"], ours.config.patch_size)
         attributes = replace(attributes, preprocessing=replace(attributes.preprocessing, **settings))
@@ -192,7 +200,7 @@ def find(source: str | Path, revision: str | None = None) -> Source:
     if name in NAMED_MODELS:
         name = f"{name}.{NAMED_MODELS[name].tag}"
     if (parsed := parse_name(name)) is None:
-        if path.suffix in FILE_SUFFIXES:
+        if path.suffix in FILE_SUFFIXES or name.endswith(("/", os.sep)):
             raise FileNotFoundError(f"{name} does not exist")
         if len(path.parts) > 1:
             raise FileNotFoundError(f"{name} does not exist (a repository of the Hub is written hf-hub:{name})")
@@ -250,18 +258,36 @@ def describe(
     return replace(about, preprocessing=settings)
 
 
-def _attributes(found: Source, about: Description, ours: Ours) -> Attributes:
-    """What the model carries, as the files say it or as it is usual."""
+def _remember(ours: Ours, about: Description) -> Ours:
+    """Of what a header declares, it also says what was assumed and by whom."""
+    sources = dict(ours.config.sources)
+    sources |= {name: whose for name, whose in about.guessed.items() if sources[name] == about.where}
+    return replace(ours, config=replace(ours.config, sources=sources))
+
+
+def _attributes(found: Source, about: Description, ours: Ours, stated: Sequence[str] | None) -> Attributes:
+    """What the model carries, as the caller or the files say it or as it is usual."""
     config = ours.config
-    categories = about.categories if config.num_classes else None
-    if categories is None and about == Description() and config.num_classes == 1000:
-        categories = imagenet_categories()  # what timm, too, takes 1,000 classes to be
+    categories, whence = (about.categories, about.categories_from) if config.num_classes else (None, "")
+    if stated is not None:
+        categories, whence = _checked(stated, config.num_classes), "from the caller"
+    elif categories is None and about == Description() and config.num_classes == 1000:
+        categories, whence = imagenet_categories(), IMAGENET  # what timm, too, takes 1,000 classes to be
     if categories is not None and len(categories) != config.num_classes:
         raise CheckpointError(f"there are {len(categories)} categories for {config.num_classes} classes")
     preprocessing = about.preprocessing or known_preprocessing(config, ours.layout)
     if len(preprocessing.mean) != config.in_chans:
         raise CheckpointError(f"preprocessing has {len(preprocessing.mean)} channels, the weights {config.in_chans}")
-    return Attributes(preprocessing, categories, about.license or found.license)
+    return Attributes(preprocessing, categories, about.license or found.license, whence)
+
+
+def _checked(categories: Sequence[str], num_classes: int) -> list[str]:
+    """The caller's names for the classes; ValueError where these are no names, or not one for each class."""
+    if not isinstance(categories, (list, tuple)) or not all(isinstance(name, str) for name in categories):
+        raise ValueError(f"categories must be a list of texts, one for each of the {num_classes} classes")
+    if len(categories) != num_classes:
+        raise ValueError(f"there are {len(categories)} categories for {num_classes} classes")
+    return list(categories)
 
 
 def build(loaded: Loaded, in_chans: int | None = None, patch_size: int | None = None) -> ViT:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,11 @@ from .checkpoint import CheckpointError
 from .description import Attributes
 from .formats.npz import write_npz
 from .layouts import get_layout, transformers_config
+
+
+class NoPeer(CheckpointError):
+    """No other library is there to run a layout in."""
+
 
 Forward = Callable[[Tensor], Tensor]  # images -> logits, or tokens after the final norm where there is no head
 
@@ -48,17 +52,20 @@ def build_peer(layout: str, state: Mapping[str, Tensor], config: ViTConfig, fold
             from `config`.
 
     Raises:
-        CheckpointError: the library is not installed, or none is known.
+        NoPeer: the library is not installed, or none is known.
+        CheckpointError: the library does not take the weights.
     """
     library = peer_library(layout)
-    if layout == "vit" or find_spec(library) is None:
-        hint = f"pip install {library}" if layout != "vit" else "it is this project's own"
-        raise CheckpointError(f"there is nothing to check the {layout} layout against: {hint}")
+    if layout == "vit":
+        raise NoPeer("no other library reads the vit layout, this project's own")
     build = {"timm": _timm, "transformers": _transformers, "torchvision": _torchvision}[library]
     try:
         return build(layout, dict(state) | _zeros(layout, state, config), config, folder)
     except CheckpointError:
         raise
+    except ModuleNotFoundError as error:  # the library, or one that it needs
+        name = (error.name or library).partition(".")[0]
+        raise NoPeer(f"--check needs {name}: pip install {name}") from None
     except Exception as error:  # each library has its own way of not loading something
         raise CheckpointError(f"{library} cannot load this: {str(error).splitlines()[0]}") from None
 

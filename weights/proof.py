@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .checkpoint import CheckpointError
 from .convert import Converted
-from .description import Attributes
+from .description import Attributes, assumed
 from .load import WEIGHT_FILES, Loaded, build, find, load
-from .peers import build_peer, peer_library
-from .save import target_files, write
+from .peers import NoPeer, build_peer, peer_library
+from .save import effect, target_files, write
 
 # A check fails beyond this difference, relative to the largest value; float32 leaves 1e-6 to 1e-5.
 BAR = 1e-4
@@ -44,19 +44,23 @@ def convert_file(
     """Convert a checkpoint, read the result back, and write a report beside it.
 
     The result takes its name only after it was read back and compared to the bit; what was there before stays
-    otherwise, also where `check` fails to find the source's own library.
+    otherwise, also where `check` finds no library to run.
 
     Args:
         source: as `load_pretrained` takes it.
         target: the file or folder to write, as `save_checkpoint` takes it.
         to: the layout to write.
-        check: run the source in its own library, the result in ours and in its own where there is one, and report
-            the differences.
+        check: run the source in its own library, the result in ours and in its own, and report the differences. A
+            half that has no library (this project's own layout, one that is not installed) is reported as not run.
         revision: of the source, on the Hub.
-        reading: layout, prefix, sha256 and overrides, as `vit.weights.load.load` takes them.
+        reading: layout, prefix, sha256, overrides and categories, as `vit.weights.load.load` takes them.
 
     Returns:
         The report, which is also written as JSON: <file>.report.json.
+
+    Raises:
+        CheckpointError: as `load_pretrained` and `save_checkpoint`; with `check` also for a difference beyond `BAR`,
+            for a source that its own library does not take, or where neither half can be run.
     """
     files = target_files(target, to)
     loaded = load(find(source, revision), **reading)
@@ -76,6 +80,8 @@ def _report(
     loaded: Loaded, details: dict[str, Any], files: list[str], sha256: str, checked: dict[str, float | str] | None
 ) -> dict[str, Any]:
     config, provenance = loaded.ours.config, loaded.provenance
+    if checked is not None and assumed(config) and not _has_loader(loaded):
+        details["notes"].append("both sides of the check ran with what is assumed, so that it does not prove that")
     used = sorted({name for step in details["steps"] for name in step["transforms"]})
     return {
         "source": {"file": provenance.source, "sha256": provenance.sha256, "layout": details.pop("source"),
@@ -101,39 +107,66 @@ def fixed_images(config: Any) -> Tensor:
 def _check(loaded: Loaded, name: str, to: str) -> dict[str, float | str]:
     """The source in its own library, and the result in ours and its own, against the source in our model.
 
-    The result is written into a folder that goes again. It is read as anybody would read it, but for the settings
-    that its files cannot say.
+    The result is written into a folder that goes again, and read as anybody would read it: with what its readers
+    assume where its files cannot say something.
+
+    Returns:
+        What ran against what -> the largest difference over the largest value, or "not run: " and why.
 
     Raises:
-        CheckpointError: a difference beyond `BAR`, or nothing to run the source in.
+        CheckpointError: a difference beyond `BAR`, a library that does not take the weights, or neither side's there.
     """
-    ours, images = loaded.ours, fixed_images(loaded.ours.config)
+    images = fixed_images(loaded.ours.config)
     expected = _forward(loaded, images)
-    folder = loaded.checkpoint.path.parent if _has_loader(loaded) else None
-    peer = build_peer(ours.layout.name, _floats(ours.theirs), ours.config, folder)
-    results: dict[str, float | str] = {
-        f"source in {peer_library(ours.layout.name)}, source in vit": _difference(expected, peer(images))
-    }
+    source = _in_its_library(loaded, loaded.ours.layout.name, loaded.ours.theirs, images, expected)
+    results: dict[str, float | str] = {f"source in {_library(loaded.ours.layout.name)} against source in vit": source}
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / name
-        converted = write(ours, loaded.attributes, file, to, lambda: loaded.provenance)
-        fields = [field for field in converted.report.unsaid if field in converted.config.field_names()]
-        result = load(find(file), overrides={field: getattr(converted.config, field) for field in fields})
-        results["result in vit, source in vit"] = _difference(_forward(result, images), expected)
-        what = f"result in {peer_library(to)}, source in vit"
-        try:
-            folder = file.parent if _has_loader(result) else None
-            peer = build_peer(to, _floats(result.ours.theirs), result.ours.config, folder)
-            results[what] = _difference(peer(images), expected)
-        except CheckpointError as error:
-            results[what] = f"not run: {error}"
+        converted = write(loaded.ours, loaded.attributes, file, to, lambda: loaded.provenance)
+        result = load(find(file))
+        results["result in vit against source in vit"] = _difference(_forward(result, images), expected)
+        its_own = _in_its_library(result, to, result.checkpoint.tensors, images, expected)
+        results[f"result in {_library(to)} against source in vit"] = its_own
+    if isinstance(source, str) and isinstance(its_own, str):
+        raise CheckpointError(f"there is nothing to check against: {'; '.join(dict.fromkeys([source, its_own]))}")
+    _hold_to_bar(results, converted)
+    return {what: f"not run: {found}" if isinstance(found, str) else found for what, found in results.items()}
+
+
+def _library(layout: str) -> str:
+    return "its own library" if layout == "vit" else peer_library(layout)
+
+
+def _in_its_library(
+    loaded: Loaded, layout: str, state: Mapping[str, Tensor], images: Tensor, expected: Tensor
+) -> float | str:
+    """How far the library that a layout is from differs from what is expected; or why it cannot be run."""
+    folder = loaded.checkpoint.path.parent if _has_loader(loaded) else None
+    try:
+        peer = build_peer(layout, _floats(state), loaded.ours.config, folder)
+    except NoPeer as error:
+        return str(error)
+    return _difference(peer(images), expected)
+
+
+def _hold_to_bar(results: Mapping[str, float | str], converted: Converted) -> None:
+    """CheckpointError for a difference beyond `BAR`, with the settings that the result cannot say."""
+    config = converted.config
+    unsaid = [
+        f"{field} {getattr(config, field)!r}, which its reader takes to be {value!r}"
+        for field, value in converted.report.unsaid.items()
+        if field in config.field_names()
+    ]
     for what, difference in results.items():
-        if isinstance(difference, float) and not difference <= BAR:
-            raise CheckpointError(
-                f"{what}: the largest difference is {difference:.1e} of the largest value, expected at most "
-                f"{BAR:.0e}; nothing was written"
-            )
-    return results
+        if isinstance(difference, str) or difference <= BAR:
+            continue
+        cause = ""
+        if unsaid and what.startswith("result"):
+            cause = f"; the result cannot say {' nor '.join(unsaid)} (without --check it is written all the same)"
+        raise CheckpointError(
+            f"{what}: the largest difference is {difference:.1e} of the largest value, expected at most "
+            f"{BAR:.0e}{cause}; nothing was written"
+        )
 
 
 def _has_loader(loaded: Loaded) -> bool:
@@ -174,10 +207,23 @@ def compare(a: Loaded, b: Loaded) -> list[Compared]:
     return rows
 
 
-def compare_settings(a: Loaded, b: Loaded) -> dict[str, tuple[Any, Any]]:
-    """The settings in which two checkpoints differ."""
+# Settings that change no answer of a model with these weights, and those that change only some.
+_NO_EFFECT = dict.fromkeys(("init_values", "drop_path_rate", "grad_checkpointing"), "changes no result")
+_SOME_EFFECT = {
+    "position_rule": "changes results at other sizes than the weights' own",
+    "categories": "changes the names of the classes",
+}
+
+
+def compare_settings(a: Loaded, b: Loaded) -> dict[str, tuple[Any, Any, str]]:
+    """The settings in which two checkpoints differ, and whether that changes a result."""
+    effects = _NO_EFFECT | _SOME_EFFECT
     one, two = (loaded.ours.config.to_dict() | _attributes(loaded.attributes) for loaded in (a, b))
-    return {name: (one[name], two[name]) for name in one if one[name] != two[name]}
+    if effect(a.attributes.preprocessing)[-1] == effect(b.attributes.preprocessing)[-1]:  # 0.9 and 0.9032 of 224 px
+        one.pop("preprocessing.crop_pct")
+    return {
+        name: (one[name], two[name], effects.get(name, "changes results")) for name in one if one[name] != two[name]
+    }
 
 
 def _attributes(attributes: Attributes) -> dict[str, Any]:

@@ -46,8 +46,9 @@ def save_checkpoint(model: ViT, path: str | Path, layout: str = "vit") -> Path:
             transformers' layouts take a folder only, since their `config.json` speaks for all that lies beside it.
             Google's layouts also take an `.npz` file.
         layout: one of `vit.weights.LAYOUTS`. timm's and transformers' come with the `config.json` from which timm
-            and transformers load them; the others carry config, preprocessing, categories and provenance in the
-            file's header. An npz file holds weights only: what it cannot say is listed by `vit convert`.
+            and transformers load them; the others carry config (with what was assumed of it), preprocessing,
+            categories and provenance in the file's header. An npz file holds weights only: what it cannot say is
+            listed by `vit convert`.
 
     Returns:
         The file that was written.
@@ -202,14 +203,14 @@ def _unsaid(
     elif config.grid[0] != config.grid[1]:
         raise CheckpointError(f"an npz file cannot say that its grid is {config.grid[0]}x{config.grid[1]}, not square")
     unsaid = unrecorded(ours, config, target, stated)
-    if _effect(images) != _effect(attributes.preprocessing):
+    if effect(images) != effect(attributes.preprocessing):
         unsaid["preprocessing"] = images
     if categories != attributes.categories:
         unsaid["categories"] = None if categories is None else f"{len(categories)} labels, {categories[0]!r} the first"
     return unsaid
 
 
-def _effect(settings: Preprocessing) -> tuple:
-    """What preprocessing does to images: the same crop_pct may be written in several ways."""
+def effect(settings: Preprocessing) -> tuple:
+    """What preprocessing does to images, the size they are resized to last: it may come of several crop_pct."""
     resized = [math.floor(side / settings.crop_pct) for side in settings.size] if settings.mode == "crop" else None
     return settings.size, settings.mean, settings.std, settings.interpolation, settings.mode, resized

@@ -15,6 +15,7 @@ from vit.config import NAMED_MODELS, ViTConfig
 from vit.metadata import Preprocessing
 
 from .checkpoint import CheckpointError
+from .description import ANSWERS, layout_default
 from .keymap import Layout
 from .layouts.own import VIT
 
@@ -79,7 +80,8 @@ def config_from_shapes(
         raise CheckpointError(str(error)) from None
     sources = (
         dict.fromkeys(config.field_names(), "the default")
-        | dict.fromkeys(assumed, f"the {layout.name} layout's default")
+        | dict.fromkeys((*ANSWERS, *assumed), layout_default(layout.name))
+        | dict.fromkeys(_settled(layout), f"the {layout.name} layout")
         | dict.fromkeys(named, ASSUMED)
         | dict.fromkeys({**facts, **positions}, "the shapes")
         | sources
@@ -96,6 +98,12 @@ def _merge(claims: Claims) -> tuple[dict[str, Any], dict[str, str]]:
             if name not in stated:
                 stated[name], sources[name] = value, source
     return stated, sources
+
+
+def _settled(layout: Layout) -> list[str]:
+    """The fields that are alike in all models of a layout, so that nothing has to be assumed."""
+    pooling = [] if layout.head_pool is None else ["global_pool"]
+    return [name for name, values in layout.needs.items() if len(values) == 1] + pooling
 
 
 def _default_heads(layout: Layout, width: int) -> int:

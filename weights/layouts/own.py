@@ -12,7 +12,7 @@ from vit.config import ViTConfig
 from vit.metadata import Preprocessing, Provenance
 
 from ..checkpoint import CheckpointError
-from ..description import Attributes, Description
+from ..description import ANSWERS, IMAGENET, Attributes, Description, assumptions, by_header
 from ..keymap import Entry, Layout
 
 _OURS = (
@@ -37,9 +37,13 @@ VIT = Layout(
 
 
 def write_header(config: ViTConfig, attributes: Attributes, provenance: Provenance | None) -> dict[str, str]:
-    """What a file's header says of a model: its config, preprocessing, categories and provenance, each as JSON."""
+    """What a file's header says of a model: its config, preprocessing, categories and provenance, each as JSON.
+
+    What of it was assumed when the weights were first read is named too, so that a guess does not become a fact.
+    """
     parts = {
         "vit.config": config.to_dict(),
+        "vit.assumed": assumptions(config, attributes.categories_from) or None,
         "vit.preprocessing": asdict(attributes.preprocessing),
         "vit.categories": attributes.categories,
         "vit.provenance": None if provenance is None else asdict(provenance),
@@ -54,7 +58,7 @@ def read_header(metadata: Mapping[str, str]) -> Description:
         CheckpointError: a part that is not what `write_header` writes; it is named.
     """
     parts: dict[str, Any] = {}
-    for key in ("vit.config", "vit.preprocessing", "vit.categories", "vit.provenance"):
+    for key in ("vit.config", "vit.assumed", "vit.preprocessing", "vit.categories", "vit.provenance"):
         if key in metadata:
             try:
                 parts[key] = json.loads(metadata[key])
@@ -63,17 +67,21 @@ def read_header(metadata: Mapping[str, str]) -> Description:
     try:
         declared = parts.get("vit.config", {})
         _check_fields("vit.config", declared, ViTConfig.field_names())
+        guessed = _check_guessed(parts.get("vit.assumed", {}))
         settings = parts.get("vit.preprocessing")
         if settings is not None:
             _check_fields("vit.preprocessing", settings, [f.name for f in fields(Preprocessing)])
         parent = parts.get("vit.provenance")
+        categories_from = by_header(IMAGENET) if guessed.pop("categories", None) else "from the file's header"
         return Description(
             where="the file's header" if "vit.config" in metadata else "",
             declared=declared,
             preprocessing=None if settings is None else Preprocessing(**settings),
             categories=_check_categories(parts.get("vit.categories")),
+            categories_from=categories_from if "vit.categories" in metadata else "",
             license=parent["license"] if isinstance(parent, dict) and "license" in parent else None,
             parent=None if parent is None else Provenance.from_dict(parent),
+            guessed={name: by_header(whose) for name, whose in guessed.items()},
         )
     except CheckpointError:
         raise
@@ -99,6 +107,13 @@ def _check_fields(key: str, values: object, known: list[str]) -> None:
     for name in values:
         if name not in known:
             raise CheckpointError(f"the header's {key}: {unknown('field', name, known)}")
+
+
+def _check_guessed(guessed: object) -> dict[str, str]:
+    if not isinstance(guessed, dict) or not all(isinstance(whose, str) for whose in guessed.values()):
+        raise CheckpointError("the header's vit.assumed is no object of texts")
+    _check_fields("vit.assumed", guessed, [*ANSWERS, "categories"])
+    return dict(guessed)
 
 
 def _check_categories(categories: object) -> list[str] | None:

@@ -87,7 +87,8 @@ DINO = Layout(
     markers=(_QKV, "head.last_layer.weight_v"),
     prefix="backbone.",
     always_prefixed=True,
-    drops={"head.": "DINO's projection head, which is for training only"},
+    # a classifier, head.weight, is none of these
+    drops=dict.fromkeys(("head.mlp.", "head.last_layer."), "DINO's projection head, which is for training only"),
     head_width=64,
     defaults={"position_rule": "dinov2"},  # DINO resamples as DINOv2 does
     needs=_WITHOUT_REGISTERS,
@@ -113,7 +114,8 @@ MOCO = Layout(
     prefix="base_encoder.",
     always_prefixed=True,
     drops={
-        "base_encoder.head.": "MoCo's projector, which is for training only",
+        # its layers have numbers, which a classifier has not
+        **dict.fromkeys((f"base_encoder.head.{i}" for i in range(10)), "MoCo's projector, which is for training only"),
         "momentum_encoder.": "MoCo's moving average of the encoder, which is for training only",
         "predictor.": "MoCo's predictor, which is for training only",
     },

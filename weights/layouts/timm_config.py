@@ -11,7 +11,7 @@ from vit.metadata import Preprocessing
 from vit.resources import imagenet_categories
 
 from ..checkpoint import CheckpointError
-from ..description import Attributes, Description
+from ..description import IMAGENET, Attributes, Description
 
 # timm's model arguments -> our fields, where name and value are the same in both
 _SAME = (
@@ -68,15 +68,20 @@ def read_config(content: dict[str, Any], where: str, known_heads: bool = False) 
     declared.update(_read_model_args(args, where))
     if "_distilled_" in name:  # there timm says "token", and averages both heads
         declared |= {"dist_token": True, "global_pool": "dist"}
+    assumed: dict[str, Any] = {"eps": 1e-6, "gelu": "erf"} if named is not None or _PLAIN.fullmatch(name) else {}
+    if named is not None:
+        assumed |= {"num_heads": named.num_heads, "img_size": named.img_size}
+    categories, categories_from = _read_categories(content, settings, declared.get("num_classes"), where)
     license = settings.get("license")
     if not isinstance(license, str | None):
         raise CheckpointError(f"{where}: license must be a text, not {license!r}")
     return Description(
         where="config.json",
         declared=declared,
-        assumed={} if named is None else {"num_heads": named.num_heads, "img_size": named.img_size},
+        assumed=assumed,
         preprocessing=_read_preprocessing(settings, where),
-        categories=_read_categories(content, settings, declared.get("num_classes"), where),
+        categories=categories,
+        categories_from=categories_from,
         license=license,
     )
 
@@ -122,19 +127,21 @@ def _read_preprocessing(settings: dict[str, Any], where: str) -> Preprocessing |
         raise CheckpointError(f"{where}: {error}") from None
 
 
-def _read_categories(content: dict, settings: dict, num_classes: int | None, where: str) -> list[str] | None:
-    """The labels' descriptions or names, or ImageNet's where there are 1,000 classes, as timm takes them to be."""
+def _read_categories(
+    content: dict, settings: dict, num_classes: int | None, where: str
+) -> tuple[list[str] | None, str]:
+    """The labels' descriptions or names, or ImageNet's where there are 1,000 classes, as timm does; and which."""
     labels = content.get("label_names", settings.get("label_names"))
     if isinstance(labels, dict):
         labels = [labels.get(str(i)) for i in range(len(labels))]
     if labels is None:
-        return imagenet_categories() if num_classes == 1000 else None
+        return (imagenet_categories(), IMAGENET) if num_classes == 1000 else (None, "")
     if not isinstance(labels, list) or len(labels) != num_classes or not all(isinstance(n, str) for n in labels):
         raise CheckpointError(f"{where}: label_names must name each of the {num_classes} classes")
     described = content.get("label_descriptions", settings.get("label_descriptions")) or {}
     if not isinstance(described, dict) or not all(isinstance(text, str) for text in described.values()):
         raise CheckpointError(f"{where}: label_descriptions must give texts to names")
-    return [described.get(name, name) for name in labels]
+    return [described.get(name, name) for name in labels], "from config.json"
 
 
 def write_config(config: ViTConfig, attributes: Attributes) -> dict[str, Any]:
@@ -149,7 +156,10 @@ def write_config(config: ViTConfig, attributes: Attributes) -> dict[str, Any]:
     """
     settings = attributes.preprocessing
     if config.eps != 1e-6:
-        raise CheckpointError(f"timm's config.json cannot hold eps {config.eps}: its ViT has 1e-6")
+        raise CheckpointError(
+            f"timm's config.json cannot hold eps {config.eps}: its ViT has 1e-6 (--set eps=1e-6, or eps=1e-6 in "
+            "Python, states that; logits then move, from 1e-12 by less than 1e-3 of the largest)"
+        )
     args = {name: getattr(config, name) for name in _SAME if name not in ("in_chans", "num_classes")}
     args["init_values"] = None if config.init_values is None else config.init_values or 1e-5  # 0 is none to timm
     args |= {

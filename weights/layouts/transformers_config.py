@@ -62,7 +62,9 @@ def read_config(content: dict[str, Any], where: str) -> Description:
         declared["mlp_ratio"] = values["mlp_ratio"] if hidden is None else hidden / values["hidden_size"]
     except (TypeError, KeyError, ZeroDivisionError, OverflowError):
         raise CheckpointError(f"{where}: intermediate_size and hidden_size must be numbers above 0") from None
-    return Description("config.json", declared, categories=_categories(content, where))
+    return Description(
+        "config.json", declared, categories=_categories(content, where), categories_from="from config.json"
+    )
 
 
 def _categories(content: dict[str, Any], where: str) -> list[str] | None:
