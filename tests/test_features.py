@@ -14,10 +14,11 @@ import torch
 from helpers import FLOAT32, difference
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import vit
 from vit.cli import main
+from vit.cli.features import extract, lower
 from vit.cli.pca import principal_components
 from vit.resources import digit_images
 
@@ -193,6 +194,7 @@ def test_another_run_is_not_mixed_in(tmp_path, folder, capsys):
     [
         ("a.npz", [], "must be a .safetensors file"),
         ("a.safetensors", ["--pca"], "must be a .png"),
+        ("a.png", ["--pca", "--kind", "dense"], "--kind, --save-dtype and --shard cannot go with it"),
         ("a.safetensors", ["--img-size", "native", "--mode", "crop"], "--mode crop cannot go with it"),
         ("a.safetensors", ["--shard", "0"], "expected a whole number above 0"),
     ],
@@ -210,6 +212,72 @@ def test_images_that_were_named_twice_count_once(tmp_path, folder):
     assert main(["features", str(folder / "00.png"), str(folder / "0[01].png"), "-o", str(tmp_path / "a.safetensors"),
                  "--model", DIGITS]) == 0  # fmt: skip
     assert len(json.loads(metadata(tmp_path / "a.safetensors")["paths"])) == 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["class", "pooled", "dense"])
+def test_rows_keep_nothing_else_in_memory(kind, packed):
+    batch = [(Path(str(i)), torch.randn(3, 32, 32)) for i in range(4)]
+    found = extract(vit.load_pretrained(DIGITS), batch, kind, packed)
+    rows = [lower(row, torch.float32, path) for path, row in found]
+    assert len(rows) == 4 and all(row.untyped_storage().nbytes() == row.nbytes for row in rows)
+
+
+def test_two_models_of_one_file_are_not_mixed(tmp_path, folder, capsys):
+    one = load_file(Path(vit.__file__).parent / "data" / DIGITS / "model.safetensors")
+    both = {f"{name}.{key}": value * scale for name, scale in (("a", 1), ("b", 2)) for key, value in one.items()}
+    save_file(both, tmp_path / "both.safetensors")
+    model = ["--model", tmp_path / "both.safetensors", "--set", "num_heads=3", "--prefix"]
+    with pytest.warns(UserWarning, match="left behind"):
+        assert features(folder / "00.png", tmp_path / "f.safetensors", *model, "a.") == 0
+        assert features(folder / "00.png", tmp_path / "f.safetensors", *model, "b.") == 2
+    assert "its prefix is a., not b." in capsys.readouterr().err
+
+
+def test_files_of_others_stay(tmp_path, folder, capsys):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {}}')
+    assert features(folder, tmp_path / "model.safetensors", "--shard", 5) == 2
+    assert "is no index of features" in capsys.readouterr().err and index.read_text() == '{"weight_map": {}}'
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_other_numbers_of_files_are_not_mixed(tmp_path, folder, capsys):
+    output = tmp_path / "a.safetensors"
+    assert features(folder, output, "--shard", 5) == 1
+    before = contents(tmp_path)
+    for options in (["--shard", 3], []):
+        assert features(folder, output, *options) == 2
+        assert "a-00001-of-00003.safetensors is there already, of another list" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    assert features(folder, tmp_path / "b.safetensors") == 1
+    assert features(folder, tmp_path / "b.safetensors", "--shard", 5) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
+def test_a_name_that_is_no_text(tmp_path, folder, capsys):
+    image = os.fsencode(tmp_path) + b"/\xff.png"
+    with open(image, "wb") as file:
+        file.write((folder / "00.png").read_bytes())
+    assert features(os.fsdecode(image), tmp_path / "a.safetensors", "--kind", "dense") == 2
+    assert "cannot name a tensor" in capsys.readouterr().err and not (tmp_path / "a.safetensors").exists()
+    assert features(os.fsdecode(image), tmp_path / "a.safetensors") == 0
+    assert json.loads(metadata(tmp_path / "a.safetensors")["paths"]) == [os.fsdecode(image)]
+
+
+def test_no_image_can_be_read(tmp_path, folder):
+    assert features(folder / "05b.png", tmp_path / "a.safetensors") == 1
+    assert load_file(tmp_path / "a.safetensors")["features"].shape == (0, 96)
+
+
+def test_a_killed_run_leaves_nothing(tmp_path, folder, monkeypatch):
+    with monkeypatch.context() as patch:  # nothing is tidied up after SIGKILL
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        assert features(folder, tmp_path / "a.safetensors") == 130
+    assert len(list(tmp_path.glob(".a.safetensors.*"))) == 1
+    features(folder, tmp_path / "a.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def test_principal_components_are_those_of_an_svd():

@@ -2,9 +2,10 @@
 
 import argparse
 import json
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .predict import Decoded, batches, decode, find_images
 KINDS = ("pooled", "class", "dense")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 ROWS, MAPS = 100_000, 500  # images per file
+INDEX_START = b'{\n  "shards": ['  # as `write_index` writes it
 
 
 def add_parser(commands: Any) -> None:
@@ -56,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.pca:
         options.check_picture(args.output)
+        if args.kind != KINDS[0] or args.save_dtype != "float32" or args.shard:
+            raise ValueError("--pca draws a picture, so --kind, --save-dtype and --shard cannot go with it")
         args.img_size = args.img_size or "native"
     elif args.output.suffix != ".safetensors" or args.output.is_dir():
         raise ValueError(f"--output must be a .safetensors file, not {args.output}")
@@ -68,6 +72,9 @@ def run(args: argparse.Namespace) -> int:
 
     files = name_files(args.output, len(paths), args.shard or (MAPS if args.kind == "dense" else ROWS))
     settings = describe(model, transform, args)
+    check_others(args.output, files)
+    if args.kind == "dense":
+        check_names(paths)
     for file, numbers in files.items():  # all of them before the first is computed
         check_file(file, settings, [str(paths[i]) for i in numbers])
     done = {file for file in files if file.exists()}
@@ -105,7 +112,34 @@ def describe(model: ViT, transform: Transform, args: argparse.Namespace) -> dict
     return {
         "kind": args.kind, "dtype": args.save_dtype, "model": args.model, "model_sha256": str(sha256),
         "model_config": json.dumps(model.config.to_dict()), "transform": repr(transform), "computed": args.dtype,
+        "prefix": args.prefix or "",  # of two models in one file, which one
     }  # fmt: skip
+
+
+def check_others(output: Path, files: Iterable[Path]) -> None:
+    """What lies beside `output` under such names must be of this run; ValueError names what is not.
+
+    Another list of images, or another --shard, gives files of other names: both sets side by side would be read as one.
+    """
+    index = output.with_name(f"{output.name}.index.json")
+    if index.exists() and not index.read_bytes().startswith(INDEX_START):
+        raise ValueError(f"{index} is there already and is no index of features: choose another --output")
+    beside = output.parent.iterdir() if output.parent.exists() else ()
+    shard = re.compile(re.escape(output.stem) + r"-\d{5}-of-\d{5}\.safetensors")
+    others = [path for path in beside if (shard.fullmatch(path.name) or path == output) and path not in files]
+    if others:
+        raise ValueError(
+            f"{min(others)} is there already, of another list of images or another --shard: remove it and what belongs"
+            " to it, or choose another --output"
+        )
+
+
+def check_names(paths: Iterable[Path]) -> None:
+    """Maps are named by their paths: ValueError for one that safetensors cannot hold as a name."""
+    for path in paths:
+        name = str(path).encode("utf-8", "backslashreplace").decode()  # a lone surrogate: not UTF-8 on disk
+        if name != str(path) or name == "__metadata__":
+            raise ValueError(f"{name} cannot name a tensor in a safetensors file: rename the image")
 
 
 def check_file(file: Path, settings: dict[str, str], paths: list[str]) -> None:
@@ -163,9 +197,25 @@ def write_file(
             bar.update()
     names = {"paths": [*rows], "images": [str(path) for path in paths], "skipped": skipped}
     metadata = {**settings, **{name: json.dumps(value) for name, value in names.items()}}
-    tensors = rows if args.kind == "dense" else {"features": torch.stack([*rows.values()])} if rows else {}
+    tensors = rows if args.kind == "dense" else {"features": join(model, args, list(rows.values()))}
+    sweep(file)
     with replacing(file) as temporary:
         write_safetensors(temporary, tensors, metadata)
+
+
+def join(model: ViT, args: argparse.Namespace, rows: list[Tensor]) -> Tensor:
+    """Rows [D] -> [rows, D], [0, D] where there are none."""
+    if rows:
+        return torch.stack(rows)
+    double = args.kind == "pooled" and model.config.global_pool == "token_avg"
+    return torch.empty(0, model.config.embed_dim * (1 + double), dtype=DTYPES[args.save_dtype])
+
+
+def sweep(file: Path) -> None:
+    """Remove the temporary files that killed runs have left of this one."""
+    for path in file.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(file.name)}\.[0-9a-f]{{8}}", path.name):
+            path.unlink(missing_ok=True)
 
 
 @torch.inference_mode()
@@ -192,7 +242,8 @@ def lower(values: Tensor, dtype: torch.dtype, path: Path) -> Tensor:
     result = values.to(dtype)
     if not result.isfinite().all():
         raise ValueError(f"the features of {path} reach {values.abs().max():.3g}, which {dtype} cannot hold")
-    return result.contiguous()
+    # A copy: a class token would otherwise be a view that keeps all tokens of its batch in memory.
+    return result.clone(memory_format=torch.contiguous_format)
 
 
 def write_index(output: Path, files: dict[Path, range]) -> None:
