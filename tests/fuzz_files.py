@@ -553,7 +553,7 @@ def metadata(pairs: list, data: bytes, draw: random.Random) -> tuple[bytes, str]
     texts = (json.dumps(garbage), "", "{", "null", "[" * 2000, "0" * 64, "9" * 5000, "NaN", "\x1b[31m\n")
     new = draw.choice((
         garbage, old | {key: garbage}, old | {key: draw.choice(texts)}, {k: v for k, v in old.items() if k != key},
-        [old], old | {"vit.sha256": draw.choice(("", "0", "0" * 64, "f" * 64, "z" * 64))},
+        [old], old | {"vit.seal": draw.choice(("", "0", "0" * 64, "f" * 64, "z" * 64))},
     ))  # fmt: skip
     return join([*rest, ("__metadata__", new)] if draw.random() < 0.5 else [("__metadata__", new), *rest], data), "any"
 
@@ -990,6 +990,6 @@ def make_case(seed: int, number: int, kinds: tuple[str, ...] = KINDS) -> Case:
 def has_seal(content: bytes) -> bool:
     """Does a file, damaged or not, still say which sha256 it had?"""
     try:
-        return "vit.sha256" in _header(content)[0]["__metadata__"]
+        return "vit.seal" in _header(content)[0]["__metadata__"]
     except Exception:
         return False

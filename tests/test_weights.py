@@ -312,7 +312,7 @@ def header(path, change):
     length = struct.unpack("<Q", data[:8])[0]
     content = json.loads(data[8 : 8 + length])
     change(content)
-    content["__metadata__"].pop("vit.sha256", None)  # which would give the change away
+    content["__metadata__"].pop("vit.seal", None)  # which would give the change away
     text = json.dumps(content).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
 

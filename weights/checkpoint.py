@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,30 +52,74 @@ class Hash:
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
         self._thread = ThreadPoolExecutor(1)
-        self._waiting: list[Any] = []
-        self._size = 0
+        self._waiting = _Batch()
 
     def update(self, data: bytes | memoryview) -> None:
         """Take more bytes, which must not change any more."""
-        self._waiting.append(data)
-        self._size += len(data)
-        if self._size >= 2**20:  # handing over each bias by itself would cost more than hashing it
-            self._hand_over()
+        if self._waiting.add(data):
+            self._thread.submit(self._update, self._waiting.take())
 
     def hexdigest(self) -> str:
         """Wait for the hash of all that was taken. Ends the thread."""
-        if self._waiting:
-            self._hand_over()
+        if parts := self._waiting.take():
+            self._thread.submit(self._update, parts)
         self._thread.shutdown()
         return self._digest.hexdigest()
-
-    def _hand_over(self) -> None:
-        self._thread.submit(self._update, self._waiting)
-        self._waiting, self._size = [], 0
 
     def _update(self, parts: list[Any]) -> None:
         for part in parts:
             self._digest.update(part)
+
+
+class JointHash:
+    """The sha256 of the sha256s of parts, one in hexadecimal per line: two threads share what one `Hash` would do."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(2)
+        self._waiting = _Batch()
+        self._digests: list[Future[list[str]]] = []
+
+    def update(self, part: bytes | memoryview) -> None:
+        """Take one more part, which must not change any more."""
+        if self._waiting.add(part):
+            self._hand_over()
+
+    def hexdigest(self) -> str:
+        """Wait for the hash of all that was taken. Ends the threads."""
+        self._hand_over()
+        self._threads.shutdown()
+        return joint_sha256(digest for future in self._digests for digest in future.result())
+
+    def _hand_over(self) -> None:
+        if parts := self._waiting.take():
+            self._digests.append(self._threads.submit(_hash_each, parts))
+
+
+class _Batch:
+    """Bytes that wait to be hashed: handing over each bias by itself would cost more than hashing it."""
+
+    def __init__(self) -> None:
+        self._parts: list[Any] = []
+        self._size = 0
+
+    def add(self, part: bytes | memoryview) -> bool:
+        """Take it; is it time to hand over?"""
+        self._parts.append(part)
+        self._size += len(part)
+        return self._size >= 2**20
+
+    def take(self) -> list[Any]:
+        parts, self._parts, self._size = self._parts, [], 0
+        return parts
+
+
+def _hash_each(parts: list[Any]) -> list[str]:
+    return [hashlib.sha256(part).hexdigest() for part in parts]
+
+
+def joint_sha256(digests: Iterable[str]) -> str:
+    """The sha256 of several in hexadecimal, one per line."""
+    return hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import re
 from contextlib import suppress
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from vit.config import NAMED_MODELS
 
-from .checkpoint import CheckpointError, read_json
+from .checkpoint import CheckpointError, joint_sha256, read_json
 
 # Seconds until a silent Hub counts as unreachable. HF_HUB_ETAG_TIMEOUT, where it is set, takes precedence.
 _TIMEOUT = 5
@@ -216,6 +215,5 @@ def _promised_sha256(weights: Path) -> str | None:
 
 def _joint_sha256(promises: list[str | None]) -> str | None:
     """What several files have together, as `Checkpoint.sha256` defines it; None where one of them is not known."""
-    if not promises or None in promises:
-        return None
-    return hashlib.sha256("".join(f"{promise}\n" for promise in promises).encode()).hexdigest()
+    known = [promise for promise in promises if promise is not None]
+    return joint_sha256(known) if known and len(known) == len(promises) else None

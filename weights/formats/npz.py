@@ -60,15 +60,21 @@ def read_npz(path: Path) -> Checkpoint:
         wanted = sum(entry.file_size for entry in entries)
         if wanted > _COMPRESSION * size:
             raise CheckpointError(f"{path} has {size} bytes that unpack to {wanted}, expected {_COMPRESSION}x at most")
-        with path.open("rb") as again, ThreadPoolExecutor(1) as thread:  # which ends before the file is closed
-            sha256 = thread.submit(file_sha256, again)
-            tensors = {entry.filename[: -len(".npy")]: _read_array(path, file, archive, entry) for entry in entries}
+        with path.open("rb") as again, ThreadPoolExecutor(2) as threads:  # which end before the file is closed
+            sha256 = threads.submit(file_sha256, again)
+            tensors, checks = {}, []
+            for entry in entries:
+                where = f"{path}: {entry.filename}"
+                memory = _unpack(where, file, archive, entry)
+                checks.append(threads.submit(_check_crc, where, memory, entry.CRC))
+                tensors[entry.filename[: -len(".npy")]] = _as_array(where, memory)
+            for check in checks:
+                check.result()
         return Checkpoint(path, tensors, {}, sha256.result())
 
 
-def _read_array(path: Path, file: io.BufferedReader, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
-    where = f"{path}: {entry.filename}"
-    memory = _unpack(where, file, archive, entry)
+def _as_array(where: str, memory: Tensor) -> Tensor:
+    """A member's bytes as what they mean. They are not written to: their CRC may still be computed."""
     start = memory[: _HEADER + 12].numpy().tobytes()  # the format's name, its version, the header's length: 12 bytes
     header = io.BytesIO(start)
     shape, transposed, dtype = _read_header(where, header)
@@ -78,7 +84,7 @@ def _read_array(path: Path, file: io.BufferedReader, archive: zipfile.ZipFile, e
     if header.tell() % dtype.itemsize:  # NumPy aligns the values, others need not
         memory = memory.clone()
     if not dtype.isnative:
-        memory.numpy().view(dtype).byteswap(inplace=True)
+        memory = torch.from_numpy(memory.numpy().view(dtype).byteswap().view(np.uint8))
     tensor = memory.view(_DTYPES[dtype.str[1:]])
     if transposed:
         return tensor.reshape(shape[::-1]).permute(*range(len(shape) - 1, -1, -1)).contiguous()
@@ -86,7 +92,7 @@ def _read_array(path: Path, file: io.BufferedReader, archive: zipfile.ZipFile, e
 
 
 def _unpack(where: str, file: io.BufferedReader, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
-    """The bytes of a member, held against its CRC."""
+    """The bytes of a member, as yet unchecked."""
     memory = torch.empty(entry.file_size, dtype=torch.uint8, device="cpu")  # whatever the default is
     values, end = memory.numpy().data, 0
     with archive.open(entry) as member:  # which holds the member's own header against the list at the archive's end
@@ -95,8 +101,6 @@ def _unpack(where: str, file: io.BufferedReader, archive: zipfile.ZipFile, entry
             name, extra = struct.unpack("<26x2H", file.read(30))
             file.seek(name + extra, os.SEEK_CUR)
             end = file.readinto(values)
-            if zlib.crc32(values) != entry.CRC:
-                raise CheckpointError(f"{where} is damaged: its values do not have the CRC that was written with them")
         else:
             while chunk := member.read(_CHUNK):
                 values[end : end + len(chunk)] = chunk
@@ -104,6 +108,11 @@ def _unpack(where: str, file: io.BufferedReader, archive: zipfile.ZipFile, entry
     if end != entry.file_size:
         raise CheckpointError(f"{where} ends after {end} of {entry.file_size} bytes")
     return memory
+
+
+def _check_crc(where: str, memory: Tensor, crc: int) -> None:
+    if zlib.crc32(memory.numpy().data) != crc:
+        raise CheckpointError(f"{where} is damaged: its values do not have the CRC that was written with them")
 
 
 def _read_header(where: str, file: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -5,7 +5,6 @@ The format (https://huggingface.co/docs/safetensors): 8 bytes with the header's 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, CheckpointError, Hash, read_json
+from ..checkpoint import Checkpoint, CheckpointError, Hash, JointHash, joint_sha256, read_json
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -24,8 +23,9 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-# Files that we write carry, under this name in their header, the sha256 that they have with zeros in its place.
-_SEAL = "vit.sha256"
+# Files that we write carry, under this name in their header, the sha256 of their parts' sha256s: of what stands before
+# the data, with zeros in the seal's place, and of each tensor.
+_SEAL = "vit.seal"
 _UNSEALED = "0" * 64
 
 
@@ -52,10 +52,10 @@ def read_safetensors(path: Path) -> Checkpoint:
         for name, entry in header.items():  # which the library also takes as a list, in the order of its fields
             if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
                 raise CheckpointError(f"{path}: {name} is described by {entry}, expected dtype, shape and data_offsets")
-        whole, unsealed = Hash(), Hash()
+        whole, parts = Hash(), JointHash()
         seal = metadata.pop(_SEAL, None)
         whole.update(start + text)
-        unsealed.update(start + text.replace(str(seal).encode(), _UNSEALED.encode(), 1))
+        parts.update(start + text.replace(str(seal).encode(), _UNSEALED.encode(), 1))
         tensors = {}
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             tensors[name] = tensor = _empty(path, name, entry)
@@ -64,10 +64,10 @@ def read_safetensors(path: Path) -> Checkpoint:
                 raise CheckpointError(f"{path} became shorter while it was read, at {name}")
             whole.update(data)
             if seal is not None:
-                unsealed.update(data)
-    if seal is not None and (content := unsealed.hexdigest()) != seal:
+                parts.update(data)
+    if seal is not None and (content := parts.hexdigest()) != seal:
         raise CheckpointError(
-            f"{path} was changed after it was written: its content has sha256 {content}, its header says {seal}"
+            f"{path} was changed after it was written: its seal would be {content}, its header says {seal}"
         )
     return Checkpoint(path, tensors, metadata, whole)
 
@@ -123,12 +123,12 @@ def read_sharded(index: Path) -> Checkpoint:
             raise CheckpointError(f"{index} and {name} disagree about which tensors it holds: {odd}")
         tensors |= shard.tensors
         metadata |= shard.metadata
-        hashes.append(f"{shard.sha256}\n")
-    return Checkpoint(index, tensors, metadata, hashlib.sha256("".join(hashes).encode()).hexdigest())
+        hashes.append(shard.sha256)
+    return Checkpoint(index, tensors, metadata, joint_sha256(hashes))
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file, sealed with the sha256 of its content. No weight is copied but from other devices."""
+    """Write a file, sealed with the hash of its content. No weight is copied but from other devices."""
     header: dict[str, object] = {"__metadata__": {**metadata, _SEAL: _UNSEALED}}
     end = 0
     for name, tensor in tensors.items():
@@ -137,15 +137,15 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # as the format's own writer aligns the data
     with path.open("xb") as file:  # a new one: opening one that is there makes ext4 flush it on closing
-        content = Hash()
-        _write(file, content, struct.pack("<Q", len(text)) + text)
+        parts = JointHash()
+        _write(file, parts, struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
-            _write(file, content, _bytes(tensor.detach().cpu().contiguous()))
-        seal = content.hexdigest()
+            _write(file, parts, _bytes(tensor.detach().cpu().contiguous()))
+        seal = parts.hexdigest()
         file.seek(8 + text.index(f'"{_SEAL}": "{_UNSEALED}"'.encode()) + len(f'"{_SEAL}": "'))
         file.write(seal.encode())
 
 
-def _write(file: BinaryIO, content: Hash, data: bytes | memoryview) -> None:
-    content.update(data)
+def _write(file: BinaryIO, parts: JointHash, data: bytes | memoryview) -> None:
+    parts.update(data)
     file.write(data)
