@@ -176,13 +176,14 @@ def test_attention_refusals(tiny):
         tiny.set_attention("sdpaa")
     with pytest.raises(ValueError, match="block 2 is out of range"):
         tiny.set_attention("reference", blocks=[0, 2])
-    assert all(block.attention.attend is vit.attention.sdpa for block in tiny.blocks)  # nothing half-done
+    assert all(attend.fn is vit.attention.sdpa for attend in tiny.attends)  # nothing half-done
     with pytest.raises(ValueError, match=r"must be callable as fn\(q, k, v, \*, bias=None\)"):
         tiny.set_attention(lambda q, k: q)
     with pytest.raises(ValueError, match="is registered already"):
         vit.register_attention("sdpa", lambda q, k, v, *, bias=None: v)
     tiny.set_attention(lambda q, k, v, *, bias=None: v.transpose(1, 2))
-    with pytest.raises(ValueError, match=r"returned .* \[1, 65, 2, 32\], expected .* \[1, 2, 65, 32\]"):
+    shapes = r"block 0: .* returned .* \[1, 65, 2, 32\] on cpu, expected .* \[1, 2, 65, 32\]"
+    with pytest.raises(ValueError, match=shapes):
         tiny(images(1, 3, 32, 32))
 
 
@@ -243,7 +244,7 @@ def test_copies_pickles_and_functional_calls(tiny):
     for other in (copy.deepcopy(tiny), pickle.loads(pickle.dumps(tiny))):
         assert torch.equal(other(x), expected)
         assert other.config == tiny.config and other.categories == tiny.categories
-        assert other.blocks[0].attention.attend is vit.attention.reference
+        assert other.attends[0].fn is vit.attention.reference
         other.class_token.data.add_(1)
     assert torch.equal(tiny(x), expected)
     moved = {name: p + 0.1 for name, p in tiny.named_parameters()}
@@ -344,7 +345,7 @@ def test_shapes_can_be_asked_for_on_the_meta_device():
 
 def test_blocks_may_be_any_numbers(tiny):
     tiny.set_attention("reference", blocks=(i for i in [-1]))
-    assert [block.attention.attend.__name__ for block in tiny.blocks] == ["sdpa", "reference"]
+    assert [attend.name for attend in tiny.attends] == ["sdpa", "reference"]
     for blocks, message in ((0, "must be a list"), (["0"], "must be a whole number"), ([True], "whole number")):
         with pytest.raises(ValueError, match=message):
             tiny.set_attention("reference", blocks=blocks)
@@ -352,7 +353,7 @@ def test_blocks_may_be_any_numbers(tiny):
 
 def test_other_things_than_functions_are_refused(tiny):
     for wrong, message in (
-        (torch.nn.Linear(2, 2), "is a module: only functions without weights"),
+        (torch.nn.Linear(2, 2), "is a module: give its class or a factory"),
         ([], r"must be a registered name or a function, not \[\]"),
         (None, "must be a registered name or a function, not None"),
     ):
@@ -367,9 +368,9 @@ def test_other_things_than_functions_are_refused(tiny):
 def test_registering_changes_no_other_model():
     try:
         vit.register_attention("sdpa", lambda q, k, v, *, bias=None: v, overwrite=True)
-        assert vit.ViT(TINY).blocks[0].attention.attend is vit.attention.sdpa
+        assert vit.ViT(TINY).attends[0].fn is vit.attention.sdpa
     finally:
-        vit.register_attention("sdpa", vit.attention.sdpa, overwrite=True)
+        vit.register_attention("sdpa", vit.attention.sdpa, exact=True, overwrite=True)
 
 
 def test_an_attention_function_of_another_kind_is_said_where_it_would_be_lost(tmp_path):
@@ -377,7 +378,7 @@ def test_an_attention_function_of_another_kind_is_said_where_it_would_be_lost(tm
     model.set_attention(lambda q, k, v, *, bias=None: v, blocks=[0])
     with pytest.warns(UserWarning, match="attends by another function"):
         vit.attention_maps(model, torch.zeros(1, 3, 32, 32), blocks=[0])
-    with pytest.warns(UserWarning, match="no part of a checkpoint: set it again"):
+    with pytest.warns(UserWarning, match="block 0: .*has no name .*: set it again"):
         vit.save_checkpoint(model, tmp_path / "m.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -390,5 +391,5 @@ def test_an_attention_function_of_another_kind_is_said_where_it_would_be_lost(tm
 def test_attention_that_returns_something_else(wrong):
     model = vit.create_model("vit_digits_patch4_32", depth=1).eval()
     model.set_attention(lambda q, k, v, *, bias=None: v.double() if wrong == "double" else wrong)
-    with pytest.raises(ValueError, match="the attention function returned .*, expected torch.float32"):
+    with pytest.raises(ValueError, match="block 0: attention '<lambda>' returned .*, expected torch.float32"):
         model(torch.zeros(1, 3, 32, 32))

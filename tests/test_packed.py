@@ -279,9 +279,10 @@ def test_drop_path_drops_whole_images():
     x = listed([(3, 2), (1, 9), (6, 6), (1, 1)] * 12)
     branches = []
     for block in model.blocks:
-        block.residual = lambda branch, scale, lengths, residual=block.residual, rate=block.drop_path_rate: (
-            branches.append((rate, branch, residual(branch, scale, lengths), lengths)) or branches[-1][2]
-        )
+        for part in (block.residual_attention, block.residual_mlp):
+            part.register_forward_hook(
+                lambda part, given, out: branches.append((part.drop_path_rate, given[0], out, given[2]))
+            )
     torch.manual_seed(3)
     model.forward_features_packed(x)
     assert [rate for rate, *_ in branches] == [0.0, 0.0, 0.5, 0.5]

@@ -360,11 +360,11 @@ def watched(model: vit.ViT, x: torch.Tensor) -> list[torch.Tensor]:
         seen.append(torch.einsum("batd,basd->bats", q.float(), k.float()).div(q.shape[-1] ** 0.5).softmax(dim=-1))
         return vit.attention.sdpa(q, k, v)
 
-    before = [block.attention.attend for block in model.blocks]
+    before = [attend.name for attend in model.attends]
     model.set_attention(spy)
     model.forward_features(x)
-    for i, fn in enumerate(before):
-        model.set_attention(fn, blocks=[i])
+    for i, name in enumerate(before):
+        model.set_attention(name, blocks=[i])
     return seen
 
 

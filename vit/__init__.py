@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .attention import attention_names, register_attention
 from .config import ViTConfig, list_models
 from .image import create_transform, load_image
+from .inside import patch, record
 from .maps import attention_maps
 from .metadata import Preprocessing, Provenance
 from .model import ViT, create_model
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FeaturePyramid", "Preprocessing", "Provenance", "ViT", "ViTConfig", "attention_maps", "attention_names",
-    "create_model", "create_transform", "kernels", "list_models", "load_image", "load_pretrained", "register_attention",
-    "save_checkpoint", "weights",
+    "create_model", "create_transform", "kernels", "list_models", "load_image", "load_pretrained", "patch", "record",
+    "register_attention", "save_checkpoint", "weights",
 ]  # fmt: skip
 
 

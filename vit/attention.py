@@ -3,14 +3,20 @@
 An attention function is `fn(q, k, v, *, bias=None) -> out`:
 
     q, k, v   [B, A, T, d]    queries, keys and values of A heads, each d wide, for T tokens
-    bias      broadcastable to [B, A, T, T], added to the scores before the softmax, or None (always, so far)
+    bias      broadcastable to [B, A, T, T], added to the scores before the softmax, or None
     out       [B, A, T, d]    the values, averaged with weights softmax(q k^T / sqrt(d) + bias)
-
-It may take `lengths` as well, then it is handed packed images in one call: B is 1, T the sum of `lengths`, and each
-image's tokens attend to one another only. A function without it is called image by image.
 
     vit.register_attention("mine", fn)
     model.set_attention("mine")
+
+The model gives q, k and v; a bias comes from whoever calls a function to build another on it, as in
+`sdpa(q, k, v, bias=distances)`. A function may take more keywords, which are then given to it: `grid` (h, w), `prefix`
+(P, the tokens before the patches), `block` (the block's number), and `lengths`: packed images are handed over in one
+call, B = 1, T the sum of `lengths`, `grid` a list of pairs, and each image's tokens attend to one another only. A
+function without `lengths` is called image by image. Its other keywords are options: `set_attention("mine", window=7)`.
+
+Attention with weights of its own is a factory `(config, block) -> nn.Module`, an nn.Module class for example, called
+once per block; the module is called as a function is.
 """
 
 import importlib
@@ -22,15 +28,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import unknown
+from .checks import check_bias, unknown
 
 AttentionFunction = Callable[..., Tensor]
+AttentionFactory = Callable[..., nn.Module]
+
+GIVEN = ("lengths", "grid", "prefix", "block")  # keywords that the model fills in for a function that names them
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """Attention as Eq. 1 of arXiv:1706.03762 writes it; keeps all T*T weights in memory."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, A, T, T]
     if bias is not None:
+        check_bias(q, k, bias)
         scores = scores + bias
     weights = torch.softmax(scores, dim=-1)  # [B, A, T, T], each row sums to 1
     return weights @ v  # [B, A, T, d]
@@ -38,77 +48,92 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) ->
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """The same numbers from PyTorch's fused kernels, which never hold the T*T weights. The default."""
+    if bias is not None:
+        check_bias(q, k, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B, A, T, d]
 
 
-def call(fn: AttentionFunction, q: Tensor, k: Tensor, v: Tensor, **keywords: object) -> Tensor:
-    """What an attention function gives for q, k and v; ValueError for anything but [B, A, T, d] in their dtype."""
-    out = fn(q, k, v, **keywords)
-    if not isinstance(out, Tensor) or out.shape != q.shape or out.dtype != v.dtype:
-        found = f"{out.dtype} {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-        raise ValueError(f"the attention function returned {found}, expected {v.dtype} {list(q.shape)}")
-    return out
+_registry: dict[str, AttentionFunction | AttentionFactory] = {"reference": reference, "sdpa": sdpa}
+_exact = {"reference", "sdpa"}
 
 
-def image_by_image(fn: AttentionFunction, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Attention within each of several images whose tokens lie one after another, q, k, v and the result [1, A, T, d].
+def register_attention(
+    name: str, fn: AttentionFunction | AttentionFactory, *, exact: bool = False, overwrite: bool = False
+) -> None:
+    """Give an attention function or factory a name, so that `model.set_attention(name)` finds it.
 
-    For functions that do not take `lengths`, each image's number of tokens, themselves.
-    """
-    images = zip(*(x.split(lengths, dim=2) for x in (q, k, v)))
-    return torch.cat([call(fn, *image) for image in images], dim=2)
-
-
-def takes(fn: AttentionFunction, keyword: str) -> bool:
-    """Whether an attention function has a parameter of that name."""
-    return keyword in inspect.signature(fn).parameters
-
-
-SOFTMAX = (reference, sdpa)  # functions whose weights are softmax(q k^T / sqrt(d))
-_registry: dict[str, AttentionFunction] = {"reference": reference, "sdpa": sdpa}
-
-
-def register_attention(name: str, fn: AttentionFunction, *, overwrite: bool = False) -> None:
-    """Give an attention function a name, so that `model.set_attention(name)` finds it.
+    Args:
+        name: under which checkpoints and pickles remember it.
+        fn: as described above.
+        exact: it gives, without options, softmax(q k^T / sqrt(d) + bias) v, as `sdpa` does. Attention maps of other
+            functions carry a warning, and so do checkpoints in layouts that cannot name them.
+        overwrite: replace what has the name.
 
     Raises:
-        ValueError: the name is taken and `overwrite` is not set, or `fn` cannot be called as described above.
+        ValueError: the name is taken and `overwrite` is not set, or `fn` cannot be called as described.
     """
     if not isinstance(name, str):
         raise ValueError(f"an attention's name must be a text, not {name!r}")
     if name in _registry and not overwrite:
         raise ValueError(f"attention {name!r} is registered already; overwrite=True replaces it")
-    _check_signature(fn, name)
+    check_callable(fn, name)
     _registry[name] = fn
+    (_exact.add if exact else _exact.discard)(name)
 
 
 def attention_names() -> list[str]:
-    """The registered names, sorted."""
+    """The registered names, sorted, those of `vit.kernels` too."""
+    importlib.import_module("vit.kernels")  # the faster backends register themselves there
     return sorted(_registry)
 
 
-def get_attention(name_or_fn: str | AttentionFunction) -> AttentionFunction:
-    """The function of a registered name; a function is checked and handed back.
+def get_attention(name: str) -> AttentionFunction | AttentionFactory:
+    """The function or factory of a registered name; ValueError for any other, with the nearest known one."""
+    if name not in _registry and name not in attention_names():
+        raise ValueError(unknown("attention", name, attention_names()))
+    return _registry[name]
 
-    Raises:
-        ValueError: an unknown name (the nearest known one is named), or a function with a wrong signature.
+
+def is_exact(name: str | None) -> bool:
+    """Whether a name is that of a function that gives the same numbers as `sdpa`."""
+    return name in _exact
+
+
+def is_factory(fn: Callable) -> bool:
+    """Whether it makes attention modules: its first two parameters are `config` and `block`."""
+    return list(_parameters(fn))[:2] == ["config", "block"]
+
+
+def given(fn: Callable) -> tuple[str, ...]:
+    """The keywords that the model fills in for this function."""
+    return tuple(keyword for keyword in GIVEN if keyword in _parameters(fn))
+
+
+def check_callable(fn: object, name: str, options: dict[str, object] | None = None) -> None:
+    """ValueError for what is neither a function nor a factory as described above, or does not take these options.
+
+    Without `options` they are left open.
     """
-    if callable(name_or_fn):
-        _check_signature(name_or_fn, getattr(name_or_fn, "__name__", repr(name_or_fn)))
-        return name_or_fn
-    if not isinstance(name_or_fn, str):
-        raise ValueError(f"attention must be a registered name or a function, not {name_or_fn!r}")
-    if name_or_fn not in _registry:
-        importlib.import_module("vit.kernels")  # the faster backends register themselves there
-    if name_or_fn not in _registry:
-        raise ValueError(unknown("attention", name_or_fn, attention_names()))
-    return _registry[name_or_fn]
-
-
-def _check_signature(fn: AttentionFunction, name: str) -> None:
     if isinstance(fn, nn.Module):  # all blocks would share its one set of weights, and checkpoints would not have them
-        raise ValueError(f"attention {name!r} is a module: only functions without weights can be set")
+        raise ValueError(f"attention {name!r} is a module: give its class or a factory (config, block) -> nn.Module")
+    if not callable(fn):
+        raise ValueError(f"attention must be a registered name or a function, not {fn!r}")
+    if taken := [option for option in options or {} if option in ("q", "k", "v", "config", *GIVEN)]:
+        raise ValueError(f"attention {name!r} is given {', '.join(taken)} by the model: it is no option")
+    factory = is_factory(fn)
+    how = "fn(config, block)" if factory else "fn(q, k, v, *, bias=None)"
+    arguments = {} if factory else {"bias": None, **dict.fromkeys(given(fn))}
+    signature = inspect.signature(fn) if _parameters(fn) else inspect.Signature()
+    bind = signature.bind_partial if options is None else signature.bind  # an option may be required
     try:
-        inspect.signature(fn).bind("q", "k", "v", bias=None)
+        bind(*(("config", "block") if factory else "qkv"), **{**arguments, **(options or {})})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"attention {name!r} must be callable as fn(q, k, v, *, bias=None): {error}") from None
+        also = f" with options {', '.join(options)}" if options else ""
+        raise ValueError(f"attention {name!r} must be callable as {how}{also}: {error}") from None
+
+
+def _parameters(fn: Callable) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):  # some builtins have no signature
+        return ()

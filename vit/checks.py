@@ -89,6 +89,25 @@ def check_list(images: object) -> None:
                 raise ValueError(f"images of one list must share their {what}: image 0 has {one}, image {i} {other}")
 
 
+def check_bias(q: Tensor, k: Tensor, bias: Tensor) -> None:
+    """`bias` must be what can be added to the scores of q and k [B, A, T, d]: the reason is named otherwise."""
+    if reason := bad_bias(q, k, bias):
+        raise ValueError(reason)
+
+
+def bad_bias(q: Tensor, k: Tensor, bias: Tensor) -> str | None:
+    """Why `bias` cannot be added to the scores of q and k [B, A, T, d], if it cannot."""
+    scores = (*q.shape[:3], k.shape[2])
+    if not isinstance(bias, Tensor):
+        return f"bias must be a tensor, not {type(bias).__name__}"
+    sides = zip(reversed(bias.shape), reversed(scores))
+    if bias.ndim > 4 or any(side not in (1, whole) for side, whole in sides):
+        return f"bias {list(bias.shape)} does not broadcast to [B, A, T, T] = {list(scores)}"
+    if bias.dtype != q.dtype or bias.device != q.device:
+        return f"bias is {bias.dtype} on {bias.device}, expected q's {q.dtype} on {q.device}"
+    return None
+
+
 def nearest_multiple(side: float, patch: int) -> int:
     """The multiple of `patch` nearest to `side`, in pixels: at least one patch, and the larger of two equally near."""
     return max(1, math.floor(side / patch + 0.5)) * patch

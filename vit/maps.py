@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .attention import SOFTMAX
 from .checks import as_numbers
 from .model import Block, ViT
 from .position import without_autocast
@@ -25,7 +24,7 @@ def attention_maps(
 
     Fused backends never hold these weights, so they are computed beside the forward pass, for the asked heads and rows
     only, in float32; no block beyond the last asked one runs. They are softmax(q k^T / sqrt(d)), whatever function
-    attends; where that is neither `sdpa` nor `reference`, a warning says so.
+    attends; where that gives other numbers than `sdpa`, a warning says so.
 
     Args:
         model: the model, with any attention function.
@@ -45,11 +44,12 @@ def attention_maps(
     """
     numbers = model.block_numbers(blocks)
     chosen = as_numbers("heads", "head", heads, model.config.num_heads)
-    if any(model.select_blocks([i])[0].attention.attend not in SOFTMAX for i in numbers):
+    if not all(model.attends[i].exact for i in numbers):
         warnings.warn("these are softmax(q k^T / sqrt(d)), and a block here attends by another function", stacklevel=2)
     if queries is None or (isinstance(queries, str) and queries not in ("class", "all")):
         raise ValueError(f"queries must be 'class', 'all' or a list of tokens' numbers, not {queries!r}")
-    x = model.embed(images, ragged)  # [B, T, D]
+    images = model.accept(images, ragged)
+    x = model.embed(images)  # [B, T, D]
     names = {"class": [0], "all": None}
     rows = as_numbers("queries", "token", names[queries] if isinstance(queries, str) else queries, x.shape[1])
     maps = {}
@@ -57,7 +57,7 @@ def attention_maps(
         if i in numbers:
             maps[i] = attention_weights(block, x, chosen, rows)
         if i < max(numbers):
-            x = block(x)
+            x = block(x, model.grid_of(images))
     return [maps[i] for i in numbers]
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import packed
-from .attention import AttentionFunction, call, get_attention, image_by_image, sdpa, takes
+from .attend import Attend, Grid, choose
+from .attention import AttentionFactory, AttentionFunction
 from .checks import as_numbers
 from .config import ViTConfig, named_model
 from .metadata import Preprocessing, Provenance
@@ -46,25 +47,19 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention (Eq. 6-8): every token asks, and every token answers."""
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, block: int) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.attend = Attend(config, block)  # softmax(q k^T / sqrt(d)) v, until `ViT.set_attention` replaces it
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
-        self.attend: AttentionFunction = sdpa  # `ViT.set_attention` replaces it
-        self.takes_lengths = False  # whether that function knows packed images
 
-    def forward(self, x: Tensor, lengths: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | list[Grid] | None = None, lengths: list[int] | None = None) -> Tensor:
         """[B, T, D] tokens -> [B, T, D]; with `lengths`, of several images, each of which keeps to its own tokens."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)  # [B, T, 3, A, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, A, T, d]
-        if lengths is None:
-            out = call(self.attend, q, k, v)  # [B, A, T, d]
-        elif self.takes_lengths:
-            out = call(self.attend, q, k, v, lengths=lengths)  # [1, A, T, d]
-        else:
-            out = image_by_image(self.attend, q, k, v, lengths)  # [1, A, T, d]
+        out = self.attend(q, k, v, grid, lengths)  # [B, A, T, d]
         out = out.transpose(1, 2).reshape(B, T, D)  # [B, T, D], heads side by side
         return self.proj(out)  # [B, T, D]
 
@@ -83,32 +78,18 @@ class MLP(nn.Module):
         return self.fc2(x)  # [B, T, D]
 
 
-class Block(nn.Module):
-    """One layer of the encoder: tokens mix (Eq. 2), then each thinks for itself (Eq. 3).
+class Residual(nn.Module):
+    """What a branch adds to the residual stream: scaled, and left out for some images in training.
 
-    Each half adds to the residual stream. LayerScale (arXiv:2103.17239) scales what is added, per channel; drop path
-    (stochastic depth, arXiv:1603.09382) leaves it out for some images in training.
+    LayerScale (arXiv:2103.17239) scales per channel; drop path is stochastic depth (arXiv:1603.09382).
     """
 
-    def __init__(self, config: ViTConfig, drop_path_rate: float) -> None:
+    def __init__(self, drop_path_rate: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.eps)
-        self.attention = Attention(config)
-        self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.eps)
-        self.mlp = MLP(config)
         self.drop_path_rate = drop_path_rate
-        self.scale1 = self.scale2 = None
-        if config.init_values is not None:
-            self.scale1 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
-            self.scale2 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
 
-    def forward(self, x: Tensor, lengths: list[int] | None = None) -> Tensor:
-        x = x + self.residual(self.attention(self.norm1(x), lengths), self.scale1, lengths)  # [B, T, D]
-        x = x + self.residual(self.mlp(self.norm2(x)), self.scale2, lengths)  # [B, T, D]
-        return x
-
-    def residual(self, branch: Tensor, scale: Tensor | None, lengths: list[int] | None) -> Tensor:
-        """What a branch adds to the stream: [B, T, D], scaled, and dropped for some images in training."""
+    def forward(self, branch: Tensor, scale: Tensor | None, lengths: list[int] | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
         if scale is not None:
             branch = branch * scale
         if self.training and self.drop_path_rate > 0.0:
@@ -118,6 +99,28 @@ class Block(nn.Module):
                 mask = torch.cat([one.expand(1, length, 1) for one, length in zip(mask, lengths)], dim=1)  # [1, T, 1]
             branch = branch * mask
         return branch
+
+
+class Block(nn.Module):
+    """One layer of the encoder: tokens mix (Eq. 2), then each thinks for itself (Eq. 3)."""
+
+    def __init__(self, config: ViTConfig, block: int, drop_path_rate: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=config.eps)
+        self.attention = Attention(config, block)
+        self.residual_attention = Residual(drop_path_rate)
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=config.eps)
+        self.mlp = MLP(config)
+        self.residual_mlp = Residual(drop_path_rate)
+        self.scale1 = self.scale2 = None
+        if config.init_values is not None:
+            self.scale1 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
+            self.scale2 = nn.Parameter(torch.full((config.embed_dim,), config.init_values))
+
+    def forward(self, x: Tensor, grid: Grid | list[Grid] | None = None, lengths: list[int] | None = None) -> Tensor:
+        x = x + self.residual_attention(self.attention(self.norm1(x), grid, lengths), self.scale1, lengths)  # [B, T, D]
+        x = x + self.residual_mlp(self.mlp(self.norm2(x)), self.scale2, lengths)  # [B, T, D]
+        return x
 
 
 class ViT(nn.Module):
@@ -141,7 +144,7 @@ class ViT(nn.Module):
         self.register_tokens = nn.Parameter(torch.zeros(1, config.reg_tokens, D)) if config.reg_tokens else None
         self.position_embedding = nn.Parameter(torch.zeros(1, config.num_position_rows + h * w, D))
         rates = [config.drop_path_rate * i / max(config.depth - 1, 1) for i in range(config.depth)]
-        self.blocks = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(config, i, rate) for i, rate in enumerate(rates))
         norm = nn.LayerNorm(D, eps=config.eps)
         self.norm: nn.Module = nn.Identity() if config.fc_norm else norm  # of every token, before the pooling
         self.fc_norm: nn.Module = norm if config.fc_norm else nn.Identity()  # or of the pooled features
@@ -166,16 +169,20 @@ class ViT(nn.Module):
 
     def forward_features(self, images: Tensor, ragged: str = "error") -> Tensor:
         """[B, in_chans, H, W] images -> [B, P + N, D] tokens after the final norm: class token, registers, patches."""
-        x = self.embed(images, ragged)  # [B, T, D], Eq. 1
+        images = self.accept(images, ragged)  # [B, in_chans, h*p, w*p]
+        grid = self.grid_of(images)
+        x = self.embed(images)  # [B, T, D], Eq. 1
         for block in self.blocks:  # Eq. 2 and 3, L times
-            x = self.run(block, x)  # [B, T, D]
+            x = self.run(block, x, grid)  # [B, T, D]
         return self.norm(x)  # [B, T, D], Eq. 4 for every token
 
-    def run(self, block: nn.Module, x: Tensor, lengths: list[int] | None = None) -> Tensor:
+    def run(
+        self, block: nn.Module, x: Tensor, grid: Grid | list[Grid] | None = None, lengths: list[int] | None = None
+    ) -> Tensor:
         """One block, whose activations are computed again in the backward pass where `grad_checkpointing` is set."""
         if self.config.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, lengths, use_reentrant=False)
-        return block(x, lengths)
+            return checkpoint(block, x, grid, lengths, use_reentrant=False)
+        return block(x, grid, lengths)
 
     def forward_intermediates(
         self,
@@ -202,12 +209,13 @@ class ViT(nn.Module):
         """
         numbers = self.block_numbers(blocks)
         images = self.accept(images, ragged)
+        grid = self.grid_of(images)
         x = self.embed(images)  # [B, T, D]
         kept = {}
         for i in range(max(numbers) + 1):
-            x = self.run(self.blocks[i], x)  # [B, T, D]
+            x = self.run(self.blocks[i], x, grid)  # [B, T, D]
             if i in numbers:
-                kept[i] = self.split(self.norm(x) if norm else x, self.grid_of(images))
+                kept[i] = self.split(self.norm(x) if norm else x, grid)
         return [kept[i] if return_prefix_tokens else kept[i][0] for i in numbers]
 
     def split(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -321,20 +329,40 @@ class ViT(nn.Module):
             raise ValueError(f"{expected}; got {'an empty batch' if B == 0 else 'no pixels'}: {list(images.shape)}")
         return complete_patches(images, p, ragged)
 
-    def set_attention(self, name_or_fn: str | AttentionFunction, blocks: Sequence[int] | None = None) -> None:
+    def set_attention(
+        self,
+        name_or_fn: str | AttentionFunction | AttentionFactory,
+        blocks: Sequence[int] | None = None,
+        *,
+        check: bool = False,
+        **options: Any,
+    ) -> None:
         """Replace attention, in all blocks or in those with the given numbers (negative ones count from the end).
 
         Args:
-            name_or_fn: a registered name ("sdpa", "reference" ...) or a function as `vit.attention` describes.
+            name_or_fn: a registered name ("sdpa", "reference" ...), a function or a factory, as `vit.attention`
+                describes them.
             blocks: which blocks; None for all.
+            check: refuse results that are not finite, naming the first block that gives one. Slow, and a compiled
+                graph breaks there: to look for a mistake.
+            options: handed to the function at every call, or to the factory.
 
         Raises:
-            ValueError: an unknown name, a function that cannot be called so, or a block that there is not. Nothing
-                is changed then.
+            ValueError: an unknown name, a function that cannot be called so or knows no such option, or a block that
+                there is not. Nothing is changed then.
         """
-        fn = get_attention(name_or_fn)
-        for block in self.select_blocks(blocks):
-            block.attention.attend, block.attention.takes_lengths = fn, takes(fn, "lengths")
+        name = name_or_fn if isinstance(name_or_fn, str) else None
+        make, weights = choose(name_or_fn, self.config, options), self.patch_embed.proj.weight
+        made = [(block, make(block)) for block in self.block_numbers(blocks)]
+        for block, fn in made:
+            if isinstance(fn, nn.Module):
+                fn.to(weights.device, weights.dtype).train(self.training)
+            self.attends[block].set(fn, name, options, check)
+
+    @property
+    def attends(self) -> list[Attend]:
+        """What attends in each block."""
+        return [block.attention.attend for block in self.select_blocks()]
 
     def select_blocks(self, numbers: Sequence[int] | None = None) -> list[Block]:
         """The blocks with these numbers, negative ones counted from the end; None for all. ValueError beyond them."""

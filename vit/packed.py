@@ -16,6 +16,7 @@ from torch import Tensor
 from .checks import check_list, require_int
 
 if TYPE_CHECKING:
+    from .attend import Grid
     from .model import ViT
 
 BUDGET = 2048  # tokens that are packed at a time; the best of those in tests/benchmarks/packed.py
@@ -47,19 +48,19 @@ def parts(model: ViT, images: Sequence[Tensor], ragged: str, budget: int) -> lis
     return result
 
 
-def pack(model: ViT, images: list[Tensor]) -> tuple[Tensor, list[int]]:
-    """[1, C, H_i, W_i] images -> their tokens [1, T, D], one image after the other, and how many each has."""
+def pack(model: ViT, images: list[Tensor]) -> tuple[Tensor, list[Grid], list[int]]:
+    """[1, C, H_i, W_i] images -> tokens [1, T, D], one image after the other, their grids and numbers of tokens."""
     tokens = [model.embed(image) for image in images]  # each [1, T_i, D]
-    return torch.cat(tokens, dim=1), [x.shape[1] for x in tokens]
+    return torch.cat(tokens, dim=1), [model.grid_of(image) for image in images], [x.shape[1] for x in tokens]
 
 
 def features(model: ViT, parts: list[list[Tensor]]) -> list[Tensor]:
     """For each image its tokens after the final norm, [P + N_i, D]."""
     result: list[Tensor] = []
     for images in parts:
-        x, lengths = pack(model, images)  # [1, T, D]
+        x, grids, lengths = pack(model, images)  # [1, T, D]
         for block in model.blocks:
-            x = model.run(block, x, lengths)  # [1, T, D]
+            x = model.run(block, x, grids, lengths)  # [1, T, D]
         result += model.norm(x)[0].split(lengths)
     return result
 
@@ -70,12 +71,12 @@ def intermediates(
     """For each of these blocks and each image its patches as a map [D, h_i, w_i], and its other tokens [P, D]."""
     kept: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in numbers}
     for images in parts:
-        x, lengths = pack(model, images)  # [1, T, D]
+        x, grids, lengths = pack(model, images)  # [1, T, D]
         for i in range(max(numbers) + 1):
-            x = model.run(model.blocks[i], x, lengths)  # [1, T, D]
+            x = model.run(model.blocks[i], x, grids, lengths)  # [1, T, D]
             if i in numbers:
                 tokens = (model.norm(x) if norm else x).split(lengths, dim=1)  # each [1, P + N_i, D]
-                pairs = (model.split(one, model.grid_of(image)) for one, image in zip(tokens, images))
+                pairs = (model.split(one, grid) for one, grid in zip(tokens, grids))
                 kept[i] += [(patches[0], prefix[0]) for patches, prefix in pairs]
     return [kept[i] for i in numbers]
 

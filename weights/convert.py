@@ -18,7 +18,7 @@ from .description import assumed
 from .detect import Place, explain, locate, whole_prefix
 from .keymap import SAME, Entry, Layout, sort_keys, split_number
 from .layouts import get_layout
-from .layouts.own import VIT
+from .layouts.own import VIT, key_of_attention
 from .shapes import SHAPE_SOURCES, Claims, config_from_shapes, required_names
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -77,6 +77,7 @@ class Ours:
     dropped: dict[str, str]
     left: list[str]
     notes: list[str] = field(default_factory=list)
+    attention: Mapping[str, Tensor] = field(default_factory=dict)  # weights of attention modules, in our names
 
 
 def convert(
@@ -116,6 +117,9 @@ def to_ours(state_dict: Mapping[str, Any], source: str | None, claims: Claims, p
     place = locate(inside, source)
     layout = place.layout
     state, dropped, left, odd = _unwrap(inside, place)
+    attention = {key: state.pop(key) for key in list(state) if layout is VIT and key_of_attention(key)}
+    _check_tensors(attention)
+    _check_finite({key: tensor for key, tensor in attention.items() if tensor.is_floating_point()})
     if layout.unpack is not None:
         state = layout.unpack(state)
     sorted_keys = sort_keys(layout, state, place.prefixed)
@@ -137,7 +141,7 @@ def to_ours(state_dict: Mapping[str, Any], source: str | None, claims: Claims, p
     ]
     return Ours(
         tensors, theirs, config, layout, explain(place), prefix + place.wrapper, sorted_keys.groups,
-        dropped | sorted_keys.dropped, outside + left, notes,
+        dropped | sorted_keys.dropped, outside + left, notes, attention,
     )  # fmt: skip
 
 
@@ -158,19 +162,28 @@ def _unwrap(state: Mapping[str, Any], place: Place) -> tuple[dict[str, Any], dic
 
 
 def _check_values(tensors: Mapping[str, Any]) -> None:
+    _check_tensors(tensors)
     dtypes: dict[torch.dtype, str] = {}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            kind = tensor.kind if isinstance(tensor, NotATensor) else type(tensor).__name__
-            raise CheckpointError(f"{name} is of type {kind}, expected a tensor")
-        if tensor.is_meta or tensor.numel() == 0:
-            raise CheckpointError(f"{name} has no values: shape {list(tensor.shape)} on device {tensor.device}")
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(f"{name} has dtype {tensor.dtype}, expected one of {', '.join(map(str, _FLOATS))}")
         dtypes.setdefault(tensor.dtype, name)
     if len(dtypes) > 1:
         mixed = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
         raise CheckpointError(f"the weights have several dtypes, expected one: {mixed}")
+    _check_finite(tensors)
+
+
+def _check_tensors(tensors: Mapping[str, Any]) -> None:
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            kind = tensor.kind if isinstance(tensor, NotATensor) else type(tensor).__name__
+            raise CheckpointError(f"{name} is of type {kind}, expected a tensor")
+        if tensor.is_meta or tensor.numel() == 0:
+            raise CheckpointError(f"{name} has no values: shape {list(tensor.shape)} on device {tensor.device}")
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     # NaN and infinity show in the extremes; asking these needs no memory.
     extremes = {name: torch.stack(tensor.aminmax()) for name, tensor in tensors.items()}
     if extremes and not torch.stack([*extremes.values()]).isfinite().all():
@@ -269,7 +282,7 @@ def to_theirs(ours: Ours, target: Layout) -> Converted:
     """Write what was read in another layout; CheckpointError where that cannot hold it."""
     tensors, config, adapted = adapt_positions(ours.tensors, ours.config, target)
     notes = ours.notes + adapted
-    _check_needs(tensors, config, target)
+    _check_needs(tensors, config, target, ours.attention)
     prefixed = bool(target.prefix) and ("head.weight" in tensors or target.always_prefixed)
     result: dict[str, Tensor] = {}
     steps = []
@@ -286,6 +299,8 @@ def to_theirs(ours: Ours, target: Layout) -> Converted:
         dtype = tensors["class_token"].dtype
         result[(target.prefix if prefixed else "") + key] = torch.zeros(sizes, dtype=dtype)
         notes.append(f"{key} is written as zeros: this model has none")
+    result |= ours.attention
+    steps += [Step(name, [ours.prefix + name], [name], []) for name in ours.attention]
     if target.pack is not None:
         result = target.pack(result)
     report = Report(
@@ -319,7 +334,9 @@ def adapt_positions(
     return tensors, config, []
 
 
-def _check_needs(tensors: Mapping[str, Tensor], config: ViTConfig, target: Layout) -> None:
+def _check_needs(
+    tensors: Mapping[str, Tensor], config: ViTConfig, target: Layout, attention: Mapping[str, Tensor]
+) -> None:
     """Can the target hold this model? CheckpointError names everything that it cannot."""
     problems = [
         f"{name} {getattr(config, name)!r} (it has {' or '.join(map(repr, values))})"
@@ -327,6 +344,8 @@ def _check_needs(tensors: Mapping[str, Tensor], config: ViTConfig, target: Layou
         if getattr(config, name) not in values
     ]
     problems += sorted({split_number(name)[0].replace("{}", "*") for name in tensors if target.entry(name)[0] is None})
+    if attention and target is not VIT:
+        problems += sorted({split_number(name)[0].replace("{}", "*") for name in attention})
     pool = None if target.head_pool is None else target.head_pool if config.num_classes else "token"
     if pool not in (None, config.global_pool):
         has = "with" if config.num_classes else "without"

@@ -39,6 +39,14 @@ def assumptions(config: ViTConfig, categories_from: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class AttentionSetting:
+    """How a block was told to attend: `model.set_attention(name, **options)`."""
+
+    name: str
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Description:
     """Read from a file's own header, or from a `config.json` of timm's or transformers'."""
 
@@ -50,6 +58,7 @@ class Description:
     categories_from: str = ""  # "from config.json", or IMAGENET
     license: str | None = None
     parent: Provenance | None = None
+    attention: list[AttentionSetting] | None = None  # of each block; None: as ever
     guessed: dict[str, str] = field(default_factory=dict)  # of the declared fields: what was assumed -> by whom
 
 
@@ -61,3 +70,4 @@ class Attributes:
     categories: list[str] | None = None
     license: str | None = None
     categories_from: str = ""  # as in `Description`
+    attention: list[AttentionSetting] | None = None  # of each block, where not all are as ever

@@ -19,6 +19,7 @@ from vit.metadata import Provenance
 from vit.model import ViT
 from vit.resources import bundled_checkpoint, imagenet_categories
 
+from .attention import restore_attention
 from .checkpoint import Checkpoint, CheckpointError, NotATensor, read_json
 from .convert import Ours, skeleton, to_ours
 from .description import IMAGENET, Attributes, Description
@@ -278,7 +279,9 @@ def _attributes(found: Source, about: Description, ours: Ours, stated: Sequence[
     preprocessing = about.preprocessing or known_preprocessing(config, ours.layout)
     if len(preprocessing.mean) != config.in_chans:
         raise CheckpointError(f"preprocessing has {len(preprocessing.mean)} channels, the weights {config.in_chans}")
-    return Attributes(preprocessing, categories, about.license or found.license, whence)
+    if about.attention is not None and len(about.attention) != config.depth:
+        raise CheckpointError(f"the header names the attention of {len(about.attention)} blocks, of {config.depth}")
+    return Attributes(preprocessing, categories, about.license or found.license, whence, about.attention)
 
 
 def _checked(categories: Sequence[str], num_classes: int) -> list[str]:
@@ -304,6 +307,7 @@ def build(loaded: Loaded, in_chans: int | None = None, patch_size: int | None = 
         whole_patches(preprocessing.size, patch_size)
     model = skeleton(config)
     model.load_state_dict({**tensors, "patch_embed.proj.weight": weight}, assign=True)
+    restore_attention(model, loaded.attributes.attention, loaded.ours.attention)
     model.preprocessing = preprocessing.with_channels(config.in_chans)
     model.categories = loaded.attributes.categories
     model.provenance = loaded.provenance

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit.attention import SOFTMAX
 from vit.config import ViTConfig
 from vit.metadata import Preprocessing, Provenance
 from vit.model import ViT
 from vit.resources import imagenet_categories
 
+from .attention import settings_of, unnamed
 from .checkpoint import Checkpoint, CheckpointError, replacing, write_json
 from .convert import Converted, Ours, adapt_positions, from_model, to_ours, to_theirs, unrecorded
 from .description import Attributes
@@ -47,7 +47,8 @@ def save_checkpoint(model: ViT, path: str | Path, layout: str = "vit") -> Path:
             Google's layouts also take an `.npz` file.
         layout: one of `vit.weights.LAYOUTS`. timm's and transformers' come with the `config.json` from which timm
             and transformers load them; the others carry config (with what was assumed of it), preprocessing,
-            categories and provenance in the file's header. An npz file holds weights only: what it cannot say is
+            categories, provenance and the registered names of replaced attention in the file's header. Attention with
+            weights of its own goes into "vit" alone. An npz file holds weights only: what it cannot say is
             listed by `vit convert`.
 
     Returns:
@@ -60,11 +61,9 @@ def save_checkpoint(model: ViT, path: str | Path, layout: str = "vit") -> Path:
     """
     if not isinstance(model, ViT):
         raise ValueError(f"expected a vit.ViT, not {type(model).__name__}: save a model as it was before compiling")
-    if any(block.attention.attend not in SOFTMAX for block in model.select_blocks()):
-        warnings.warn("an attention function is no part of a checkpoint: set it again after loading", stacklevel=2)
     file = target_files(path, layout)[0]
     license = None if model.provenance is None else model.provenance.license
-    attributes = Attributes(model.preprocessing, model.categories, license)
+    attributes = Attributes(model.preprocessing, model.categories, license, attention=settings_of(model))
     converted = write(from_model(model), attributes, file, layout, lambda: model.provenance)
     for name, value in converted.report.unsaid.items():
         warnings.warn(f"{file} cannot say {name}, whose reader will assume {value!r}", stacklevel=2)
@@ -139,7 +138,8 @@ def write(
             write_safetensors(temporary, converted.state_dict, {"format": "pt", **header})
         if report is not None:
             read = read_npz if file.suffix == ".npz" else read_safetensors
-            sha256 = _verify(read(temporary), adapt_positions(ours.tensors, ours.config, target)[0], converted, layout)
+            tensors = {**adapt_positions(ours.tensors, ours.config, target)[0], **ours.attention}
+            sha256 = _verify(read(temporary), tensors, converted, layout)
             content = report(converted, sha256)
             write_json(stack.enter_context(replacing(report_path(file))), content)
         for name, content in contents.items():
@@ -161,7 +161,8 @@ def _configs(config: ViTConfig, attributes: Attributes, layout: str) -> dict[str
 
 def _verify(written: Checkpoint, tensors: Mapping[str, Tensor], converted: Converted, layout: str) -> str:
     """What was written must come back to the bit; its sha256."""
-    again = to_ours(written.tensors, layout, {"the writer": converted.config.to_dict()}).tensors
+    read = to_ours(written.tensors, layout, {"the writer": converted.config.to_dict()})
+    again = {**read.tensors, **read.attention}
     odd = [
         name
         for name in {**tensors, **again}
@@ -207,6 +208,8 @@ def _unsaid(
         unsaid["preprocessing"] = images
     if categories != attributes.categories:
         unsaid["categories"] = None if categories is None else f"{len(categories)} labels, {categories[0]!r} the first"
+    if unnamed(attributes.attention):
+        unsaid["attention"] = "sdpa"
     return unsaid
 
 

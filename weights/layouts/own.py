@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -12,7 +13,7 @@ from vit.config import ViTConfig
 from vit.metadata import Preprocessing, Provenance
 
 from ..checkpoint import CheckpointError
-from ..description import ANSWERS, IMAGENET, Attributes, Description, assumptions, by_header
+from ..description import ANSWERS, IMAGENET, AttentionSetting, Attributes, Description, assumptions, by_header
 from ..keymap import Entry, Layout
 
 _OURS = (
@@ -36,6 +37,14 @@ VIT = Layout(
 )
 
 
+def key_of_attention(key: str) -> bool:
+    """Does it name a weight of an attention module that a user has put into a block? Any name may follow there."""
+    return re.match(r"blocks\.\d+\.attention\.attend\.fn\.", key) is not None
+
+
+_PARTS = ("vit.config", "vit.assumed", "vit.preprocessing", "vit.categories", "vit.attention", "vit.provenance")
+
+
 def write_header(config: ViTConfig, attributes: Attributes, provenance: Provenance | None) -> dict[str, str]:
     """What a file's header says of a model: its config, preprocessing, categories and provenance, each as JSON.
 
@@ -46,6 +55,7 @@ def write_header(config: ViTConfig, attributes: Attributes, provenance: Provenan
         "vit.assumed": assumptions(config, attributes.categories_from) or None,
         "vit.preprocessing": asdict(attributes.preprocessing),
         "vit.categories": attributes.categories,
+        "vit.attention": None if attributes.attention is None else [asdict(one) for one in attributes.attention],
         "vit.provenance": None if provenance is None else asdict(provenance),
     }
     return {key: json.dumps(part) for key, part in parts.items() if part is not None}
@@ -58,7 +68,7 @@ def read_header(metadata: Mapping[str, str]) -> Description:
         CheckpointError: a part that is not what `write_header` writes; it is named.
     """
     parts: dict[str, Any] = {}
-    for key in ("vit.config", "vit.assumed", "vit.preprocessing", "vit.categories", "vit.provenance"):
+    for key in _PARTS:
         if key in metadata:
             try:
                 parts[key] = json.loads(metadata[key])
@@ -81,6 +91,7 @@ def read_header(metadata: Mapping[str, str]) -> Description:
             categories_from=categories_from if "vit.categories" in metadata else "",
             license=parent["license"] if isinstance(parent, dict) and "license" in parent else None,
             parent=None if parent is None else Provenance.from_dict(parent),
+            attention=_check_attention(parts.get("vit.attention")),
             guessed={name: by_header(whose) for name, whose in guessed.items()},
         )
     except CheckpointError:
@@ -114,6 +125,16 @@ def _check_guessed(guessed: object) -> dict[str, str]:
         raise CheckpointError("the header's vit.assumed is no object of texts")
     _check_fields("vit.assumed", guessed, [*ANSWERS, "categories"])
     return dict(guessed)
+
+
+def _check_attention(settings: object) -> list[AttentionSetting] | None:
+    kinds = {"name": str, "options": dict}
+    if settings is None:
+        return None
+    for one in settings if isinstance(settings, list) else [None]:
+        if not isinstance(one, dict) or {key: type(value) for key, value in one.items()} != kinds:
+            raise CheckpointError("the header's vit.attention is no list of names with options")
+    return [AttentionSetting(**one) for one in settings]  # type: ignore[attr-defined]
 
 
 def _check_categories(categories: object) -> list[str] | None:

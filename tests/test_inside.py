@@ -1,0 +1,167 @@
+"""Reading and changing activations: each place holds what it says, and leaves no trace."""
+
+import math
+
+import pytest
+import torch
+from helpers import FLOAT32, difference, images, randomize
+
+import vit
+from vit.attention import sdpa
+
+TINY = vit.ViTConfig(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=2, num_classes=7, init_values=0.5)
+X = images(2, 3, 24, 40)
+
+
+@pytest.fixture
+def tiny() -> vit.ViT:
+    return randomize(vit.ViT(TINY)).eval()
+
+
+def by_hand(model: vit.ViT, x: torch.Tensor, number: int) -> dict[str, torch.Tensor]:
+    """One block's insides, from its weights alone."""
+    for block in model.blocks[:number]:
+        x = block(x)
+    block = model.blocks[number]
+    qkv = block.attention.qkv(block.norm1(x)).unflatten(2, (3, 2, 32)).permute(2, 0, 3, 1, 4)
+    values = dict(zip("qkv", qkv))
+    values["scores"] = torch.einsum("batd,basd->bats", values["q"], values["k"]) / math.sqrt(32)
+    values["weights"] = values["scores"].softmax(dim=-1)
+    values["heads"] = values["weights"] @ values["v"]
+    values["out"] = block.attention.proj(values["heads"].transpose(1, 2).flatten(2))
+    return {f"blocks.{number}.attention.{name}": value for name, value in values.items()} | {
+        f"blocks.{number}.residual_attention": values["out"] * block.scale1,
+        f"blocks.{number}": block(x),
+    }
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_each_place_holds_what_it_says(tiny, backend):
+    tiny.set_attention(backend)
+    expected = by_hand(tiny, tiny.embed(X), 1)
+    found = vit.record(tiny, X, expected)
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert difference(found[name], value) <= FLOAT32, name
+    assert difference(found["blocks.1.attention.q"], expected["blocks.1.attention.k"]) > 1e-2
+    assert torch.equal(vit.record(tiny, X, "head")["head"], tiny(X))
+
+
+def test_all_names_can_be_recorded_but_those_that_are_not_reached(tiny):
+    names = vit.record(tiny, X, "?")
+    assert len(names) == len(set(names)) and {"blocks.0.attention.scores", "patch_embed", "blocks.2.mlp.act"} <= set(
+        names
+    )
+    assert not [name for name in names if name.endswith((".attend", ".attention"))]
+    assert list(vit.record(tiny, X, names)) == names
+    assert vit.record(tiny, X, []) == {}
+    headless = vit.ViT(TINY.override(global_pool="avg", num_classes=0)).eval()
+    headless.unused = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="unused: no part of this model's forward pass"):
+        vit.record(headless, X, ["unused", "norm"])
+
+
+def test_scores_are_computed_only_where_asked(tiny, monkeypatch):
+    shapes = []
+    plain = torch.Tensor.__matmul__
+    monkeypatch.setattr(
+        torch.Tensor, "__matmul__", lambda a, b: plain(a, b) if a.ndim < 4 else shapes.append(a.shape) or plain(a, b)
+    )
+    vit.record(tiny, X, ["blocks.0.attention.q", "blocks.2.attention.heads", "blocks.1"])
+    assert not shapes
+    vit.record(tiny, X, ["blocks.2.attention.weights"])
+    assert shapes == [(2, 2, 61, 32)]
+
+
+def test_gradients_flow_through_what_is_recorded(tiny):
+    weights = vit.record(tiny, X, "blocks.1.attention.weights")["blocks.1.attention.weights"]
+    weights[..., 0].sum().backward()
+    assert tiny.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0 and tiny.blocks[2].mlp.fc1.weight.grad is None
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v", "scores", "weights", "heads", "out"])
+def test_what_is_written_is_what_comes_next(tiny, part):
+    """A change at a place changes the result as the same change by hand does, and leaving it restores every bit."""
+    name = f"blocks.2.attention.{part}"
+    plain = tiny(X)
+    with vit.patch(tiny, {name: lambda x: x}):
+        assert difference(tiny(X), plain) <= FLOAT32
+    with vit.patch(tiny, {name: lambda x: x * 0.5}) as same:
+        assert same is tiny
+        changed, seen = tiny(X), vit.record(tiny, X, ["blocks.2.attention.heads", name])
+    values = by_hand(tiny, tiny.embed(X), 2)
+    q, k, v = (values[f"blocks.2.attention.{one}"] * (0.5 if one == part else 1) for one in "qkv")
+    scores = torch.einsum("batd,basd->bats", q, k) / math.sqrt(32) * (0.5 if part == "scores" else 1)
+    heads = scores.softmax(dim=-1) * (0.5 if part == "weights" else 1) @ v * (0.5 if part == "heads" else 1)
+    assert difference(seen["blocks.2.attention.heads"], heads) <= FLOAT32
+    assert difference(seen[name], values[name] * 0.5) <= FLOAT32  # recorded after it was changed
+    assert difference(changed, plain) > 1e-3
+    assert torch.equal(tiny(X), plain)
+    assert [attend.fn for attend in tiny.attends] == [sdpa] * 3
+    assert not [module for module in tiny.modules() if module._forward_hooks or module._forward_pre_hooks]
+
+
+def test_several_changes_and_nested_ones(tiny):
+    double, zero = (lambda x: x * 2), torch.zeros_like
+    with vit.patch(tiny, {"blocks.0.attention.scores": double, "blocks.0.attention.weights": zero}):
+        assert not vit.record(tiny, X, "blocks.0.attention.heads")["blocks.0.attention.heads"].any()
+        with vit.patch(tiny, {"blocks.1.attention.scores": double, "blocks.0.attention.weights": torch.ones_like}):
+            names = ["blocks.0.attention.weights", "blocks.1.attention.scores"]
+            ones, _ = vit.record(tiny, X, names).values()
+            assert ones.min() == 1
+        assert not vit.record(tiny, X, "blocks.0.attention.weights")["blocks.0.attention.weights"].any()
+    assert [attend.exact for attend in tiny.attends] == [True] * 3
+
+
+def test_activation_patching(tiny):
+    """What one image has after block 1, put into the pass of another: the result is that of the first."""
+    one, other = images(2, 3, 24, 40, seed=5), X
+    kept = vit.record(tiny, one, "blocks.1")
+    with vit.patch(tiny, kept):
+        assert torch.equal(tiny(other), tiny(one))
+    assert difference(tiny(other), tiny(one)) > 1e-2
+
+
+def test_an_error_inside_leaves_the_model_as_it_was(tiny):
+    plain = tiny(X)
+    with pytest.raises(ValueError, match="wish"), vit.patch(tiny, {"blocks.0.attention.weights": torch.zeros_like}):
+        raise ValueError("wish")
+    with pytest.raises(ValueError, match="no 'blocks.9'"):
+        vit.record(tiny, X, ["blocks.0.attention.q", "blocks.9"])
+    assert torch.equal(tiny(X), plain)
+    assert not [module for module in tiny.modules() if module._forward_hooks or module._forward_pre_hooks]
+
+
+def uniform(q, k, v, *, bias=None):
+    return v.mean(dim=2, keepdim=True).expand_as(v)
+
+
+def test_refusals(tiny):
+    with pytest.raises(
+        ValueError, match=r"no 'blocks.1.attention.wights' .*mean 'blocks.1.attention.weights'\? vit.record"
+    ):
+        vit.record(tiny, X, "blocks.1.attention.wights")
+    for name in ("", "blocks", "blocks.0.attention.attend"):
+        with pytest.raises(ValueError, match=f"there is no '{name}'"):
+            vit.record(tiny, X, name)
+    for change, message in (
+        (lambda x: x[:1], r"blocks.0.attention.heads is changed to .*\[1, 2, 61, 32\].*, expected .*\[2, 2, 61, 32\]"),
+        (lambda x: x.double(), "float64.*expected.*float32"),
+        (lambda x: None, "NoneType"),
+        (torch.zeros(1), r"\[1\]"),
+    ):
+        with vit.patch(tiny, {"blocks.0.attention.heads": change}), pytest.raises(ValueError, match=message):
+            tiny(X)
+    with pytest.raises(ValueError, match="expected a vit.ViT as it was before compiling, not OptimizedModule"):
+        vit.record(torch.compile(tiny), X, "head")
+    tiny.set_attention(uniform, [1])
+    with pytest.warns(UserWarning, match=r"blocks.1.attention.scores is that of softmax attention"):
+        vit.record(tiny, X, ["blocks.1.attention.scores", "blocks.0.attention.scores"])
+    refused = vit.patch(tiny, {"blocks.1.attention.weights": torch.zeros_like})
+    with pytest.raises(ValueError, match="block 1 attends by 'uniform', whose scores"), refused:
+        pass
+    with vit.patch(tiny, {"blocks.1.attention.heads": torch.zeros_like}):
+        tiny(X)
+    tiny.compile()
+    with pytest.raises(ValueError, match="parts of this model are compiled"):
+        vit.record(tiny, X, "head")

@@ -1,0 +1,144 @@
+"""The place in a block where its attention function is called: what goes in, what must come out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import check_callable, get_attention, given, is_exact, is_factory, sdpa
+from .config import ViTConfig
+
+Grid = tuple[int, int]
+
+
+class Attend(nn.Module):
+    """Attention as one block has it: a function, or a module of its own, with the options it was set with.
+
+    A function under a registered name is pickled as that name.
+    """
+
+    fn: Callable[..., Any]
+
+    def __init__(self, config: ViTConfig, block: int) -> None:
+        super().__init__()
+        self.block = block
+        self.prefix = config.num_prefix_tokens
+        self.set(sdpa, "sdpa", {})
+
+    def set(self, fn: Callable, name: str | None, options: dict[str, Any], check: bool = False) -> None:
+        """Attend by this function from now on. It must have passed `choose`, and be what a factory has made."""
+        if "fn" in self._modules:  # which PyTorch lets no function replace
+            del self.fn
+        self.fn = fn
+        self.name = name
+        self.options = options
+        self.keywords = {} if isinstance(fn, nn.Module) else options  # a factory has had them
+        self.given = given(fn.forward if isinstance(fn, nn.Module) else fn)
+        self.check = check
+
+    @property
+    def called(self) -> str:
+        """What errors call it."""
+        return repr(self.name or getattr(self.fn, "__name__", type(self.fn).__name__))
+
+    @property
+    def exact(self) -> bool:
+        """Whether it gives the numbers of `sdpa`."""
+        return is_exact(self.name) and not self.options
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | list[Grid] | None = None, lengths: list[int] | None = None
+    ) -> Tensor:
+        """Call the function.
+
+        Args:
+            q, k, v: each [B, A, T, d].
+            grid: (h, w) of the patches; with `lengths` a list of one for each image.
+            lengths: of packed images, whose tokens lie one after another: then B is 1.
+
+        Returns:
+            [B, A, T, d].
+
+        Raises:
+            ValueError: what the function raises, with the block's number; a result of another shape, dtype or device;
+                with `check`, one that is not finite.
+        """
+        try:
+            if lengths is None or "lengths" in self.given:
+                return self.call(q, k, v, grid, lengths)
+            assert isinstance(grid, list)
+            images = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), grid)
+            return torch.cat([self.call(*image) for image in images], dim=2)
+        except ValueError as error:
+            raise ValueError(f"block {self.block}: {error}") from error
+
+    def call(
+        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | list[Grid] | None, lengths: list[int] | None = None
+    ) -> Tensor:
+        """What the function gives, held against what it must give."""
+        keywords = self.keywords
+        if self.given:
+            if grid is None and "grid" in self.given:
+                raise ValueError(f"attention {self.called} asks for the grid, and the block was called without it")
+            known = {"lengths": lengths, "grid": grid, "prefix": self.prefix, "block": self.block}
+            keywords = {**keywords, **{keyword: known[keyword] for keyword in self.given}}
+        out = self.fn(q, k, v, **keywords)  # [B, A, T, d]
+        if not isinstance(out, Tensor) or out.shape != q.shape or out.dtype != v.dtype or out.device != v.device:
+            raise ValueError(f"attention {self.called} returned {_kind(out)}, expected {_kind(q)}")
+        if self.check:
+            self.check_finite(out, {"q": q, "k": k, "v": v})
+        return out
+
+    def check_finite(self, out: Tensor, given: Mapping[str, Tensor]) -> None:
+        """ValueError where the result is not finite, or where what the function was given is not."""
+        for name, tensor in given.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"attention {self.called} was given {name} with values that are not finite")
+        if not out.isfinite().all():
+            raise ValueError(f"attention {self.called} returned values that are not finite, from q, k and v that are")
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        return ", ".join([self.called, *(f"{key}={value!r}" for key, value in self.options.items())])
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if "fn" in state and self.name is not None and get_attention(self.name) is self.fn:
+            del state["fn"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "fn" not in state and "fn" not in self._modules:
+            assert self.name is not None
+            self.fn = get_attention(self.name)
+
+
+def choose(name_or_fn: str | Callable, config: ViTConfig, options: dict[str, Any]) -> Callable[[int], Callable]:
+    """What gives each block, by its number, its attention: the one function for all, or a module of its own.
+
+    Raises:
+        ValueError: an unknown name, a function that cannot be called as `vit.attention` says or knows no such option,
+            a factory that makes no module that could.
+    """
+    name = name_or_fn if isinstance(name_or_fn, str) else getattr(name_or_fn, "__name__", repr(name_or_fn))
+    fn = get_attention(name_or_fn) if isinstance(name_or_fn, str) else name_or_fn
+    check_callable(fn, name, options)
+    if not is_factory(fn):
+        return lambda block: fn
+
+    def make(block: int) -> nn.Module:
+        module = fn(config, block, **options)
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"block {block}: factory {name!r} returned {type(module).__name__}, expected an nn.Module")
+        check_callable(module.forward, name, {})
+        return module
+
+    return make
+
+
+def _kind(out: object) -> str:
+    return f"{out.dtype} {list(out.shape)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__

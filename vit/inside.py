@@ -1,0 +1,195 @@
+"""Seeing inside a model while it runs, and changing what is seen: activations by name, by PyTorch's forward hooks.
+
+Every module's output has the module's name (`blocks.3`, the residual stream after block 3; `blocks.3.mlp.fc1`).
+Around each block's attention there are more:
+
+    blocks.3.attention.q, .k, .v             [B, A, T, d]
+    blocks.3.attention.scores                [B, A, T, T]   q k^T / sqrt(d), before the softmax
+    blocks.3.attention.weights               [B, A, T, T]   after it
+    blocks.3.attention.heads                 [B, A, T, d]   what each head found
+    blocks.3.attention.out                   [B, T, D]      the heads joined and projected
+    blocks.3.residual_attention, .residual_mlp   [B, T, D]  what the block adds to the stream, in its two halves
+
+`scores` and `weights` are computed beside the function that attends, and only where asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from .attend import Attend
+from .model import Attention, ViT
+
+Change = Callable[[Tensor], Tensor]
+
+_INPUTS = ("q", "k", "v")
+_PARTS = (*_INPUTS, "scores", "weights", "heads", "out")  # of attention
+
+
+def record(model: ViT, images: Tensor, names: str | Iterable[str]) -> Any:
+    """Run the model and keep what the named places hold.
+
+    Args:
+        model: the model as it was before compiling.
+        images: [B, C, H, W], as for `model`.
+        names: names as above, or one of them; "?" for the list of all that there are.
+
+    Returns:
+        name -> tensor, in the order of `names`; a part of the autograd graph where gradients are on. Or the list.
+
+    Raises:
+        ValueError: an unknown name (the nearest one is named), or a compiled model, which passes hooks by.
+    """
+    if names == "?":
+        return _all_names(_check_model(model))
+    wanted = [names] if isinstance(names, str) else list(names)
+    kept: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        for name in dict.fromkeys(wanted):
+            stack.enter_context(_watch(_check_model(model), name, partial(_keep, kept, name), changes=False))
+        model(images)
+    if missed := [name for name in wanted if name not in kept]:
+        raise ValueError(f"{', '.join(missed)}: no part of this model's forward pass")
+    return {name: kept[name] for name in wanted}
+
+
+@contextmanager
+def patch(model: ViT, changes: Mapping[str, Change | Tensor]) -> Iterator[ViT]:
+    """Change what the named places hold, for as long as the block lasts; afterwards the model is as it was.
+
+    Args:
+        model: the model as it was before compiling.
+        changes: name as above -> a function from the tensor to what takes its place, or a tensor that does (what
+            `record` kept of another image: activation patching, arXiv:2202.05262). Where `scores` or `weights` are
+            changed, the block attends by the written-out formula meanwhile.
+
+    Raises:
+        ValueError: as `record`; another shape, dtype or device than it was; `scores` or `weights` of a block whose
+            function does not have such.
+    """
+    with ExitStack() as stack:
+        for name, change in changes.items():
+            stack.enter_context(_watch(_check_model(model), name, partial(_replace, name, change), changes=True))
+        yield model
+
+
+def _keep(kept: dict[str, Tensor], name: str, tensor: Tensor) -> Tensor:
+    kept[name] = tensor
+    return tensor
+
+
+def _replace(name: str, change: Change | Tensor, tensor: Tensor) -> Tensor:
+    new = change if isinstance(change, Tensor) else change(tensor)
+    kinds = [
+        (one.dtype, list(one.shape), one.device) if isinstance(one, Tensor) else type(one) for one in (new, tensor)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{name} is changed to {kinds[0]}, expected {kinds[1]}")
+    return new
+
+
+@contextmanager
+def _watch(model: ViT, name: str, see: Change, changes: bool) -> Iterator[None]:
+    """Let `see` have what is at a place, and put what it gives back there."""
+    modules = dict(model.named_modules())
+    owner, _, part = name.rpartition(".")
+    attend = modules.get(f"{owner}.attend")
+    with ExitStack() as stack:
+        if not isinstance(attend, Attend) or part not in _PARTS:
+            if name not in _module_names(model):
+                nearest = get_close_matches(name, _all_names(model), n=1)
+                hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+                raise ValueError(f"there is no {name!r} in this model: {hint}vit.record(model, images, '?') lists all")
+            handle = modules[name].register_forward_hook(partial(_see_output, see))
+        elif part in _INPUTS:
+            handle = attend.register_forward_pre_hook(partial(_see_input, see, _INPUTS.index(part)))
+        elif part == "heads":
+            handle = attend.register_forward_hook(partial(_see_output, see))
+        elif part == "out":
+            handle = modules[owner].register_forward_hook(partial(_see_output, see))
+        elif isinstance(attend.fn, WrittenOut) or changes:
+            formula = stack.enter_context(_written_out(attend))
+            handle = formula.get_submodule(part).register_forward_hook(partial(_see_output, see))
+        else:
+            if not attend.exact:
+                warnings.warn(f"{name} is that of softmax attention, and the block attends otherwise", stacklevel=5)
+            handle = attend.register_forward_pre_hook(partial(_see_beside, see, part))
+        stack.callback(handle.remove)
+        yield
+
+
+def _see_output(see: Change, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    return see(output)
+
+
+def _see_input(see: Change, i: int, module: nn.Module, inputs: tuple) -> tuple:
+    return (*inputs[:i], see(inputs[i]), *inputs[i + 1 :])
+
+
+def _see_beside(see: Change, part: str, module: nn.Module, inputs: tuple) -> None:
+    """`scores` or `weights`, computed for `see` alone."""
+    q, k = inputs[:2]
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, A, T, T]
+    see(scores if part == "scores" else scores.softmax(dim=-1))
+
+
+class WrittenOut(nn.Module):
+    """`reference` once more, with a module where its scores are and one where its weights are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.weights = nn.Identity(), nn.Identity()
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        """See `vit.attention`."""
+        scores = self.scores(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]))  # [B, A, T, T]
+        return self.weights(scores.softmax(dim=-1)) @ v  # [B, A, T, d]
+
+
+@contextmanager
+def _written_out(attend: Attend) -> Iterator[WrittenOut]:
+    """A block that attends by the formula, for a while; ValueError where it attends by another one."""
+    if isinstance(attend.fn, WrittenOut):
+        yield attend.fn
+        return
+    if not attend.exact:
+        raise ValueError(
+            f"block {attend.block} attends by {attend.called}, whose scores and weights cannot be changed from outside:"
+            " set_attention('sdpa') first, or change its q, k, v or heads"
+        )
+    before, formula = (attend.fn, attend.name, attend.options, attend.check), WrittenOut()
+    attend.set(formula, None, {}, attend.check)
+    try:
+        yield formula
+    finally:
+        attend.set(*before)
+
+
+def _check_model(model: ViT) -> ViT:
+    if not isinstance(model, ViT):
+        raise ValueError(f"expected a vit.ViT as it was before compiling, not {type(model).__name__}")
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        raise ValueError("parts of this model are compiled, and would pass hooks by: take it before .compile()")
+    return model
+
+
+def _module_names(model: ViT) -> list[str]:
+    """Modules that are called, by name: not lists of them, nor what stands behind the parts of attention."""
+    modules = dict(model.named_modules())
+    skipped = [name for name, module in modules.items() if isinstance(module, (ViT, nn.ModuleList, Attend))]
+    return [name for name in modules if name not in skipped]
+
+
+def _all_names(model: ViT) -> list[str]:
+    names = []
+    for name in _module_names(model):
+        names += [f"{name}.{part}" for part in _PARTS if isinstance(model.get_submodule(name), Attention)] or [name]
+    return names
