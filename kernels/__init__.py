@@ -6,6 +6,13 @@ a name that it does not know.
 
 from vit.attention import register_attention
 
-from .varlen import varlen
+from . import flash, flex, pytorch, varlen
+from .backends import available, explain
 
-register_attention("varlen", varlen, overwrite=True)
+__all__ = ["available", "explain"]
+
+for _name, _fn in {
+    "math": pytorch.math, "flash": pytorch.flash, "efficient": pytorch.efficient, "cudnn": pytorch.cudnn,
+    "flex": flex.flex, "triton": flash.triton, "varlen": varlen.varlen,
+}.items():  # fmt: skip
+    register_attention(_name, _fn, exact=True, overwrite=True)

@@ -9,6 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .pytorch import HALF
+
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lengths: list[int] | None = None) -> Tensor:
     """See `vit.attention` for the arguments.
@@ -24,11 +26,18 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lengt
     Raises:
         ValueError: another device or dtype, or a bias.
     """
-    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"attention 'varlen' runs on cuda in bfloat16 or float16, not on {q.device.type} in {q.dtype}")
-    if bias is not None:
-        raise ValueError("attention 'varlen' takes no bias")
+    if reason := refusal(q, k, v, bias):
+        raise ValueError(f"attention 'varlen' {reason}")
     return attend(q, k, v, lengths or [q.shape[2]] * q.shape[0])
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> str | None:
+    """Why it cannot run on these, [B, A, T, d] each; None where it can."""
+    if q.device.type != "cuda":
+        return f"runs on cuda, not on {q.device.type}"
+    if q.dtype not in HALF:
+        return f"runs in bfloat16 or float16, not in {q.dtype}"
+    return None if bias is None else "takes no bias"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:

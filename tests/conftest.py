@@ -1,11 +1,16 @@
 """Fixtures that several files share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before our Triton kernels are first used
+
 from helpers import randomize
 from hub_server import HubServer
 

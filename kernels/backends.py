@@ -1,0 +1,111 @@
+"""Which attention backends there are, which of them this machine has, and which would run on given images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+
+from vit.attend import Attend
+from vit.checks import bad_bias
+from vit.model import ViT
+
+from . import flash, flex, pytorch, varlen
+
+Refusal = Callable[..., "str | None"]
+
+
+def _bias_alone(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> str | None:
+    return None if bias is None else bad_bias(q, k, bias)
+
+
+# Name -> why it cannot run on q, k, v [B, A, T, d] and a bias; None where it can. In the order in which they are told.
+REFUSALS: dict[str, Refusal] = {
+    "reference": _bias_alone, "sdpa": _bias_alone, **pytorch.REFUSALS,
+    "flex": flex.refusal, "triton": flash.refusal, "varlen": varlen.refusal,
+}  # fmt: skip
+
+
+def available(device: str | torch.device | None = None) -> dict[str, str | None]:
+    """What this machine has.
+
+    Args:
+        device: where to run; None: on CUDA where there is one, else on the CPU.
+
+    Returns:
+        Each backend's name -> None where it runs in one of float32, bfloat16 and float16 at least, with gradients or
+        without; otherwise why it does not.
+    """
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found: dict[str, str | None] = {}
+    for name, refusal in REFUSALS.items():
+        reasons = [refusal(*_empty(dtype, where)) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+        found[name] = None if None in reasons else reasons[-1]
+    return found
+
+
+def _empty(dtype: torch.dtype, device: str | torch.device) -> list[Tensor]:
+    return [torch.empty(1, 1, 16, 64, dtype=dtype, device=device) for _ in range(3)]
+
+
+def explain(model: ViT, images: Tensor) -> None:
+    """Print which kernel runs in each block for these images, on what, and why others would not.
+
+    Nothing is computed. `requires_grad` and autocast count as they are when it is called.
+
+    Args:
+        model: the model.
+        images: [B, C, H, W], as for `model`.
+
+    Raises:
+        ValueError: images that the model refuses.
+    """
+    q, k, v = _what_attention_gets(model, model.accept(images, "error"))
+    trains = "with gradients" if q.requires_grad else "without gradients"
+    print(f"q, k and v: {list(q.shape)} {q.dtype} on {q.device}, {trains}")
+    for first, last, attend in _alike(model.attends):
+        numbers = f"block {first}" if first == last else f"blocks {first} to {last}"
+        print(f"{numbers}: {attend.extra_repr()}: {_what_runs(attend, q, k, v)}")
+    print("the others:")
+    used = {attend.name for attend in model.attends}
+    for name, refusal in REFUSALS.items():
+        if name not in used:
+            print(f"  {name:10} {refusal(q, k, v) or 'would run'}")
+
+
+def _what_attention_gets(model: ViT, images: Tensor) -> Tensor:
+    """q, k and v as every block has them, [3, B, A, T, d], without values."""
+    h, w = model.grid_of(images)
+    weight, device = model.patch_embed.proj.weight, images.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    T, A = model.config.num_prefix_tokens + h * w, model.config.num_heads
+    qkv = torch.empty(len(images), T, 3, A, model.config.embed_dim // A, dtype=dtype, device=images.device)
+    trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
+    return qkv.requires_grad_(trains).permute(2, 0, 3, 1, 4)
+
+
+def _alike(attends: list[Attend]) -> list[tuple[int, int, Attend]]:
+    """Runs of blocks that attend alike: the first number, the last, and one of them."""
+    runs: list[tuple[int, int, Attend]] = []
+    for attend in attends:
+        if runs and runs[-1][2].extra_repr() == attend.extra_repr():
+            runs[-1] = (runs[-1][0], attend.block, attend)
+        else:
+            runs.append((attend.block, attend.block, attend))
+    return runs
+
+
+def _what_runs(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> str:
+    refusal = REFUSALS.get(attend.name or "")
+    if refusal is None:
+        return "runs as it is: no backend of vit.kernels"
+    options: dict[str, Any] = attend.options
+    if reason := refusal(q, k, v, options.get("bias")):
+        return f"refused: {reason}"
+    if attend.name == "sdpa":
+        return f"PyTorch takes {SDPBackend(torch._fused_sdp_choice(q, k, v, options.get('bias'))).name}"
+    return "runs"

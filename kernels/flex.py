@@ -1,0 +1,97 @@
+"""FlexAttention: a Python function of one score, compiled into a fused kernel (arXiv:2412.05496)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from vit.checks import bad_bias
+
+ScoreMod = Callable[..., Tensor]
+MaskMod = Callable[..., Tensor]
+
+_FUNCTIONS = 256  # that may be compiled in one process, each for each dtype: PyTorch stops at eight
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def flex(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+) -> Tensor:
+    """Attention with changed scores and with pairs of tokens left out, fused whatever the change is.
+
+    The first call compiles, for seven to fifteen seconds on a CPU, and there so does each new shape; numbers that a
+    function holds are compiled in, tensors are not.
+
+    Args:
+        q, k, v: [B, A, T, d]; float32, bfloat16 or float16; on a CPU without gradients. Any T.
+        bias: as `vit.attention` describes it.
+        score_mod: (score, b, h, i, j) -> score, for image b, head h, query i and key j, each a tensor of one number;
+            tokens are numbered as in the model, prefix first.
+        mask_mod: (b, h, i, j) -> whether query i may look at key j. It is evaluated for every pair of tokens once per
+            length and remembered with the function, for all images alike: b is 0.
+
+    Returns:
+        [B, A, T, d].
+
+    Raises:
+        ValueError: what `refusal` names.
+    """
+    if reason := refusal(q, k, v, bias):
+        raise ValueError(f"attention 'flex' {reason}")
+    mask = None if mask_mod is None else block_mask(mask_mod, q.shape[1], q.shape[2], k.shape[2], q.device)
+    score_mod = _add(bias, score_mod, q, k)
+    if q.device.type == "cpu":  # which goes through rows that lie apart, as those of one qkv tensor do, a sixth slower
+        k, v = k.contiguous(), v.contiguous()
+    if torch.compiler.is_compiling():  # a part of what is compiled
+        return cast(Tensor, flex_attention(q, k, v, score_mod=score_mod, block_mask=mask))
+    with torch._dynamo.config.patch(recompile_limit=_FUNCTIONS):
+        return cast(Tensor, _compiled(q.device.type)(q, k, v, score_mod=score_mod, block_mask=mask))
+
+
+def _add(bias: Tensor | None, score_mod: ScoreMod | None, q: Tensor, k: Tensor) -> ScoreMod | None:
+    """The two in one function: the bias comes on top."""
+    if bias is None:
+        return score_mod
+    table = bias.expand(*q.shape[:3], k.shape[2])  # [B, A, T, T], without taking memory for it
+
+    def biased(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (score if score_mod is None else score_mod(score, b, h, i, j)) + table[b, h, i, j]
+
+    return biased
+
+
+@lru_cache(maxsize=64)
+def block_mask(mask_mod: MaskMod, A: int, T: int, keys: int, device: torch.device) -> BlockMask:
+    """Which blocks of 128 x 128 pairs a mask leaves anything of."""
+    return create_block_mask(mask_mod, None, A, T, keys, device=device)
+
+
+@lru_cache(maxsize=2)
+def _compiled(device: str) -> Callable[..., Any]:
+    # For changing lengths, PyTorch 2.15 writes C++ that does not compile once a function holds a tensor.
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False if device == "cpu" else None)
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **options: object) -> str | None:
+    """Why it cannot run on these, [B, A, T, d] each; None where it can."""
+    device = q.device.type
+    if bias is not None and (reason := bad_bias(q, k, bias)):
+        return reason
+    if device not in ("cuda", "cpu"):
+        return f"runs on cuda and cpu, not on {device}"
+    if q.dtype not in _DTYPES:
+        return f"runs in float32, bfloat16 or float16, not in {q.dtype}"
+    if device == "cpu" and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias)):
+        return "has no backward pass on a cpu: call the model under torch.no_grad()"
+    return None

@@ -1,0 +1,189 @@
+"""The backends: a part of the matrix every day, refusals, and what `available` and `explain` say.
+
+`python tests/matrix.py` runs all of it; `pytest -m matrix` runs what compiles for long.
+"""
+
+import pytest
+import torch
+from helpers import FLOAT32, difference, images, randomize
+from matrix import BACKWARD, DEVICE, DTYPES, FORWARD, Cell, Found, cells, check_kernel, run, table
+
+import vit
+from vit.attention import get_attention, reference
+from vit.kernels.backends import REFUSALS
+from vit.kernels.flex import block_mask, flex
+
+TINY = vit.ViTConfig(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=2, num_classes=7)
+BACKENDS = [name for name in REFUSALS if name != "flex"]  # which compiles for seven seconds, for each case
+CPU_ONLY = pytest.mark.skipif(DEVICE != "cpu", reason="says what a machine without CUDA says")
+
+
+def check(cell: Cell) -> None:
+    found = run(cell)
+    assert found.refused or found.error <= found.bar, (cell, found)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matrix(backend, dtype):
+    for cell in cells([backend], [1, 17, 197]):
+        if cell.dtype == dtype and not cell.compiled and (cell.T < 100 or backend != "triton" or DEVICE == "cuda"):
+            check(cell)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matrix_compiled(backend, dtype):
+    check(Cell(backend, dtype, 17, bias=True, backward=backend not in ("flash",), compiled=True))
+
+
+def test_flex():
+    check(Cell("flex", torch.float32, 17, bias=True, backward=DEVICE == "cuda", compiled=False))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matrix_flex(dtype):
+    for cell in cells(["flex"], [1, 17, 197]):
+        if cell.dtype == dtype and cell.compiled == (cell.T == 17):
+            check(cell)
+
+
+def test_the_matrix_can_fail(monkeypatch):
+    """A backend that is wrong by a little, one that is not what ran, and one that should have refused."""
+    cell = Cell("math", torch.float32, 17, bias=True, backward=True, compiled=False)
+    wrong = lambda q, k, v, *, bias=None: get_attention("math")(q, k, v * (1 + 1e-4), bias=bias)  # noqa: E731
+    monkeypatch.setattr("matrix.get_attention", lambda name: wrong)
+    found = run(cell)
+    assert found.error > found.bar == FORWARD
+    monkeypatch.setattr("matrix.get_attention", lambda name: reference)
+    with pytest.raises(AssertionError, match="_scaled_dot_product_attention_math"):
+        run(cell)
+    with pytest.raises(AssertionError):
+        check_kernel(cell, {"aten::_scaled_dot_product_attention_math", "aten::_scaled_dot_product_flash_attention"})
+    monkeypatch.setitem(REFUSALS, "math", lambda *given: "is tired")
+    with pytest.raises(AssertionError, match="was to be refused: is tired"):
+        run(cell)
+
+
+def test_the_table_says_what_was_found():
+    def rows(error, refused=""):
+        return {cell: Found(error, BACKWARD, refused) for cell in cells(["math"], [1]) if cell.dtype == torch.float32}
+
+    assert "| `math` | float32 | 0.50 / 0.50 | 0.50 / 0.50 |" in table(rows(1e-5))
+    assert "2.00 FAILS" in table(rows(4e-5))
+    text = table(rows(0.0, "has no battery"))
+    assert "| (1) / (1) |" in text and "(1) refused: has no battery" in text
+
+
+@pytest.mark.parametrize("backend", ["math", "flash"])
+def test_a_model_runs_on_each(backend):
+    model = randomize(vit.ViT(TINY)).eval()
+    x = images(2, 3, 24, 40)
+    expected = model(x)
+    model.set_attention(backend)
+    assert difference(model(x), expected) <= FLOAT32
+    model.forward_packed([images(3, 8, 12), images(3, 16, 4)])
+
+
+@CPU_ONLY
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("efficient", "attention 'efficient' runs on cuda, not on cpu"),
+        ("cudnn", "attention 'cudnn' runs on cuda, not on cpu"),
+        ("varlen", "attention 'varlen' runs on cuda, not on cpu"),
+        ("flex", "attention 'flex' has no backward pass on a cpu"),
+    ],
+)
+def test_what_a_cpu_cannot_do_is_refused_with_the_block(backend, message):
+    model = randomize(vit.ViT(TINY)).eval()
+    model.set_attention(backend, [2])
+    with pytest.raises(ValueError, match=f"block 2: {message}"):
+        model(images(1, 3, 32, 32))
+
+
+def test_bias_and_dtypes_are_refused():
+    q = torch.randn(1, 2, 5, 32, device=DEVICE)
+    for name in ("reference", "sdpa", "math", "flash", "flex"):
+        with pytest.raises(ValueError, match=r"bias \[2, 5\] does not broadcast to \[B, A, T, T\] = \[1, 2, 5, 5\]"):
+            get_attention(name)(q, q, q, bias=q[0, :, :, 0])
+    with pytest.raises(ValueError, match="'flex' runs in float32, bfloat16 or float16, not in torch.float64"):
+        flex(q.double(), q.double(), q.double())
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match="'flash' has no gradient of bias on a cpu"):
+            get_attention("flash")(q, q, q, bias=torch.zeros(5, 5, requires_grad=True))
+
+
+def near(b, h, i, j):
+    return (i - j).abs() <= 2 + h
+
+
+@torch.no_grad()
+def test_flex_with_both_modifications():
+    """A window whose width depends on the head, over scores that fall with the distance, off 128 tokens."""
+    q, k, v = images(3, 2, 2, 150, 32).to(DEVICE)
+    i = torch.arange(150, device=DEVICE)
+    distance = (i[:, None] - i).abs()
+    mask = torch.zeros(1, 2, 150, 150, device=DEVICE)
+    for head in range(2):
+        mask[:, head].masked_fill_(distance > 2 + head, float("-inf"))
+    expected = reference(q, k, v, bias=mask - 0.1 * distance)
+    block_mask.cache_clear()
+    for _ in range(2):
+        found = flex(q, k, v, score_mod=lambda s, b, h, i, j: s - 0.1 * (i - j).abs(), mask_mod=near)
+        assert difference(found, expected) <= FLOAT32
+    assert block_mask.cache_info()[:2] == (1, 1)  # it was made once
+    assert difference(found, reference(q, k, v)) > 1e-2
+
+
+@torch.no_grad()
+def test_flex_through_the_seam_with_options():
+    model = randomize(vit.ViT(TINY)).eval().to(DEVICE)
+    x = images(2, 3, 24, 40).to(DEVICE)
+    model.set_attention("flex", blocks=[1], mask_mod=near)
+    found = model(x)
+    i = torch.arange(61, device=DEVICE)
+    far = torch.stack([(i[:, None] - i).abs() > 2 + head for head in range(2)])
+    model.set_attention("sdpa", [1], bias=torch.zeros(1, 2, 61, 61, device=DEVICE).masked_fill(far, float("-inf")))
+    assert difference(found, model(x)) <= FLOAT32
+    with pytest.raises(ValueError, match="'flex' must be callable as .* with options mask"):
+        model.set_attention("flex", mask=near)
+
+
+# What the machine has, and what would run
+
+
+@CPU_ONLY
+def test_available():
+    found = vit.kernels.available()
+    assert list(found) == list(REFUSALS) and set(found) <= set(vit.attention_names())
+    assert [name for name, reason in found.items() if reason is None] == [
+        "reference", "sdpa", "math", "flash", "flex", "triton",
+    ]  # fmt: skip
+    assert found["cudnn"] == "runs on cuda, not on cpu"
+
+
+@CPU_ONLY
+def test_explain(capsys):
+    model = vit.ViT(TINY).eval()
+    model.set_attention("flex", [1])
+    model.set_attention(lambda q, k, v, *, bias=None: v, [2])
+    vit.kernels.explain(model, images(2, 3, 24, 40))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == [
+        "q, k and v: [2, 2, 61, 32] torch.float32 on cpu, with gradients",
+        "block 0: 'sdpa': PyTorch takes FLASH_ATTENTION",
+        "block 1: 'flex': refused: has no backward pass on a cpu: call the model under torch.no_grad()",
+        "block 2: '<lambda>': runs as it is: no backend of vit.kernels",
+    ]
+    assert "  math       would run" in lines and "  cudnn      runs on cuda, not on cpu" in lines
+    model.set_attention("math")
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        vit.kernels.explain(model, images(2, 3, 24, 40))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        "q, k and v: [2, 2, 61, 32] torch.bfloat16 on cpu, without gradients", "blocks 0 to 2: 'math': runs",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="got 30 x 32"):
+        vit.kernels.explain(model, images(1, 3, 30, 32))
