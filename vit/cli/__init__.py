@@ -1,4 +1,4 @@
-"""The command line: `vit demo | predict | features | evaluate | attention | inspect | convert`."""
+"""The command line: `vit demo | predict | features | evaluate | bench | attention | inspect | convert`."""
 
 import argparse
 import io
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NoReturn
 
-from . import attention, convert, demo, evaluate, features, inspect, predict
+from . import attention, bench, convert, demo, evaluate, features, inspect, predict
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +47,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="vit", description="A Vision Transformer Small in plain PyTorch.")
     parser.add_argument("--version", action="version", version=version("vit-small"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (demo, predict, features, evaluate, attention, inspect, convert):
+    for module in (demo, predict, features, evaluate, bench, attention, inspect, convert):
         module.add_parser(commands)
     return parser

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import importlib
 import json
 import math
 import statistics
@@ -24,9 +23,9 @@ from vit.model import ViT
 
 from . import options
 from .labelled import DIGITS, Sample, draw_samples, find_samples, match
+from .plots import check_plot, figure_class
 from .predict import Decoded, batches, decode
 
-PLOTS = (".png", ".svg", ".pdf")
 TABLE = "image size   tokens   ms/image     top-1   95 % interval        top-5   right"
 
 
@@ -299,27 +298,6 @@ def append_result(file: Path, row: dict[str, Any]) -> None:
     """Add one row to a file of JSON lines."""
     with file.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(row) + "\n")
-
-
-def check_plot(file: Path) -> None:
-    """Before anything is computed: can the plot be drawn, and can it be written?
-
-    Raises:
-        ValueError: no matplotlib, another ending, or no folder to write to.
-    """
-    if file.suffix.lower() not in PLOTS or file.is_dir():
-        raise ValueError(f"--plot must be a .png, .svg or .pdf file, not {file}")
-    if not file.parent.is_dir():
-        raise ValueError(f"--plot: there is no folder {file.parent}")
-    figure_class()
-
-
-def figure_class() -> Any:
-    """matplotlib's Figure, which is drawn without a display; ValueError where matplotlib is not installed."""
-    try:
-        return importlib.import_module("matplotlib.figure").Figure
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'vit-small[viz]'") from None
 
 
 def plot(rows: Sequence[dict[str, Any]], patch_size: int, prefix_tokens: int, file: Path) -> None:

@@ -1,0 +1,128 @@
+"""`vit bench`: what it counts, in which order it measures, what it prints and refuses."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import vit
+from vit.cli import main, timing
+from vit.cli.timing import Case
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_peak(monkeypatch):
+    """The product that stands for what the machine can do takes half a second at its real size."""
+    monkeypatch.setitem(timing.PEAK_SIDE, "cpu", 64)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"reg_tokens": 4, "class_position": False}, {"num_classes": 0}, {"in_chans": 1, "mlp_ratio": 2}],
+)
+@pytest.mark.parametrize("size", [(224, 224), (64, 160)])
+def test_operations_are_those_that_pytorch_counts(fields, size):
+    with torch.device("meta"):
+        model = vit.create_model("vit_small_patch16_224", **fields).eval()
+        images = torch.empty(3, model.config.in_chans, *size)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    resampling = 0 if size == (224, 224) else counted_resampling(model, size)
+    assert counter.get_total_flops() - resampling == 3 * timing.flops(model.config, size)
+
+
+def counted_resampling(model: vit.ViT, size: tuple[int, int]) -> int:
+    """Products that resample positions, which the count leaves out: they are once per call, not per image."""
+    from vit.position import resample_position_embedding
+
+    positions = model.position_embedding[:, model.config.num_position_rows :]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        resample_position_embedding(positions, model.config.grid, (size[0] // 16, size[1] // 16))
+    return counter.get_total_flops()
+
+
+def test_cases_run_in_turn_and_backwards(monkeypatch):
+    a, b, c = cases = [Case((32, 32), batch, "float32", "sdpa", 1) for batch in (1, 2, 4)]
+    order = []
+    monkeypatch.setattr(timing, "seconds", lambda call, threads, device: order.append(call()) or len(order))
+    times = timing.race({case: lambda case=case: case for case in cases}, 3, CPU, lambda order: order)
+    assert order == [c, b, a, a, b, c, c, b, a, a, b, c]
+    assert times == {a: [4, 9, 10], b: [5, 8, 11], c: [6, 7, 12]}  # the first three warmed up
+
+
+def test_threads_are_set_and_set_back(capsys):
+    before = torch.get_num_threads()
+    seen = []
+    timing.seconds(lambda: seen.append(torch.get_num_threads()), 1, CPU)
+    torch.set_num_threads(before)
+    assert seen == [1]
+    main(["bench", "--model", "vit_digits_patch4_32", "-b", "1", "--rounds", "1", "--threads", str(before + 1)])
+    assert torch.get_num_threads() == before
+
+
+def test_memory_is_what_is_allocated_at_the_highest():
+    def call():
+        a = torch.ones(2**18)  # 1 MiB
+        del a
+        return torch.ones(2**19), torch.ones(2**18)
+
+    assert timing.peak_memory(call, CPU) == pytest.approx(3, abs=0.1)
+
+
+def test_spread():
+    assert timing.spread([3.0]) == (3.0, 3.0, 3.0)
+    assert timing.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
+
+
+def test_rows(capsys, tmp_path):
+    command = ["bench", "--model", "vit_digits_patch4_32", "-b", "1,4", "--img-size", "32,48x32", "--rounds", "3"]
+    assert main([*command, "--attention", "sdpa,cudnn", "--json", "--profile", "--plot", str(tmp_path / "b.png")]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    ran, refused = [row for row in rows if "ms" in row], [row for row in rows if "refused" in row]
+    assert [(row["size"], row["batch"]) for row in ran] == [([32, 32], 1), ([32, 32], 4), ([48, 32], 1), ([48, 32], 4)]
+    for row in ran:
+        assert row["low"] <= row["ms"] <= row["high"] and row["rounds"] == 3
+        assert row["images_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms"])
+        per_image = timing.flops(vit.load_pretrained("vit_digits_patch4_32").config, tuple(row["size"])) / 1e9
+        assert row["gflops"] == pytest.approx(per_image * row["images_per_s"])
+        assert row["share_of_peak"] == pytest.approx(row["gflops"] / row["peak_gflops"])
+        assert sum(row["profile"].values()) == pytest.approx(1) and row["profile"]["matrix products"] > 0.05
+        assert row["environment"]["torch"] == torch.__version__ and row["peak_mib"] > 0
+    if not torch.cuda.is_available():
+        assert len(refused) == 4 and "attention 'cudnn' runs on cuda, not on cpu" in refused[0]["refused"]
+    assert Image.open(tmp_path / "b.png").size == (1050, 675)
+
+
+def test_the_table(capsys):
+    assert main(["bench", "--model", "vit_tiny_patch16_224", "--img-size", "32", "-b", "2", "--rounds", "1"]) == 0
+    head, titles, row, peak = capsys.readouterr().out.splitlines()
+    assert head.startswith("vit_tiny_patch16_224 (random weights) on ") and titles.startswith("image size  batch")
+    assert row.startswith("32x32           2  float32   sdpa")
+    assert "a 64^3 product in float32 with" in peak
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-b", "0"], "expected a whole number above 0, got '0'"),
+        (["--img-size", "native"], "expected 384 or 224x448"),
+        (["--img-size", "30"], "got 30 x 30, the nearest size that works is 32 x 32"),
+        (["--dtype", "int8"], "expected one of float32, bfloat16, float16, got 'int8'"),
+        (["--attention", "sdpaa"], "unknown attention 'sdpaa'. Did you mean 'sdpa'"),
+        (["--model", "vit_smal"], "unknown model 'vit_smal'"),
+        (["--layout", "timm"], "gets random weights: --layout, --prefix and --sha256 are for checkpoints"),
+        (["--plot", "b.txt"], "--plot must be a .png"),
+    ],
+)
+def test_refusals(arguments, message, capsys):
+    command = ["bench", "--rounds", "1", *([] if "--model" in arguments else ["--model", "vit_tiny_patch16_224"])]
+    try:
+        code = main([*command, *arguments])
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and "Traceback" not in error

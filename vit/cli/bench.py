@@ -1,0 +1,234 @@
+"""`vit bench`: how fast a model is on this machine, over batch sizes, image sizes, dtypes, attention and threads."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vit.attention import get_attention
+from vit.config import list_models
+from vit.model import ViT, create_model
+
+from . import options, timing
+from .plots import check_plot, figure_class
+from .timing import Case
+
+MODEL = "vit_small_patch16_224"
+TABLE = (
+    "image size  batch  dtype     attention  threads   ms/batch   quartiles           images/s   GFLOP/s  of peak"
+    "   peak MiB"
+)
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure speed and memory on this machine",
+        description="Time forward passes on this machine. Lists are separated by commas, and all combinations run, in "
+        "turn, so that other work on the machine meets all alike.",
+    )
+    parser.add_argument(
+        "--model", default=MODEL, metavar="NAME_OR_PATH",
+        help="an architecture, which gets random weights, or what vit predict takes; default: %(default)s",
+    )  # fmt: skip
+    options.add_reading(parser)
+    parser.add_argument("--device", type=options.device, default="cpu", help="cpu, cuda ... default: %(default)s")
+    several = partial(parser.add_argument, metavar="LIST")
+    several("-b", "--batch-size", type=listed(options.positive), default=[1, 8], help="default: 1,8")
+    several("--img-size", type=listed(side), default=[None], help="224,384x160 (height x width); default: the model's")
+    several("--dtype", type=listed(dtype), default=["float32"], help="float32,bfloat16,float16; default: float32")
+    several("--attention", type=listed(str), default=["sdpa"], help="registered names; default: sdpa")
+    several("--threads", type=listed(options.positive), default=[torch.get_num_threads()], help="default: %(default)s")
+    parser.add_argument(
+        "--rounds", type=options.positive, default=10, help="times that each runs; default: %(default)s"
+    )
+    parser.add_argument("--profile", action="store_true", help="say where the time goes, per kind of operation")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line and case")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw images per second against the batch size")
+    parser.set_defaults(run=run)
+
+
+def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """ "1,8" -> [1, 8], for argparse."""
+
+    def parse(text: str) -> list[Any]:
+        return list(dict.fromkeys(convert(part) for part in text.split(",")))
+
+    return parse
+
+
+def side(text: str) -> tuple[int, int]:
+    """ "224" -> (224, 224), for argparse."""
+    found = options.image_size(text)
+    if isinstance(found, str):
+        raise argparse.ArgumentTypeError(f"expected 384 or 224x448 (height x width), got {text!r}")
+    return (found, found) if isinstance(found, int) else found
+
+
+def dtype(text: str) -> str:
+    """A dtype's name, for argparse."""
+    if text not in options.DTYPES:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(options.DTYPES)}, got {text!r}")
+    return text
+
+
+@torch.inference_mode()
+def run(args: argparse.Namespace) -> int:
+    """Load, race, print a row per case."""
+    if args.plot is not None:
+        check_plot(args.plot)
+    for name in args.attention:
+        get_attention(name)
+    model, device, before = load(args), args.device, torch.get_num_threads()
+    try:
+        calls, refused = prepare(model, cases(args, model), device)
+        peaks = {
+            (kind, threads): timing.peak_flops(options.DTYPES[kind], threads, device)
+            for kind, threads in dict.fromkeys((case.dtype, case.threads) for case in calls)
+        }
+        bar = partial(tqdm, unit="call", leave=False, disable=True if args.json else None)
+        times = timing.race(calls, args.rounds, device, bar) if calls else {}
+        rows = [measured(model, case, times[case], calls[case], peaks, device) for case in times]
+        if args.profile:
+            for row, call in zip(rows, calls.values()):
+                row["profile"] = timing.profile_kinds(call, device)
+    finally:
+        torch.set_num_threads(before)
+    show(args, model, rows + [vars(case) | {"refused": why} for case, why in refused.items()])
+    if args.plot is not None:
+        plot(rows, args.plot)
+    return 0
+
+
+def load(args: argparse.Namespace) -> ViT:
+    """The model, with random weights where an architecture is named."""
+    from vit.weights import load_pretrained
+
+    if args.model in list_models() and args.model not in list_models(pretrained=True):
+        if any(value not in (None, []) for value in (args.layout, args.prefix, args.sha256)):
+            raise ValueError(f"{args.model} gets random weights: --layout, --prefix and --sha256 are for checkpoints")
+        return create_model(args.model, **dict(args.settings)).eval().to(args.device)
+    return load_pretrained(args.model, device=args.device, **options.reading(args))
+
+
+def cases(args: argparse.Namespace, model: ViT) -> list[Case]:
+    """All combinations."""
+    sizes = [model.preprocessing.size if size is None else size for size in args.img_size]
+    lists = (sizes, args.batch_size, args.dtype, args.attention, args.threads)
+    return [Case(*values) for values in itertools.product(*lists)]
+
+
+def prepare(
+    model: ViT, cases: list[Case], device: torch.device
+) -> tuple[dict[Case, Callable[[], Tensor]], dict[Case, str]]:
+    """What to call for each case, and why the others cannot run here: each was tried once on one image."""
+    models: dict[tuple[str, str], ViT] = {}
+    calls, refused = {}, {}
+    for case in cases:
+        key = case.dtype, case.attention
+        if key not in models:
+            models[key] = copy.deepcopy(model).to(options.DTYPES[case.dtype])
+            models[key].set_attention(case.attention)
+        images = timing.images(case, model.config, device, options.DTYPES[case.dtype])
+        model.accept(images.to(model.class_token.dtype), "error")
+        try:
+            models[key](images[:1])
+        except ValueError as error:
+            refused[case] = str(error)
+            continue
+        calls[case] = partial(models[key], images)
+    return calls, refused
+
+
+def measured(
+    model: ViT, case: Case, times: list[float], call: Callable[[], Tensor], peaks: dict, device: torch.device
+) -> dict[str, Any]:
+    """One row of the table."""
+    low, median, high = timing.spread(times)
+    speed = timing.flops(model.config, case.size) * case.batch / median
+    return vars(case) | {
+        "ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high, "images_per_s": case.batch / median,
+        "gflops": speed / 1e9, "share_of_peak": speed / peaks[case.dtype, case.threads],
+        "peak_gflops": peaks[case.dtype, case.threads] / 1e9, "peak_mib": timing.peak_memory(call, device),
+        "rounds": len(times),
+    }  # fmt: skip
+
+
+def show(args: argparse.Namespace, model: ViT, rows: list[dict[str, Any]]) -> None:
+    """Print the table, or JSON lines."""
+    where = environment(args.device)
+    if args.json:
+        for row in rows:
+            print(json.dumps({"model": args.model} | row | {"environment": where}))
+        return
+    weights = "random weights" if model.provenance is None else model.provenance.source
+    print(f"{args.model} ({weights}) on {where['processor']}, torch {where['torch']}")
+    print(TABLE)
+    for row in rows:
+        print(line(row))
+        for kind, share in row.get("profile", {}).items():
+            print(f"    {kind:18} {share:6.1%}")
+    peaks = {(row["dtype"], row["threads"]): row["peak_gflops"] for row in rows if "peak_gflops" in row}
+    for (kind, threads), peak in peaks.items():
+        product = f"{timing.PEAK_SIDE.get(args.device.type, 4096)}^3 product"
+        print(f"peak: {peak:.0f} GFLOP/s, a {product} in {kind} with {threads} thread{'s' * (threads > 1)}")
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as text."""
+    height, width = row["size"]
+    what = f"{f'{height}x{width}':11} {row['batch']:5}  {row['dtype']:9} {row['attention']:10} {row['threads']:6}"
+    if "refused" in row:
+        return f"{what}   refused: {row['refused']}"
+    quartiles = f"{row['low']:.1f} to {row['high']:.1f}"
+    return (
+        f"{what} {row['ms']:11.1f}   {quartiles:18} {row['images_per_s']:9.1f} {row['gflops']:9.0f} "
+        f"{row['share_of_peak']:8.0%} {row['peak_mib']:10.0f}"
+    )
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on."""
+    info = Path("/proc/cpuinfo")
+    lines: Iterable[str] = info.read_text().splitlines() if info.exists() else []
+    names = [text.split(":")[1].strip() for text in lines if text.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    return {
+        "processor": processor, "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Images per second against the batch size, a line for each combination of the rest."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        height, width = row["size"]
+        name = f"{height}x{width}, {row['dtype']}, {row['attention']}, {row['threads']} threads"
+        lines.setdefault(name, []).append((row["batch"], row["images_per_s"]))
+    figure = figure_class()(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points)), "o-", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("batch size")
+    axes.set_ylabel("images per second")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)

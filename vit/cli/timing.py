@@ -1,0 +1,136 @@
+"""How long a model takes, on what it is then working, and what this machine could do."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from vit.config import ViTConfig
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler, some builds of which log each start and stop
+
+PEAK_SIDE = {"cpu": 4096, "cuda": 8192}  # of the square matrices whose product is taken for what a machine can do
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed."""
+
+    size: tuple[int, int]
+    batch: int
+    dtype: str
+    attention: str
+    threads: int
+
+
+def flops(config: ViTConfig, size: tuple[int, int]) -> int:
+    """Floating point operations of one image's matrix products; a multiplication and an addition are two."""
+    D, N = config.embed_dim, (size[0] // config.patch_size) * (size[1] // config.patch_size)
+    T = N + config.num_prefix_tokens
+    patches = 2 * N * config.in_chans * config.patch_size**2 * D
+    linear = 2 * T * D * (3 * D + D + 2 * config.mlp_dim)  # qkv, proj, fc1 and fc2
+    attention = 2 * 2 * T * T * D  # q k^T and the weights times v
+    return patches + config.depth * (linear + attention) + 2 * D * config.num_classes
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what the device was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds(call: Callable[[], object], threads: int, device: torch.device) -> float:
+    """How long one call takes with so many threads."""
+    torch.set_num_threads(threads)
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def race(
+    calls: dict[Case, Callable[[], object]], rounds: int, device: torch.device, progress: Callable[[Iterable], Iterable]
+) -> dict[Case, list[float]]:
+    """Time all cases `rounds` times in turn, every other time backwards, so that the machine's moods meet all alike.
+
+    Each is called once before that, unmeasured.
+    """
+    times: dict[Case, list[float]] = {case: [] for case in calls}
+    order = [case for i in range(rounds + 1) for case in (list(calls) if i % 2 else reversed(list(calls)))]
+    for i, case in enumerate(progress(order)):
+        taken = seconds(calls[case], case.threads, device)
+        if i >= len(calls):
+            times[case].append(taken)
+    return times
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """The lower quartile, the median and the upper quartile."""
+    if len(values) < 2:
+        return (values[0],) * 3
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+def peak_flops(dtype: torch.dtype, threads: int, device: torch.device) -> float:
+    """Operations per second of a large matrix product: the best of four, after one that warms up."""
+    side = PEAK_SIDE.get(device.type, 4096)
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / min([seconds(lambda: a @ b, threads, device) for _ in range(5)][1:])
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> float:
+    """MiB that PyTorch allocates during a call, at the highest, beyond what was there before: model and images."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate(size for _, size in changes), default=0) / 2**20
+
+
+# Kinds of operations -> parts of their names in PyTorch, the first that is found.
+KINDS = {
+    "attention": ("attention", "softmax", "bmm"),
+    "matrix products": ("addmm", "::mm", "linear", "matmul", "conv", "mkldnn"),
+    "LayerNorm": ("layer_norm",),
+    "GELU": ("gelu",),
+    "copies": ("copy", "cat", "clone", "contiguous", "::to"),
+    "sums": ("::add", "::mul"),
+}
+
+
+def profile_kinds(call: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """The share of a call's time that each kind of operation takes, by PyTorch's profiler; the largest first."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    call()
+    with profile(activities=activities) as profiler:
+        for _ in range(3):
+            call()
+        synchronize(device)
+    times: dict[str, float] = {}
+    for event in profiler.key_averages():
+        spent = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        kind = next((kind for kind, parts in KINDS.items() if any(part in event.key for part in parts)), "other")
+        times[kind] = times.get(kind, 0.0) + spent
+    total = sum(times.values())
+    return {kind: spent / total for kind, spent in sorted(times.items(), key=lambda item: -item[1])}
+
+
+def images(case: Case, config: ViTConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[B, C, H, W] of noise."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(case.batch, config.in_chans, *case.size, generator=generator).to(device, dtype)
