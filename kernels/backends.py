@@ -40,6 +40,10 @@ def available(device: str | torch.device | None = None) -> dict[str, str | None]
         without; otherwise why it does not.
     """
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(1, device=where)
+    except Exception:  # each device type has its own way of not being there
+        return dict.fromkeys(REFUSALS, f"there is no device {str(where)!r} here")
     found: dict[str, str | None] = {}
     for name, refusal in REFUSALS.items():
         reasons = [refusal(*_empty(dtype, where)) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
@@ -80,11 +84,12 @@ def _what_attention_gets(model: ViT, images: Tensor) -> Tensor:
     """q, k and v as every block has them, [3, B, A, T, d], without values."""
     h, w = model.grid_of(images)
     weight, device = model.patch_embed.proj.weight, images.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
     T, A = model.config.num_prefix_tokens + h * w, model.config.num_heads
     qkv = torch.empty(len(images), T, 3, A, model.config.embed_dim // A, dtype=dtype, device=images.device)
-    trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
+    before = (*model.patch_embed.parameters(), *model.blocks.parameters(), model.class_token, model.position_embedding)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in (images, *before))
     return qkv.requires_grad_(trains).permute(2, 0, 3, 1, 4)
 
 
@@ -92,11 +97,15 @@ def _alike(attends: list[Attend]) -> list[tuple[int, int, Attend]]:
     """Runs of blocks that attend alike: the first number, the last, and one of them."""
     runs: list[tuple[int, int, Attend]] = []
     for attend in attends:
-        if runs and runs[-1][2].extra_repr() == attend.extra_repr():
+        if runs and _same(runs[-1][2], attend):
             runs[-1] = (runs[-1][0], attend.block, attend)
         else:
             runs.append((attend.block, attend.block, attend))
     return runs
+
+
+def _same(a: Attend, b: Attend) -> bool:
+    return a.source is b.source and a.extra_repr() == b.extra_repr()
 
 
 def _what_runs(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vit.checks import bad_bias
+from vit.checks import bad_bias, fit_bias
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDTHS = (32, 128)  # of a head: narrower ones would be mostly padding, and wider ones' tiles would not fit
@@ -36,6 +36,7 @@ def triton(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Te
     """
     if reason := refusal(q, k, v, bias):
         raise ValueError(f"attention 'triton' {reason}")
+    bias = None if bias is None else fit_bias(q, k, bias)
     return flash_attention(q, k, v, bias)[0]  # [B, A, T, d]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import Any, cast
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from vit.checks import bad_bias
+from vit.checks import bad_bias, fit_bias
 
 ScoreMod = Callable[..., Tensor]
 MaskMod = Callable[..., Tensor]
@@ -39,7 +39,7 @@ def flex(
         score_mod: (score, b, h, i, j) -> score, for image b, head h, query i and key j, each a tensor of one number;
             tokens are numbered as in the model, prefix first.
         mask_mod: (b, h, i, j) -> whether query i may look at key j. It is evaluated for every pair of tokens once per
-            length and remembered with the function, for all images alike: b is 0.
+            length and remembered with the function, which must not change what it holds; for all images alike: b is 0.
 
     Returns:
         [B, A, T, d].
@@ -49,6 +49,9 @@ def flex(
     """
     if reason := refusal(q, k, v, bias):
         raise ValueError(f"attention 'flex' {reason}")
+    for name, fn in (("score_mod", score_mod), ("mask_mod", mask_mod)):
+        if fn is not None and not (callable(fn) and isinstance(fn, Hashable)):
+            raise ValueError(f"attention 'flex' takes a hashable function as {name}, not {fn!r}")
     mask = None if mask_mod is None else block_mask(mask_mod, q.shape[1], q.shape[2], k.shape[2], q.device)
     score_mod = _add(bias, score_mod, q, k)
     if q.device.type == "cpu":  # which goes through rows that lie apart, as those of one qkv tensor do, a sixth slower
@@ -63,7 +66,9 @@ def _add(bias: Tensor | None, score_mod: ScoreMod | None, q: Tensor, k: Tensor) 
     """The two in one function: the bias comes on top."""
     if bias is None:
         return score_mod
-    table = bias.expand(*q.shape[:3], k.shape[2])  # [B, A, T, T], without taking memory for it
+    table = fit_bias(q, k, bias).expand(*q.shape[:3], k.shape[2])  # [B, A, T, T], without taking memory for it
+    if bias.numel() == 1:  # whose strides are all 0, which inductor cannot index
+        table = table.contiguous()
 
     def biased(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (score if score_mod is None else score_mod(score, b, h, i, j)) + table[b, h, i, j]
@@ -74,7 +79,11 @@ def _add(bias: Tensor | None, score_mod: ScoreMod | None, q: Tensor, k: Tensor) 
 @lru_cache(maxsize=64)
 def block_mask(mask_mod: MaskMod, A: int, T: int, keys: int, device: torch.device) -> BlockMask:
     """Which blocks of 128 x 128 pairs a mask leaves anything of."""
-    return create_block_mask(mask_mod, None, A, T, keys, device=device)
+
+    def alike(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return mask_mod(b * 0, h, i, j)
+
+    return create_block_mask(alike, None, A, T, keys, device=device)
 
 
 @lru_cache(maxsize=2)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vit.checks import bad_bias
+from vit.checks import bad_bias, fit_bias
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -47,6 +47,7 @@ def _insist(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> 
     """[B, A, T, d] from this kernel and no other; ValueError with the reason where it cannot."""
     if reason := refusal(name, q, k, v, bias):
         raise ValueError(f"attention {name!r} {reason}")
+    bias = None if bias is None else fit_bias(q, k, bias)
     with sdpa_kernel(_KERNELS[name]):  # PyTorch raises where its kernel refuses for a reason that is not known here
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 

@@ -122,7 +122,7 @@ def test_options(tiny):
         (sharp, {"powr": 1.0}, r"'sharp' must be callable as .* with options powr: .*powr"),
         ("sdpa", {"window": 3}, "'sdpa' must be callable as .* with options window"),
         (widened, {}, "'widened' must be callable as .*power"),
-        (sharp, {"block": 1}, "'sharp' is given block by the model: it is no option"),
+        (sharp, {"block": 1}, "'sharp' is given block by the model: call the option otherwise"),
         (Scaled, {"strat": 1.0}, r"'Scaled' must be callable as fn\(config, block\) with options strat"),
         (Scaled(TINY, 0), {}, "is a module: give its class or a factory"),
         (lambda config, block: 5, {}, "block 0: factory '<lambda>' returned int, expected an nn.Module"),
@@ -283,7 +283,9 @@ def test_checkpoints_that_cannot_be_had_again(tiny, registered, tmp_path):
 def test_options_that_json_cannot_hold(tiny, registered, tmp_path):
     registered("sharp", sharp)
     tiny.set_attention("sharp", power=torch.ones(1))
-    with pytest.warns(UserWarning, match="block 0: .*'sharp' has options that JSON cannot hold: set it again"):
+    with pytest.warns(
+        UserWarning, match="blocks 0, 1, 2: attention 'sharp' has options that JSON cannot hold: set it again"
+    ):
         vit.save_checkpoint(tiny, tmp_path / "m.safetensors")
     tiny.set_attention("sharp", power=1.5)
     with pytest.warns(UserWarning, match="cannot say attention, whose reader will assume 'sdpa'"):
@@ -346,7 +348,10 @@ def test_exactness_decides_who_is_warned(tiny, registered, recwarn):
     tiny.set_attention("as good")
     vit.attention_maps(tiny, images(1, 3, 32, 32))
     assert not [w for w in recwarn if "attends by another" in str(w.message)]
-    registered("as good", sharp)
+    registered("as good", sharp)  # what was set before stays what it was
+    vit.attention_maps(tiny, images(1, 3, 32, 32))
+    assert not [w for w in recwarn if "attends by another" in str(w.message)]
+    tiny.set_attention("as good")
     with pytest.warns(UserWarning, match="attends by another"):
         vit.attention_maps(tiny, images(1, 3, 32, 32))
 
@@ -371,3 +376,96 @@ def test_the_seam_dispatches_nothing_of_its_own(tiny):
     with torch.no_grad(), Log() as plain:
         torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert seam.ops == plain.ops and plain.ops
+
+
+def test_names_of_functions_are_found(tiny):
+    tiny.set_attention(sdpa)
+    assert [attend.name for attend in tiny.attends] == ["sdpa"] * 3 and tiny.attends[0].exact
+
+
+def test_a_name_that_means_something_else_by_now(tiny, registered, tmp_path):
+    registered("mine", sharp)
+    tiny.set_attention("mine")
+    expected = tiny(images(1, 3, 32, 32))
+    registered("mine", lambda q, k, v, *, bias=None: v)
+    assert torch.equal(copy.deepcopy(tiny)(images(1, 3, 32, 32)), expected)
+    with pytest.warns(UserWarning, match="'mine' has a name that stands for something else by now: set it again"):
+        vit.save_checkpoint(tiny, tmp_path / "m.safetensors")
+
+
+def test_backends_names_are_taken_from_the_start():
+    with pytest.raises(ValueError, match="'flash' is registered already"):
+        vit.register_attention("flash", sharp)
+
+
+def test_weights_that_are_dropped_are_said(tiny):
+    tiny.set_attention(Scaled, [1])
+    with pytest.warns(UserWarning, match="blocks 1: the weights of their attention are dropped"):
+        tiny.set_attention("sdpa")
+
+
+class Complex(nn.Module):
+    """A buffer of complex numbers, as rotary embeddings have."""
+
+    def __init__(self, config: vit.ViTConfig, block: int) -> None:
+        super().__init__()
+        self.register_buffer("turn", torch.polar(torch.ones(3), torch.ones(3)))
+
+    def forward(self, q, k, v, *, bias=None):
+        return sdpa(q, k, v, bias=bias)
+
+
+def test_buffers_stay_what_they_are(tiny, registered, tmp_path):
+    tiny.set_attention(Complex, [0])
+    assert tiny.attends[0].fn.turn.dtype == torch.complex64 and tiny.attends[0].fn.turn.imag.abs().min() > 0.5
+    tiny.set_attention(registered("masked", lambda config, block: Masked()), [0])
+    x = images(1, 3, 32, 32)
+    expected = tiny(x)
+    assert torch.equal(vit.load_pretrained(vit.save_checkpoint(tiny, tmp_path / "m.safetensors"))(x), expected)
+
+
+class Masked(nn.Module):
+    """Half of the tokens are not looked at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((1, 1, 1, 67), float("-inf")).index_fill(3, torch.arange(9), 0.0))
+
+    def forward(self, q, k, v, *, bias=None):
+        return sdpa(q, k, v, bias=self.mask)
+
+
+def test_a_learned_bias_under_autocast(tiny):
+    tiny.set_attention("sdpa", bias=torch.randn(1, 2, 1, 67))
+    x = images(1, 3, 32, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert difference(tiny(x).float(), tiny(x).float()) == 0
+    q = images(2, 3, 5, 8)
+    for shape in ((), (1,), (5,), (3, 1, 5), (3, 5, 5)):
+        bias = torch.randn(shape)
+        assert difference(sdpa(q, q, q, bias=bias), reference(q, q, q, bias=bias)) <= FLOAT32
+        assert difference(get_attention("flash")(q, q, q, bias=bias), reference(q, q, q, bias=bias)) <= FLOAT32
+
+
+def test_errors_of_other_kinds_say_where(tiny):
+    def broken(q, k, v, *, bias=None):
+        return q @ k
+
+    tiny.set_attention(broken, [2])
+    with pytest.raises(RuntimeError) as error:
+        tiny(images(1, 3, 32, 32))
+    if hasattr(error.value, "__notes__"):  # since Python 3.11
+        assert error.value.__notes__ == ["in block 2, attention 'broken'"]
+
+
+def test_blocks_that_are_compiled_one_by_one_share_a_graph():
+    from torch._dynamo.testing import CompileCounter
+
+    model = randomize(vit.ViT(TINY.override(depth=12))).eval()
+    model.set_attention(lambda q, k, v, *, bias=None, grid, prefix: sdpa(q, k, v))
+    counter = CompileCounter()
+    torch.compiler.reset()
+    for block in model.blocks:
+        block.compile(backend=counter)
+    model(images(1, 3, 32, 32))
+    assert counter.frame_count == 1

@@ -151,6 +151,17 @@ def test_flex_through_the_seam_with_options():
         model.set_attention("flex", mask=near)
 
 
+@torch.no_grad()
+def test_a_mask_is_the_same_for_all_images():
+    q, k, v = images(3, 2, 2, 150, 32).to(DEVICE)
+    mask = torch.ones(150, 150, dtype=torch.bool, device=DEVICE).tril().logical_not()
+    expected = reference(q, k, v, bias=torch.zeros(150, 150, device=DEVICE).masked_fill(mask, float("-inf")))
+    assert difference(flex(q, k, v, mask_mod=lambda b, h, i, j: (j <= i) | (b > 0)), expected) <= FLOAT32
+    for wrong in (3, [], {}):
+        with pytest.raises(ValueError, match="'flex' takes a hashable function as mask_mod"):
+            flex(q, k, v, mask_mod=wrong)
+
+
 # What the machine has, and what would run
 
 
@@ -162,6 +173,7 @@ def test_available():
         "reference", "sdpa", "math", "flash", "flex", "triton",
     ]  # fmt: skip
     assert found["cudnn"] == "runs on cuda, not on cpu"
+    assert set(vit.kernels.available("cuda").values()) == {"there is no device 'cuda' here"}
 
 
 @CPU_ONLY
@@ -178,6 +190,9 @@ def test_explain(capsys):
         "block 2: '<lambda>': runs as it is: no backend of vit.kernels",
     ]
     assert "  math       would run" in lines and "  cudnn      runs on cuda, not on cpu" in lines
+    model.requires_grad_(False).head.requires_grad_(True)
+    vit.kernels.explain(model, images(2, 3, 24, 40))
+    assert "without gradients" in capsys.readouterr().out
     model.set_attention("math")
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         vit.kernels.explain(model, images(2, 3, 24, 40))

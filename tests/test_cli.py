@@ -127,7 +127,7 @@ def test_predict_reports_and_skips_what_it_cannot_read(tmp_path, folder):
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert sum("predictions" in line for line in lines) == 3 and sum("error" in line for line in lines) == 4
     errors = result.stderr.splitlines()
-    assert len(errors) == 5 and errors[-1] == "vit predict: 4 of 7 could not be read"
+    assert len(errors) == 5 and errors[-1] == "vit predict: 4 of 7 could not be used"
     for name in ("empty.png", "cut.png", "float.tiff", "gone.png"):
         assert sum(name in line for line in errors) == 1
     assert "Traceback" not in result.stderr
@@ -266,10 +266,16 @@ def test_a_terminal_gets_a_progress_bar(folder):
 
 
 def test_batches_keep_order():
+    model = vit.load_pretrained(DIGITS)
+    crop, native = create_transform(model), create_transform(model, mode="native")
     items = [(Path(str(i)), ImageError("x") if i % 3 else torch.zeros(3, 8, 8)) for i in range(7)]
-    groups = [[int(str(path)) for path, _ in batch] for batch in batches(items, 3)]
+    groups = [[int(str(path)) for path, _ in batch] for batch in batches(items, 3, crop)]
     assert groups == [[0, 1, 2], [3, 4, 5], [6]]
-    assert list(batches([], 3)) == []
+    assert list(batches([], 3, crop)) == []
+    large = [(Path(str(i)), torch.zeros(3, 128, side)) for i, side in enumerate((128, 64, 64, 128, 64, 128))]
+    groups = [[int(str(path)) for path, _ in batch] for batch in batches(large, 4, native)]  # 1024 tokens, or 512
+    assert groups == [[0, 1, 2], [3, 4], [5]]  # 2048 at a time
+    assert len(list(batches(large, 4, crop))) == 2
 
 
 def test_decoding_stays_a_bounded_way_ahead(folder):

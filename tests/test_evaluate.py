@@ -243,7 +243,10 @@ def test_class_maps(tmp_path, digits, capsys):
         ("a\nb", "1 of 3 .*'c'; expected a line of .* for each"),
         ("a\nb\nc\na", "1 of 3 .*'a'; expected a line"),
         ("a 0\nb 1\nc 10", "gives 'c' output 10, and the model's are 0 to 9"),
-        ("\n" * 9 + "a\nb\nc", "gives 'b' output 10"),
+        ("".join(f"z{i}\n" for i in range(9)) + "a\nb\nc", "gives 'b' output 10"),
+        ("a\n\nb\nc", "line 2 of .* is empty, expected the name of a class"),
+        ("# classes\na\nb\nc", "line 1 of .* is a comment"),
+        ("a 0\na 1\nb 2\nc 3", "1 of 3 .*'a'; expected a line"),
     ],
 )
 def test_refused_class_maps(lines, message, tmp_path):
@@ -268,7 +271,7 @@ def test_unreadable_images_are_reported_once_and_left_out(tmp_path, capsys):
     (tmp_path / "3" / "cut.png").write_bytes((tmp_path / "3" / "002.png").read_bytes()[:60])
     code, found, errors = rows(capsys, tmp_path, "--model", DIGITS, "--img-size", "32,48", "--mode", "squash", "-b", 4)
     assert code == 1 and len(errors) == 3
-    assert "000.png" in errors[0] and "cut.png" in errors[1] and errors[2] == "vit evaluate: 2 of 32 could not be read"
+    assert "000.png" in errors[0] and "cut.png" in errors[1] and errors[2] == "vit evaluate: 2 of 32 could not be used"
     for before, row in zip(clean, found):
         assert (row["images"], row["unreadable"], row["right"]) == (30, 2, before["right"])
     for path in tmp_path.rglob("*.png"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def expected(path: str, kind: str, **sizing) -> torch.Tensor:
 def test_equals_the_library(tmp_path, folder, capsys, kind, options, sizing):
     assert features(folder, tmp_path / "a.safetensors", "--kind", kind, *options) == 1  # for the one that is no image
     out, err = capsys.readouterr()
-    assert "11 images in 1 file" in out and "1 of 12 could not be read" in err and "05b.png" in err
+    assert "11 images in 1 file" in out and "1 of 12 could not be used" in err and "05b.png" in err
     tensors, about = load_file(tmp_path / "a.safetensors"), metadata(tmp_path / "a.safetensors")
     paths = json.loads(about["paths"])
     assert [Path(path).name for path in paths] == [f"{i:02}.png" for i in range(11)]
@@ -306,3 +307,23 @@ def test_pca_draws_a_row_per_image(tmp_path, capsys):
     assert main(["features", "--pca", *images, "--model", DIGITS, "-o", str(tmp_path / "new" / "c.png")]) == 0
     assert "8 x 15, 12 x 6 patches" in capsys.readouterr().out
     assert Image.open(tmp_path / "new" / "c.png").size == (2 * 560 + 8, round(560 * 32 / 60) + 8 + 560)
+
+
+def test_an_image_that_changed_is_not_taken_for_the_old_one(tmp_path, folder, capsys):
+    out, mine = tmp_path / "f.safetensors", tmp_path / "images"
+    shutil.copytree(folder, mine)
+    (mine / "05b.png").unlink()
+    assert features(mine, out) == 0
+    capsys.readouterr()
+    one = mine / "02.png"
+    one.write_bytes((mine / "03.png").read_bytes())
+    assert features(mine, out) == 2
+    assert f"{one} has changed since" in capsys.readouterr().err
+
+
+def test_what_was_skipped_is_said_again(tmp_path, folder, capsys):
+    out = tmp_path / "f.safetensors"
+    assert features(folder, out) == 1
+    capsys.readouterr()
+    assert features(folder, out) == 1
+    assert "05b.png" in (err := capsys.readouterr().err) and "(in an earlier run)" in err

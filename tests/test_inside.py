@@ -165,3 +165,34 @@ def test_refusals(tiny):
     tiny.compile()
     with pytest.raises(ValueError, match="parts of this model are compiled"):
         vit.record(tiny, X, "head")
+
+
+def test_patches_that_do_not_nest(tiny):
+    plain = tiny(X)
+    one = vit.patch(tiny, {"blocks.0.attention.scores": lambda x: x * 2})
+    two = vit.patch(tiny, {"blocks.0.attention.weights": torch.zeros_like})
+    one.__enter__()
+    two.__enter__()
+    tiny(X)
+    one.__exit__(None, None, None)
+    assert not vit.record(tiny, X, "blocks.0.attention.heads")["blocks.0.attention.heads"].any()
+    with pytest.raises(ValueError, match="vit.patch holds the attention of these blocks"):
+        tiny.set_attention("reference")
+    two.__exit__(None, None, None)
+    assert torch.equal(tiny(X), plain)
+    tiny.set_attention("reference")
+
+
+def test_what_would_pass_hooks_by(tiny):
+    checkpointed = vit.ViT(TINY.override(grad_checkpointing=True))
+    with pytest.raises(ValueError, match="gradient checkpointing runs blocks once more"):
+        vit.record(checkpointed, X, "head")
+    with torch.no_grad():
+        vit.record(checkpointed, X, "head")
+    with (
+        pytest.warns(UserWarning, match="blocks.0.attention.heads: never reached while patched"),
+        vit.patch(tiny, {"blocks.0.attention.heads": torch.zeros_like}),
+    ):
+        pass
+    with pytest.raises(ValueError, match="blocks are numbered from 0"):
+        vit.record(tiny, X, "blocks.-1.attention.q")

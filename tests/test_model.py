@@ -378,7 +378,7 @@ def test_an_attention_function_of_another_kind_is_said_where_it_would_be_lost(tm
     model.set_attention(lambda q, k, v, *, bias=None: v, blocks=[0])
     with pytest.warns(UserWarning, match="attends by another function"):
         vit.attention_maps(model, torch.zeros(1, 3, 32, 32), blocks=[0])
-    with pytest.warns(UserWarning, match="block 0: .*has no name .*: set it again"):
+    with pytest.warns(UserWarning, match="blocks 0: .*has no name .*: set it again"):
         vit.save_checkpoint(model, tmp_path / "m.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

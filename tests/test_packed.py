@@ -29,6 +29,12 @@ RELATIVES = {
 GRIDS = [(5, 7), (1, 1), (3, 2), (1, 9), (6, 6), (7, 5), (2, 2)]
 
 
+def image_by_image(fn, q, k, v, lengths):
+    """Attention within each of several images, of functions that know nothing of them."""
+    parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)))
+    return torch.cat([fn(*part) for part in parts], dim=2)
+
+
 def listed(grids: list[tuple[int, int]], seed: int = 1) -> list[Tensor]:
     return [images(1, 3, 4 * h, 4 * w, seed=seed + i)[0] for i, (h, w) in enumerate(grids)]
 
@@ -132,7 +138,7 @@ def test_wrong_lengths_would_be_seen(tiny):
 
     def one_too_far(q, k, v, *, bias=None, lengths=None):
         wrong = [lengths[0] + 1, *lengths[1:-1], lengths[-1] - 1]
-        return vit.attention.image_by_image(vit.attention.sdpa, q, k, v, wrong)
+        return image_by_image(vit.attention.sdpa, q, k, v, wrong)
 
     def all_as_one(q, k, v, *, bias=None, lengths=None):
         return vit.attention.sdpa(q, k, v)
@@ -151,7 +157,7 @@ def watch(calls: list, fn=vit.attention.sdpa, lengthy: bool = True):
 
     def with_lengths(q, k, v, *, bias=None, lengths=None):
         calls.append((q.shape[0], q.shape[2], list(lengths)))
-        return vit.attention.image_by_image(fn, q, k, v, lengths)
+        return image_by_image(fn, q, k, v, lengths)
 
     def without(q, k, v, *, bias=None):
         assert q.shape == k.shape == v.shape
@@ -240,7 +246,7 @@ def test_what_a_function_returns_is_checked(tiny, wrong, lengthy):
         return wrong(v)
 
     tiny.set_attention(with_lengths if lengthy else fn)
-    with pytest.raises(ValueError, match="the attention function returned .*, expected torch.float32"):
+    with pytest.raises(ValueError, match="block 0: attention .* returned .*, expected torch.float32"):
         tiny.forward_packed(listed(GRIDS))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import check_callable, get_attention, given, is_exact, is_factory, sdpa
+from .attention import check_callable, get_attention, given, is_exact, is_factory, registered, sdpa
 from .config import ViTConfig
 
 Grid = tuple[int, int]
@@ -26,28 +26,35 @@ class Attend(nn.Module):
         super().__init__()
         self.block = block
         self.prefix = config.num_prefix_tokens
+        self.patched = 0  # how many of `vit.patch` hold it
         self.set(sdpa, "sdpa", {})
 
-    def set(self, fn: Callable, name: str | None, options: dict[str, Any], check: bool = False) -> None:
-        """Attend by this function from now on. It must have passed `choose`, and be what a factory has made."""
+    def set(
+        self,
+        fn: Callable,
+        name: str | None,
+        options: dict[str, Any],
+        check: bool = False,
+        source: Callable | None = None,
+    ) -> None:
+        """Attend by this function from now on, or by the module that the factory `source` has made."""
         if "fn" in self._modules:  # which PyTorch lets no function replace
             del self.fn
         self.fn = fn
         self.name = name
+        self.source = source or fn  # what the name stood for
+        self.exact = is_exact(name) and not options  # whether it gives the numbers of `sdpa`
         self.options = options
         self.keywords = {} if isinstance(fn, nn.Module) else options  # a factory has had them
         self.given = given(fn.forward if isinstance(fn, nn.Module) else fn)
+        known = {"prefix": self.prefix, "block": self.block}
+        self.keywords = {**self.keywords, **{keyword: known[keyword] for keyword in self.given if keyword in known}}
         self.check = check
 
     @property
     def called(self) -> str:
         """What errors call it."""
         return repr(self.name or getattr(self.fn, "__name__", type(self.fn).__name__))
-
-    @property
-    def exact(self) -> bool:
-        """Whether it gives the numbers of `sdpa`."""
-        return is_exact(self.name) and not self.options
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | list[Grid] | None = None, lengths: list[int] | None = None
@@ -74,20 +81,25 @@ class Attend(nn.Module):
             return torch.cat([self.call(*image) for image in images], dim=2)
         except ValueError as error:
             raise ValueError(f"block {self.block}: {error}") from error
+        except Exception as error:
+            if hasattr(error, "add_note"):  # since Python 3.11
+                error.add_note(f"in block {self.block}, attention {self.extra_repr()}")
+            raise
 
     def call(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | list[Grid] | None, lengths: list[int] | None = None
     ) -> Tensor:
         """What the function gives, held against what it must give."""
         keywords = self.keywords
-        if self.given:
-            if grid is None and "grid" in self.given:
+        if "grid" in self.given:
+            if grid is None:
                 raise ValueError(f"attention {self.called} asks for the grid, and the block was called without it")
-            known = {"lengths": lengths, "grid": grid, "prefix": self.prefix, "block": self.block}
-            keywords = {**keywords, **{keyword: known[keyword] for keyword in self.given}}
+            keywords = {**keywords, "grid": grid}
+        if "lengths" in self.given:
+            keywords = {**keywords, "lengths": lengths}
         out = self.fn(q, k, v, **keywords)  # [B, A, T, d]
         if not isinstance(out, Tensor) or out.shape != q.shape or out.dtype != v.dtype or out.device != v.device:
-            raise ValueError(f"attention {self.called} returned {_kind(out)}, expected {_kind(q)}")
+            raise ValueError(f"attention {self.called} returned {kind(out)}, expected {kind(q)}")
         if self.check:
             self.check_finite(out, {"q": q, "k": k, "v": v})
         return out
@@ -102,19 +114,28 @@ class Attend(nn.Module):
 
     def extra_repr(self) -> str:
         """For print(model)."""
-        return ", ".join([self.called, *(f"{key}={value!r}" for key, value in self.options.items())])
+        options = {
+            key: kind(value) if isinstance(value, Tensor) else repr(value) for key, value in self.options.items()
+        }
+        return ", ".join([self.called, *(f"{key}={value}" for key, value in options.items())])
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        if "fn" in state and self.name is not None and get_attention(self.name) is self.fn:
-            del state["fn"]
+        if registered(self.name) is self.source:
+            for key in ("fn", "source"):
+                state.pop(key, None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "fn" not in state and "fn" not in self._modules:
+        if "source" not in state:
             assert self.name is not None
-            self.fn = get_attention(self.name)
+            try:
+                self.source = get_attention(self.name)
+            except ValueError as error:
+                raise ValueError(f"{error} Register it before unpickling, with vit.register_attention") from None
+        if "fn" not in state and "fn" not in self._modules:
+            self.fn = self.source
 
 
 def choose(name_or_fn: str | Callable, config: ViTConfig, options: dict[str, Any]) -> Callable[[int], Callable]:
@@ -140,5 +161,6 @@ def choose(name_or_fn: str | Callable, config: ViTConfig, options: dict[str, Any
     return make
 
 
-def _kind(out: object) -> str:
+def kind(out: object) -> str:
+    """Dtype, shape and device of a tensor, in words."""
     return f"{out.dtype} {list(out.shape)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__

@@ -3,7 +3,8 @@
 An attention function is `fn(q, k, v, *, bias=None) -> out`:
 
     q, k, v   [B, A, T, d]    queries, keys and values of A heads, each d wide, for T tokens
-    bias      broadcastable to [B, A, T, T], added to the scores before the softmax, or None
+    bias      broadcastable to [B, A, T, T], added to the scores before the softmax, or None. A query whose keys all
+              have -inf has no softmax: `reference` gives NaN there, `sdpa` 0
     out       [B, A, T, d]    the values, averaged with weights softmax(q k^T / sqrt(d) + bias)
 
     vit.register_attention("mine", fn)
@@ -23,12 +24,13 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_bias, unknown
+from .checks import fit_bias, unknown
 
 AttentionFunction = Callable[..., Tensor]
 AttentionFactory = Callable[..., nn.Module]
@@ -40,16 +42,14 @@ def reference(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) ->
     """Attention as Eq. 1 of arXiv:1706.03762 writes it; keeps all T*T weights in memory."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, A, T, T]
     if bias is not None:
-        check_bias(q, k, bias)
-        scores = scores + bias
+        scores = scores + fit_bias(q, k, bias)
     weights = torch.softmax(scores, dim=-1)  # [B, A, T, T], each row sums to 1
     return weights @ v  # [B, A, T, d]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """The same numbers from PyTorch's fused kernels, which never hold the T*T weights. The default."""
-    if bias is not None:
-        check_bias(q, k, bias)
+    bias = None if bias is None else fit_bias(q, k, bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)  # [B, A, T, d]
 
 
@@ -74,7 +74,7 @@ def register_attention(
     """
     if not isinstance(name, str):
         raise ValueError(f"an attention's name must be a text, not {name!r}")
-    if name in _registry and not overwrite:
+    if name in attention_names() and not overwrite:
         raise ValueError(f"attention {name!r} is registered already; overwrite=True replaces it")
     check_callable(fn, name)
     _registry[name] = fn
@@ -96,7 +96,17 @@ def get_attention(name: str) -> AttentionFunction | AttentionFactory:
 
 def is_exact(name: str | None) -> bool:
     """Whether a name is that of a function that gives the same numbers as `sdpa`."""
-    return name in _exact
+    return name in _exact if name in _registry else name in attention_names() and name in _exact
+
+
+def registered(name: str | None) -> AttentionFunction | AttentionFactory | None:
+    """What has this name now."""
+    return _registry.get(name) if name is not None else None
+
+
+def name_of(fn: Callable) -> str | None:
+    """The name that a function or factory is registered under."""
+    return next((name for name, one in _registry.items() if one is fn), None)
 
 
 def is_factory(fn: Callable) -> bool:
@@ -110,17 +120,14 @@ def given(fn: Callable) -> tuple[str, ...]:
 
 
 def check_callable(fn: object, name: str, options: dict[str, object] | None = None) -> None:
-    """ValueError for what is neither a function nor a factory as described above, or does not take these options.
-
-    Without `options` they are left open.
-    """
+    """ValueError for no function or factory as described, or one without these options (None: they are left open)."""
     if isinstance(fn, nn.Module):  # all blocks would share its one set of weights, and checkpoints would not have them
         raise ValueError(f"attention {name!r} is a module: give its class or a factory (config, block) -> nn.Module")
     if not callable(fn):
         raise ValueError(f"attention must be a registered name or a function, not {fn!r}")
     if taken := [option for option in options or {} if option in ("q", "k", "v", "config", *GIVEN)]:
-        raise ValueError(f"attention {name!r} is given {', '.join(taken)} by the model: it is no option")
-    factory = is_factory(fn)
+        raise ValueError(f"attention {name!r} is given {', '.join(taken)} by the model: call the option otherwise")
+    factory = is_factory(fn) or inspect.isclass(fn)
     how = "fn(config, block)" if factory else "fn(q, k, v, *, bias=None)"
     arguments = {} if factory else {"bias": None, **dict.fromkeys(given(fn))}
     signature = inspect.signature(fn) if _parameters(fn) else inspect.Signature()
@@ -129,11 +136,12 @@ def check_callable(fn: object, name: str, options: dict[str, object] | None = No
         bind(*(("config", "block") if factory else "qkv"), **{**arguments, **(options or {})})
     except (TypeError, ValueError) as error:
         also = f" with options {', '.join(options)}" if options else ""
-        raise ValueError(f"attention {name!r} must be callable as {how}{also}: {error}") from None
+        known = [p for p in signature.parameters if p not in ("q", "k", "v", "bias", "config", "block", "self", *GIVEN)]
+        hint = f"; its options: {', '.join(known)}" if known else ""
+        raise ValueError(f"attention {name!r} must be callable as {how}{also}: {error}{hint}") from None
 
 
 def _parameters(fn: Callable) -> tuple[str, ...]:
-    try:
+    with suppress(TypeError, ValueError):  # some builtins have no signature
         return tuple(inspect.signature(fn).parameters)
-    except (TypeError, ValueError):  # some builtins have no signature
-        return ()
+    return ()

@@ -1,9 +1,13 @@
 """Checks that several files share. Each raises one ValueError that names the value and what was expected."""
 
 import math
+import operator
+import sys
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+import torch
 from torch import Tensor
 
 
@@ -66,11 +70,27 @@ def as_numbers(name: str, one: str, numbers: object, count: int) -> list[int]:
         listed = []
     if not listed:
         raise ValueError(f"{name} must be a list of at least one number, not {numbers!r}")
-    for i in listed:
-        require_int(f"a {one}'s number", i, least=-count)
-        if i >= count:
-            raise ValueError(f"{one} {i} is out of range: there are {count}, numbered from 0")
-    return [i % count for i in listed]
+    return [_as_number(one, i, count) % count for i in listed]
+
+
+def _as_number(one: str, value: object, count: int) -> int:
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]  # NumPy's whole numbers and PyTorch's, too
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise ValueError(f"a {one}'s number must be a whole number, not {value!r}")
+    if not -count <= number < count:
+        raise ValueError(f"{one} {number} is out of range: there are {count}, numbered from 0")
+    return number
+
+
+def warn(text: str) -> None:
+    """Warn, pointing to the line outside of this package, and of PyTorch's wrappers, that led here."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("vit", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level - 1)
 
 
 def check_list(images: object) -> None:
@@ -89,10 +109,14 @@ def check_list(images: object) -> None:
                 raise ValueError(f"images of one list must share their {what}: image 0 has {one}, image {i} {other}")
 
 
-def check_bias(q: Tensor, k: Tensor, bias: Tensor) -> None:
-    """`bias` must be what can be added to the scores of q and k [B, A, T, d]: the reason is named otherwise."""
+def fit_bias(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    """`bias` in four dimensions, which some kernels insist on, and under autocast in q's dtype.
+
+    ValueError for what cannot be added to the scores of q and k [B, A, T, d].
+    """
     if reason := bad_bias(q, k, bias):
         raise ValueError(reason)
+    return bias[(None,) * (4 - bias.ndim)].to(q.dtype)
 
 
 def bad_bias(q: Tensor, k: Tensor, bias: Tensor) -> str | None:
@@ -103,7 +127,8 @@ def bad_bias(q: Tensor, k: Tensor, bias: Tensor) -> str | None:
     sides = zip(reversed(bias.shape), reversed(scores))
     if bias.ndim > 4 or any(side not in (1, whole) for side, whole in sides):
         return f"bias {list(bias.shape)} does not broadcast to [B, A, T, T] = {list(scores)}"
-    if bias.dtype != q.dtype or bias.device != q.device:
+    autocast = q.device.type != "meta" and torch.is_autocast_enabled(q.device.type) and bias.is_floating_point()
+    if (bias.dtype != q.dtype and not autocast) or bias.device != q.device:
         return f"bias is {bias.dtype} on {bias.device}, expected q's {q.dtype} on {q.device}"
     return None
 

@@ -13,10 +13,11 @@ def overlay(image: Image.Image, weights: np.ndarray, size: tuple[int, int]) -> I
 
     Args:
         image: any size.
-        weights: [h, w], not negative; shown relative to their largest.
+        weights: [h, w], an array or tensor, not negative; shown relative to their largest.
         size: (width, height) of the result, in pixels.
     """
     grey = np.asarray(image.convert("L").resize(size, Image.Resampling.BICUBIC), dtype=np.float32)[..., None] / 255
+    weights = np.asarray(weights, dtype=np.float32)
     heat = Image.fromarray((255 * weights / max(float(weights.max()), 1e-12)).astype(np.uint8))
     strength = np.asarray(heat.resize(size, Image.Resampling.BICUBIC), dtype=np.float32)[..., None] / 255
     colour = np.concatenate([0.6 + 0.4 * strength, 0.9 * (1 - strength), 0.2 * (1 - strength)], axis=-1)

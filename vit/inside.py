@@ -16,16 +16,17 @@ Around each block's attention there are more:
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .attend import Attend
+from .attend import Attend, kind
+from .checks import warn
 from .model import Attention, ViT
 
 Change = Callable[[Tensor], Tensor]
@@ -75,10 +76,14 @@ def patch(model: ViT, changes: Mapping[str, Change | Tensor]) -> Iterator[ViT]:
         ValueError: as `record`; another shape, dtype or device than it was; `scores` or `weights` of a block whose
             function does not have such.
     """
+    reached: set[str] = set()
     with ExitStack() as stack:
         for name, change in changes.items():
-            stack.enter_context(_watch(_check_model(model), name, partial(_replace, name, change), changes=True))
+            see = partial(_replace, reached, name, change)
+            stack.enter_context(_watch(_check_model(model), name, see, changes=True))
         yield model
+    if missed := [name for name in changes if name not in reached]:  # a compiled copy of the model passes hooks by
+        warn(f"{', '.join(missed)}: never reached while patched")
 
 
 def _keep(kept: dict[str, Tensor], name: str, tensor: Tensor) -> Tensor:
@@ -86,13 +91,12 @@ def _keep(kept: dict[str, Tensor], name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _replace(name: str, change: Change | Tensor, tensor: Tensor) -> Tensor:
+def _replace(reached: set[str], name: str, change: Change | Tensor, tensor: Tensor) -> Tensor:
+    reached.add(name)
     new = change if isinstance(change, Tensor) else change(tensor)
-    kinds = [
-        (one.dtype, list(one.shape), one.device) if isinstance(one, Tensor) else type(one) for one in (new, tensor)
-    ]
-    if kinds[0] != kinds[1]:
-        raise ValueError(f"{name} is changed to {kinds[0]}, expected {kinds[1]}")
+    found, expected = kind(new), kind(tensor)
+    if found != expected:
+        raise ValueError(f"{name} is changed to {found}, expected {expected}")
     return new
 
 
@@ -107,6 +111,7 @@ def _watch(model: ViT, name: str, see: Change, changes: bool) -> Iterator[None]:
             if name not in _module_names(model):
                 nearest = get_close_matches(name, _all_names(model), n=1)
                 hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+                hint = "blocks are numbered from 0; " if ".-" in name else hint
                 raise ValueError(f"there is no {name!r} in this model: {hint}vit.record(model, images, '?') lists all")
             handle = modules[name].register_forward_hook(partial(_see_output, see))
         elif part in _INPUTS:
@@ -120,7 +125,7 @@ def _watch(model: ViT, name: str, see: Change, changes: bool) -> Iterator[None]:
             handle = formula.get_submodule(part).register_forward_hook(partial(_see_output, see))
         else:
             if not attend.exact:
-                warnings.warn(f"{name} is that of softmax attention, and the block attends otherwise", stacklevel=5)
+                warn(f"{name} is that of softmax attention, and the block attends otherwise")
             handle = attend.register_forward_pre_hook(partial(_see_beside, see, part))
         stack.callback(handle.remove)
         yield
@@ -147,6 +152,7 @@ class WrittenOut(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scores, self.weights = nn.Identity(), nn.Identity()
+        self.before: tuple = ()  # what it stands for
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
         """See `vit.attention`."""
@@ -158,19 +164,31 @@ class WrittenOut(nn.Module):
 def _written_out(attend: Attend) -> Iterator[WrittenOut]:
     """A block that attends by the formula, for a while; ValueError where it attends by another one."""
     if isinstance(attend.fn, WrittenOut):
-        yield attend.fn
+        with _hold(attend, attend.fn):
+            yield attend.fn
         return
     if not attend.exact:
         raise ValueError(
             f"block {attend.block} attends by {attend.called}, whose scores and weights cannot be changed from outside:"
             " set_attention('sdpa') first, or change its q, k, v or heads"
         )
-    before, formula = (attend.fn, attend.name, attend.options, attend.check), WrittenOut()
-    attend.set(formula, None, {}, attend.check)
-    try:
+    before, formula = (attend.fn, attend.name, attend.options, attend.check, attend.source), WrittenOut()
+    attend.set(formula, None, {}, attend.check, WrittenOut)
+    formula.before = before
+    with _hold(attend, formula):
         yield formula
+
+
+@contextmanager
+def _hold(attend: Attend, formula: WrittenOut) -> Iterator[None]:
+    """Attend by the formula until the last who asked for it has gone, in whatever order they go."""
+    attend.patched += 1
+    try:
+        yield
     finally:
-        attend.set(*before)
+        attend.patched -= 1
+        if not attend.patched:
+            attend.set(*formula.before)
 
 
 def _check_model(model: ViT) -> ViT:
@@ -178,6 +196,8 @@ def _check_model(model: ViT) -> ViT:
         raise ValueError(f"expected a vit.ViT as it was before compiling, not {type(model).__name__}")
     if any(module._compiled_call_impl is not None for module in model.modules()):
         raise ValueError("parts of this model are compiled, and would pass hooks by: take it before .compile()")
+    if model.config.grad_checkpointing and torch.is_grad_enabled():
+        raise ValueError("gradient checkpointing runs blocks once more when hooks are gone: under torch.no_grad() only")
     return model
 
 

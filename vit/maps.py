@@ -1,12 +1,11 @@
 """Attention maps: who looks at whom."""
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .checks import as_numbers
+from .checks import as_numbers, warn
 from .model import Block, ViT
 from .position import without_autocast
 
@@ -45,7 +44,7 @@ def attention_maps(
     numbers = model.block_numbers(blocks)
     chosen = as_numbers("heads", "head", heads, model.config.num_heads)
     if not all(model.attends[i].exact for i in numbers):
-        warnings.warn("these are softmax(q k^T / sqrt(d)), and a block here attends by another function", stacklevel=2)
+        warn("these are softmax(q k^T / sqrt(d)), and a block here attends by another function")
     if queries is None or (isinstance(queries, str) and queries not in ("class", "all")):
         raise ValueError(f"queries must be 'class', 'all' or a list of tokens' numbers, not {queries!r}")
     images = model.accept(images, ragged)

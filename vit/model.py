@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from . import packed
 from .attend import Attend, Grid, choose
-from .attention import AttentionFactory, AttentionFunction
-from .checks import as_numbers
+from .attention import AttentionFactory, AttentionFunction, get_attention, name_of
+from .checks import as_numbers, warn
 from .config import ViTConfig, named_model
 from .metadata import Preprocessing, Provenance
 from .packed import BUDGET
@@ -322,7 +322,9 @@ class ViT(nn.Module):
             raise ValueError(f"{expected}; got {images.dtype}: scale and normalise as model.preprocessing says")
         weights, device = self.patch_embed.proj.weight, images.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)  # meta tensors have none
-        if images.dtype != weights.dtype and not autocast:
+        if images.device != weights.device:
+            raise ValueError(f"{expected} on the model's {weights.device}; got {images.device}: move one of them")
+        if images.dtype != weights.dtype and (not autocast or images.dtype == torch.float64):  # which it does not cast
             raise ValueError(f"{expected} in the model's {weights.dtype}; got {images.dtype}: cast one of them")
         B, _, H, W = images.shape
         if 0 in (B, H, W):
@@ -345,19 +347,26 @@ class ViT(nn.Module):
             blocks: which blocks; None for all.
             check: refuse results that are not finite, naming the first block that gives one. Slow, and a compiled
                 graph breaks there: to look for a mistake.
-            options: handed to the function at every call, or to the factory.
+            options: handed to the function at every call, or to the factory, which is called anew each time: weights
+                that attention had before are dropped, with a warning.
 
         Raises:
             ValueError: an unknown name, a function that cannot be called so or knows no such option, or a block that
                 there is not. Nothing is changed then.
         """
-        name = name_or_fn if isinstance(name_or_fn, str) else None
+        name = name_or_fn if isinstance(name_or_fn, str) else name_of(name_or_fn)
         make, weights = choose(name_or_fn, self.config, options), self.patch_embed.proj.weight
         made = [(block, make(block)) for block in self.block_numbers(blocks)]
+        if any(self.attends[block].patched for block, _ in made):
+            raise ValueError("vit.patch holds the attention of these blocks: leave its `with` first")
+        lost = [block for block, _ in made if self.attends[block].state_dict()]
+        if lost:
+            warn(f"blocks {', '.join(map(str, lost))}: the weights of their attention are dropped")
         for block, fn in made:
-            if isinstance(fn, nn.Module):
-                fn.to(weights.device, weights.dtype).train(self.training)
-            self.attends[block].set(fn, name, options, check)
+            if isinstance(fn, nn.Module):  # complex numbers stay so, which `Module.to` would make real
+                fn._apply(lambda x: x.to(weights.device, weights.dtype if x.is_floating_point() else None))
+                fn.train(self.training)
+            self.attends[block].set(fn, name, options, check, get_attention(name) if name else name_or_fn)
 
     @property
     def attends(self) -> list[Attend]:

@@ -2,6 +2,8 @@
 
 Linear layers and norms treat every token by itself, so that they do not care whose it is; attention is told the
 lengths and keeps to each image. NaViT (arXiv:2307.06304) trains so, and calls it Patch n' Pack.
+
+`torch.compile` makes a graph for every list of sizes: compile a model's blocks, or pack without `fullgraph`.
 """
 
 from __future__ import annotations

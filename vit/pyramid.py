@@ -14,7 +14,8 @@ class FeaturePyramid(nn.Module):
     """ViTDet's simple feature pyramid (arXiv:2203.16527, section 3): every scale from the last block's map alone.
 
     With patches of 16 the strides are 4, 8, 16 and 32: two transposed convolutions, one, none, and a maximum over 2x2;
-    then a 1x1 and a 3x3 convolution for each scale. All of it is trained along with the model, which it contains.
+    then a 1x1 and a 3x3 convolution for each scale. All of it is trained along with the model, which it contains,
+    with its classifier, which nothing reads here: `model.reset_classifier(0)` removes that, as DDP likes it.
 
     It is what torchvision calls a backbone: `out_channels`, and a dictionary of maps "0" to "3". `channels` and
     `strides` list the same per map, as decoders for segmentation ask for them.
@@ -26,12 +27,25 @@ class FeaturePyramid(nn.Module):
             model: the model; its weights are shared, not copied.
             out_channels: of every map.
             ragged: for sides that are no multiples of the patch, as for `model`.
+
+        Raises:
+            ValueError: patches whose side is no power of two: torchvision's detectors take strides for powers of two
+                and would look in the wrong places. A width that is no multiple of 4.
         """
         super().__init__()
         require_int("out_channels", out_channels, 1)
         if ragged not in POLICIES:
             raise ValueError(unknown("policy for ragged sides", ragged, POLICIES))
         D, p = model.config.embed_dim, model.config.patch_size
+        if p & (p - 1):
+            raise ValueError(
+                f"detectors take strides for powers of two, which patches of {p} pixels do not give: "
+                "load_pretrained(..., patch_size=16) resamples the patch projection"
+            )
+        if D % 4:
+            raise ValueError(
+                f"the finest map has a quarter of the model's width, which must be a multiple of 4, not {D}"
+            )
         self.model = model
         self.ragged = ragged
         self.out_channels = out_channels

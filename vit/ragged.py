@@ -1,12 +1,10 @@
 """Images whose sides are no multiples of the patch: refused, resized, cropped or padded, as the caller says."""
 
-import warnings
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import nearest_multiple, unknown
+from .checks import nearest_multiple, unknown, warn
 
 POLICIES = ("error", "resize", "crop", "pad")
 
@@ -46,10 +44,10 @@ def complete_patches(images: Tensor, p: int, ragged: str) -> Tensor:
             f"ragged={ragged!r} takes sides of at least {least} pixels, with patches of {p}; got {H} x {W}"
         )
     if ragged == "pad":
-        return F.pad(images, (0, -W % p, 0, -H % p))  # right, bottom
+        return F.pad(images, (0, (p - W % p) % p, 0, (p - H % p) % p))  # right, bottom; inductor knows no -W % p
     if ragged == "crop":
         if not torch.compiler.is_compiling():
-            warnings.warn(f"{H % p} rows of {H} and {W % p} columns of {W} were cropped", stacklevel=3)
+            warn(f"{H % p} rows of {H} and {W % p} columns of {W} were cropped")
         return images[..., : H - H % p, : W - W % p]
     size = (nearest_multiple(H, p), nearest_multiple(W, p))
     return F.interpolate(images.float(), size, mode="bicubic", antialias=True).to(images.dtype)

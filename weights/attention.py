@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from vit.attend import Attend
-from vit.attention import is_exact
+from vit.attention import is_exact, registered
+from vit.checks import warn
 from vit.model import ViT
 
 from .checkpoint import CheckpointError
@@ -27,20 +27,24 @@ def settings_of(model: ViT) -> list[AttentionSetting] | None:
         CheckpointError: the same of attention with weights, which would be lost.
     """
     settings = []
+    forgotten: dict[str, list[int]] = {}
     for attend in model.attends:
         problem = _cannot_remember(attend)
         if problem and attend.state_dict():
             raise CheckpointError(f"block {attend.block}: attention {attend.called} has weights and {problem}")
         if problem:
-            text = f"block {attend.block}: attention {attend.called} {problem}: set it again after loading"
-            warnings.warn(text, stacklevel=3)
+            forgotten.setdefault(f"attention {attend.called} {problem}", []).append(attend.block)
         settings.append(DEFAULT if problem or attend.name is None else AttentionSetting(attend.name, attend.options))
+    for text, blocks in forgotten.items():
+        warn(f"blocks {', '.join(map(str, blocks))}: {text}: set it again after loading")
     return None if all(setting == DEFAULT for setting in settings) else settings
 
 
 def _cannot_remember(attend: Attend) -> str:
     if attend.name is None:
         return "has no name by which a checkpoint could remember it (vit.register_attention gives one)"
+    if registered(attend.name) is not attend.source:
+        return "has a name that stands for something else by now"
     try:
         if json.loads(json.dumps(attend.options)) == attend.options:
             return ""

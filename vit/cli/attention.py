@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 def draw(photo: Image.Image, weights: np.ndarray) -> Image.Image:
     """The photograph, the mean of [A, h, w] weights over it, and each head's."""
     scale = SIDE / max(photo.size)
-    size = round(photo.width * scale), round(photo.height * scale)
+    size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
     maps = [weights.mean(axis=0), *weights]
     return mosaic([photo.convert("RGB").resize(size), *(overlay(photo, visible(one), size) for one in maps)], columns=4)
 

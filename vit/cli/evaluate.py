@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plot(rows, model.config.patch_size, model.config.num_prefix_tokens, args.plot)
     if failures := max(row["unreadable"] for row in rows):
-        print(f"vit evaluate: {failures} of {len(samples)} could not be read", file=sys.stderr)
+        print(f"vit evaluate: {failures} of {len(samples)} could not be used", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -185,7 +185,7 @@ def measure(
     with warnings.catch_warnings(), tqdm(total=len(images), unit="image", leave=False, disable=not shown) as bar:
         warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is reported; the rest was read
         bar.set_description(size_name(transform))
-        for batch in batches(read(images, transform), batch_size):
+        for batch in batches(read(images, transform), batch_size, transform):
             usable = torch.tensor([isinstance(outcome, Tensor) for _, outcome in batch])
             labels = truth[seen : seen + len(batch)][usable]  # [B]
             seen += len(batch)
@@ -260,8 +260,8 @@ def settings(args: argparse.Namespace, model: ViT, samples: Sequence[Sample], tr
     digest = hashlib.sha256()
     for (image, _), label in zip(samples, truth.tolist()):
         facts: list[Any] = [hashlib.sha256(image.tobytes()).hexdigest()] if isinstance(image, Image.Image) else []
-        if isinstance(image, Path):  # by size, not by content, which would have to be read for that
-            facts = [image.relative_to(args.data).as_posix(), image.stat().st_size]
+        if isinstance(image, Path):  # not by content, which would have to be read for that
+            facts = [image.relative_to(args.data).as_posix(), image.stat().st_size, image.stat().st_mtime_ns]
         digest.update(f"{json.dumps([*facts, label])}\n".encode())
     return {
         "sha256": model.provenance.sha256 if model.provenance else None,

@@ -22,7 +22,7 @@ from .predict import Decoded, batches, decode, find_images
 
 KINDS = ("pooled", "class", "dense")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-ROWS, MAPS = 100_000, 500  # images per file
+ROWS, MAPS, LARGE_MAPS = 10_000, 500, 50  # images per file: what is lost when a run is cut off, and held in memory
 INDEX_START = b'{\n  "shards": ['  # as `write_index` writes it
 
 
@@ -42,7 +42,10 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--save-dtype", choices=DTYPES, default="float32", help="of the numbers on disk (%(default)s)")
     parser.add_argument(
-        "--shard", type=options.positive, metavar="N", help=f"images per file ({ROWS}, or {MAPS} for maps)"
+        "--shard",
+        type=options.positive,
+        metavar="N",
+        help=f"images per file ({ROWS}, {MAPS} for maps, {LARGE_MAPS} for maps of images at their own sizes)",
     )
     parser.add_argument("--pca", action="store_true", help="draw the maps' three main components as colours instead")
     options.add_model(parser)
@@ -70,13 +73,13 @@ def run(args: argparse.Namespace) -> int:
     if args.pca:
         return draw_components(model, transform, paths, args.output)
 
-    files = name_files(args.output, len(paths), args.shard or (MAPS if args.kind == "dense" else ROWS))
+    files = name_files(args.output, len(paths), args.shard or shard_size(args.kind, transform))
     settings = describe(model, transform, args)
     check_others(args.output, files)
     if args.kind == "dense":
         check_names(paths)
     for file, numbers in files.items():  # all of them before the first is computed
-        check_file(file, settings, [str(paths[i]) for i in numbers])
+        check_file(file, settings, [paths[i] for i in numbers])
     done = {file for file in files if file.exists()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     shown = sys.stderr is not None and sys.stderr.isatty()
@@ -87,14 +90,24 @@ def run(args: argparse.Namespace) -> int:
             if file not in done:
                 write_file(file, model, transform, [paths[i] for i in numbers], settings, args, bar)
             bar.update(len(numbers) if file in done else 0)
-            skipped += len(json.loads(read_metadata(file)["skipped"]))
+            reasons = json.loads(read_metadata(file)["skipped"])
+            skipped += len(reasons)
+            for reason in reasons.values() if file in done else ():
+                bar.write(f"vit features: {reason} (in an earlier run)", file=sys.stderr)
     if len(files) > 1:
         write_index(args.output, files)
     resumed = f", {len(done)} of them from an earlier run" if done else ""
     print(f"{len(paths) - skipped} images in {len(files)} file{'s' * (len(files) > 1)}{resumed}: {args.output}")
     if skipped:
-        print(f"vit features: {skipped} of {len(paths)} could not be read", file=sys.stderr)
+        print(f"vit features: {skipped} of {len(paths)} could not be used", file=sys.stderr)
     return 1 if skipped else 0
+
+
+def shard_size(kind: str, transform: Transform) -> int:
+    """How many images go into a file by default."""
+    if kind != "dense":
+        return ROWS
+    return LARGE_MAPS if transform.mode == "native" else MAPS
 
 
 def name_files(output: Path, count: int, per_file: int) -> dict[Path, range]:
@@ -142,7 +155,16 @@ def check_names(paths: Iterable[Path]) -> None:
             raise ValueError(f"{name} cannot name a tensor in a safetensors file: rename the image")
 
 
-def check_file(file: Path, settings: dict[str, str], paths: list[str]) -> None:
+def state(path: Path) -> list[Any]:
+    """What an image is known by in a later run: its path, bytes and time of change."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return [str(path), None, None]
+    return [str(path), facts.st_size, facts.st_mtime_ns]
+
+
+def check_file(file: Path, settings: dict[str, str], paths: list[Path]) -> None:
     """A file that is there already must be what this run would write; ValueError names what differs."""
     if not file.exists():
         return
@@ -153,8 +175,12 @@ def check_file(file: Path, settings: dict[str, str], paths: list[str]) -> None:
                 f"{file} is there already, and its {name} is {found.get(name)}, not {value}: remove it, or choose"
                 " another --output"
             )
-    if json.loads(found["images"]) != paths:
+    before, now = json.loads(found["images"]), [state(path) for path in paths]
+    if [one[0] for one in before] != [one[0] for one in now]:
         raise ValueError(f"{file} is there already, of other images: remove it, or choose another --output")
+    if before != now:
+        changed = next(new[0] for old, new in zip(before, now) if old != new)
+        raise ValueError(f"{file} is there already, and {changed} has changed since: remove it to write it again")
 
 
 def read_metadata(file: Path) -> dict[str, str]:
@@ -179,7 +205,8 @@ def write_file(
 ) -> None:
     """Compute the features of some images and write them: "features" [rows, D], or a map [D, h, w] by each path.
 
-    The metadata say what they are: `paths`, of the rows in order, `images`, all that were asked for, and `skipped`,
+    The metadata say what they are: `paths`, of the rows in order, `images`, all that were asked for with their bytes
+    and times of change, and `skipped`,
     the others with the reason. The file gets its name when all of it is written.
     """
     from vit.weights.checkpoint import replacing
@@ -187,7 +214,7 @@ def write_file(
 
     rows: dict[str, Tensor] = {}
     skipped: dict[str, str] = {}
-    for batch in batches(decode(paths, transform), args.batch_size):
+    for batch in batches(decode(paths, transform), args.batch_size, transform):
         for path, outcome in extract(model, batch, args.kind, packed=transform.mode == "native"):
             if isinstance(outcome, ImageError):
                 skipped[str(path)] = str(outcome)
@@ -195,7 +222,7 @@ def write_file(
             else:
                 rows[str(path)] = lower(outcome, DTYPES[args.save_dtype], path)
             bar.update()
-    names = {"paths": [*rows], "images": [str(path) for path in paths], "skipped": skipped}
+    names = {"paths": [*rows], "images": [state(path) for path in paths], "skipped": skipped}
     metadata = {**settings, **{name: json.dumps(value) for name, value in names.items()}}
     tensors = rows if args.kind == "dense" else {"features": join(model, args, list(rows.values()))}
     sweep(file)

@@ -116,11 +116,17 @@ def apply_class_map(names: list[str], file: Path, num_classes: int) -> dict[str,
         OSError, ValueError: a file that cannot be read, lacks one of the names or has an output that there is not.
     """
     lines = [row.strip() for row in file.read_text(encoding="utf-8-sig").splitlines()]
+    while lines and not lines[-1]:
+        lines.pop()
+    for i, row in enumerate(lines, 1):
+        if not row or row.startswith("#"):  # either would shift all that follow
+            raise ValueError(f"line {i} of {file} is {'a comment' if row else 'empty'}, expected the name of a class")
     known = number(lines)
     pairs = [re.fullmatch(r"(\S.*?)\s+([0-9]{1,9})", row) for row in lines if row]
     # A name may end in a number itself: which way a file is meant is what the sub-folders say.
     if not any(name in known for name in names) and all(pairs):
-        known = {pair[1]: int(pair[2]) for pair in pairs if pair}
+        named = number([pair[1] for pair in pairs if pair])  # each that is there once
+        known = {pair[1]: int(pair[2]) for pair in pairs if pair and pair[1] in named}
     if missing := [name for name in names if name not in known]:
         raise ValueError(unmatched(missing, len(names), f"a line of {file} for each, and one only"))
     for name in names:

@@ -27,7 +27,7 @@ def draw_components(model: ViT, transform: Transform, paths: Sequence[Path], out
     for photo, colours in zip(photos, principal_components([one.float().cpu() for one in maps])):
         seen = transform.view(photo).convert("RGB")
         scale = SIDE / max(seen.size)
-        size = round(seen.width * scale), round(seen.height * scale)
+        size = max(1, round(seen.width * scale)), max(1, round(seen.height * scale))
         pictures.append([seen.resize(size), Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)])
     output.parent.mkdir(parents=True, exist_ok=True)
     mosaic([picture for row in pictures for picture in row], columns=2).save(output)

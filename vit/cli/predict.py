@@ -9,7 +9,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from vit.image import ImageError, create_transform, load_image
+from vit.image import ImageError, Transform, create_transform, load_image
 from vit.model import ViT
+from vit.packed import BUDGET
 from vit.resources import imagenet_categories, imagenet_synsets
 
 from . import options
@@ -60,13 +60,13 @@ def run(args: argparse.Namespace) -> int:
     shown = len(paths) > 1 and sys.stderr is not None and sys.stderr.isatty()
     with warnings.catch_warnings(), tqdm(total=len(paths), unit="image", leave=False, disable=not shown) as bar:
         warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is reported; the rest was read
-        for batch in batches(decode(paths, transform), args.batch_size):
+        for batch in batches(decode(paths, transform), args.batch_size, transform):
             for path, outcome in label(model, batch, args.top_k, packed=transform.mode == "native"):
                 failures += isinstance(outcome, ImageError)
                 report(path, outcome, args.json, bar)
                 bar.update()
     if failures:
-        print(f"vit predict: {failures} of {len(paths)} could not be read", file=sys.stderr)
+        print(f"vit predict: {failures} of {len(paths)} could not be used", file=sys.stderr)
     return 1 if failures else 0
 
 
@@ -112,7 +112,7 @@ def decode(paths: Iterable[Path], transform: Callable[[Image.Image], Tensor]) ->
         try:
             for path in paths:
                 ahead.append(pool.submit(prepare, path))
-                if len(ahead) > 8 * workers:
+                if len(ahead) > 2 * workers:
                     yield ahead.popleft().result()
             while ahead:
                 yield ahead.popleft().result()
@@ -120,10 +120,25 @@ def decode(paths: Iterable[Path], transform: Callable[[Image.Image], Tensor]) ->
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def batches(items: Iterable[Decoded], size: int) -> Iterator[list[Decoded]]:
-    """Neighbours in groups of `size`; files that could not be read ride along."""
-    items = iter(items)
-    while batch := list(islice(items, size)):
+def batches(items: Iterable[Decoded], size: int, transform: Transform) -> Iterator[list[Decoded]]:
+    """Neighbours in groups of `size`; files that could not be used ride along.
+
+    Images at their own sizes make smaller groups, as many as go through the model at a time.
+    """
+    batch: list[Decoded] = []
+    tokens = 0
+    for item in items:
+        if transform.mode == "native" and isinstance(item[1], Tensor):
+            more = item[1].shape[1] * item[1].shape[2] // transform.patch_size**2
+            if batch and tokens + more > BUDGET:
+                yield batch
+                batch, tokens = [], 0
+            tokens += more
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch, tokens = [], 0
+    if batch:
         yield batch
 
 
