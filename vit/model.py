@@ -355,6 +355,7 @@ class ViT(nn.Module):
                 there is not. Nothing is changed then.
         """
         name = name_or_fn if isinstance(name_or_fn, str) else name_of(name_or_fn)
+        source = get_attention(name_or_fn) if isinstance(name_or_fn, str) else name_or_fn
         make, weights = choose(name_or_fn, self.config, options), self.patch_embed.proj.weight
         made = [(block, make(block)) for block in self.block_numbers(blocks)]
         if any(self.attends[block].patched for block, _ in made):
@@ -366,7 +367,7 @@ class ViT(nn.Module):
             if isinstance(fn, nn.Module):  # complex numbers stay so, which `Module.to` would make real
                 fn._apply(lambda x: x.to(weights.device, weights.dtype if x.is_floating_point() else None))
                 fn.train(self.training)
-            self.attends[block].set(fn, name, options, check, get_attention(name) if name else name_or_fn)
+            self.attends[block].set(fn, name, options, check, source)
 
     @property
     def attends(self) -> list[Attend]:

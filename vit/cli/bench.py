@@ -136,7 +136,8 @@ def prepare(
 ) -> tuple[dict[Case, Callable[[], Tensor]], dict[Case, str]]:
     """What to call for each case, and why the others cannot run here: each was tried once on one image."""
     models: dict[tuple[str, str], ViT] = {}
-    calls, refused = {}, {}
+    calls: dict[Case, Callable[[], Tensor]] = {}
+    refused: dict[Case, str] = {}
     for case in cases:
         key = case.dtype, case.attention
         if key not in models:

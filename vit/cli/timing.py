@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -58,7 +58,10 @@ def seconds(call: Callable[[], object], threads: int, device: torch.device) -> f
 
 
 def race(
-    calls: dict[Case, Callable[[], object]], rounds: int, device: torch.device, progress: Callable[[Iterable], Iterable]
+    calls: Mapping[Case, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    progress: Callable[[Iterable], Iterable],
 ) -> dict[Case, list[float]]:
     """Time all cases `rounds` times in turn, every other time backwards, so that the machine's moods meet all alike.
 
@@ -97,7 +100,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float:
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     return max(accumulate(size for _, size in changes), default=0) / 2**20
 
