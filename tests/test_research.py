@@ -1,11 +1,7 @@
 """The research examples compute what they say: the heart of each, on small random models."""
 
-import ast
 import importlib.util
-import re
-import subprocess
 import sys
-from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import FLOAT32, difference, images, randomize
-from PIL import Image
 
 import vit
 
@@ -143,48 +138,3 @@ def test_numpy_is_pytorch_in_double_precision(tiny):
     weights = {name: tensor.numpy() for name, tensor in tiny.double().state_dict().items()}
     logits, _ = load("numpy_forward").forward(weights, TINY, x.numpy())
     assert difference(torch.from_numpy(logits), tiny(x)) <= 1e-13
-
-
-# Each example as its reader runs it
-
-PROMISED = ["head_ablation", "numpy_forward", "token_merging"]
-NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
-
-
-def close(promised: str, printed: str) -> bool:
-    """The same words; percentages within 1.5 points, other numbers within a quarter, times and their ratios aside."""
-    promised, printed = (re.sub(r"[\d.]+ ms, x [\d.]+", "TIME", line) for line in (promised, printed))
-    if NUMBER.sub("#", promised) != NUMBER.sub("#", printed):
-        return False
-    pairs = zip(NUMBER.finditer(promised), NUMBER.finditer(printed))
-    return all(
-        abs(float(a[0]) - float(b[0]))
-        <= (1.5 if promised[a.end() :].startswith("%") else 0.25 * abs(float(a[0])) + 0.015)
-        for a, b in pairs
-    )
-
-
-@pytest.mark.examples
-@pytest.mark.parametrize("name", PROMISED)
-def test_an_example_prints_what_it_promises(name, tmp_path):
-    file = EXAMPLES / f"{name}.py"
-    lines = file.read_text().splitlines()
-    assert len(lines) <= 80 and f"python examples/{name}.py -o {name}.png" in lines[2]
-    docstring = ast.get_docstring(ast.parse(file.read_text()))
-    block = takewhile(lambda line: line.startswith("    "), docstring.rpartition("prints\n\n")[2].splitlines())
-    promised = [line.strip() for line in block]
-    done = subprocess.run([sys.executable, str(file)], cwd=tmp_path, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    printed = done.stdout.splitlines()
-    assert promised and len(printed) == len(promised)
-    for one, other in zip(promised, printed):
-        assert close(one, other), (one, other)
-    assert Image.open(tmp_path / f"{name}.png").width > 400
-
-
-def test_a_broken_promise_is_seen():
-    line = "r = 16: 99.17% right, logits off by 0.4%, 161 tokens left, 7.5 ms, x 0.81"
-    assert close(line, line.replace("99.17", "98.33").replace("7.5 ms, x 0.81", "99.0 ms, x 0.70"))
-    for other in ("95.00% right", "99.17% wrong"):
-        assert not close(line, line.replace("99.17% right", other))
-    assert not close(line, line.replace("161", "65"))
