@@ -119,8 +119,8 @@ def to_ours(state_dict: Mapping[str, Any], source: str | None, claims: Claims, p
     state, dropped, left, odd = _unwrap(inside, place)
     attention = {key: state.pop(key) for key in list(state) if layout is VIT and key_of_attention(key)}
     _check_tensors(attention)
-    if odd := [key for key, tensor in attention.items() if tensor.isnan().any()]:  # masks hold infinities
-        raise CheckpointError(f"{odd[0]} holds NaN")
+    if broken := [key for key, tensor in attention.items() if tensor.isnan().any()]:  # masks hold infinities
+        raise CheckpointError(f"{broken[0]} holds NaN")
     if layout.unpack is not None:
         state = layout.unpack(state)
     sorted_keys = sort_keys(layout, state, place.prefixed)
