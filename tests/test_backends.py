@@ -119,6 +119,7 @@ def near(b, h, i, j):
     return (i - j).abs() <= 2 + h
 
 
+@pytest.mark.matrix
 @torch.no_grad()
 def test_flex_with_both_modifications():
     """A window whose width depends on the head, over scores that fall with the distance, off 128 tokens."""
@@ -137,6 +138,7 @@ def test_flex_with_both_modifications():
     assert difference(found, reference(q, k, v)) > 1e-2
 
 
+@pytest.mark.matrix
 @torch.no_grad()
 def test_flex_through_the_seam_with_options():
     model = randomize(vit.ViT(TINY)).eval().to(DEVICE)
@@ -151,6 +153,7 @@ def test_flex_through_the_seam_with_options():
         model.set_attention("flex", mask=near)
 
 
+@pytest.mark.matrix
 @torch.no_grad()
 def test_a_mask_is_the_same_for_all_images():
     q, k, v = images(3, 2, 2, 150, 32).to(DEVICE)

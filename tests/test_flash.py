@@ -474,6 +474,7 @@ for architecture, name, *how in [
 """
 
 
+@pytest.mark.matrix
 @needs_triton
 @interpreter_only
 def test_the_kernels_compile_for_gpus(tmp_path):
