@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("patches.png"))
     args = parser.parse_args()
     if args.image is None:
-        from skimage.data import astronaut  # pip install scikit-image, or name an image
+        from skimage.data import astronaut  # pip install -e ".[examples]", or name an image
 
         image = Image.fromarray(astronaut())
     else:

@@ -19,7 +19,7 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_digits import count_right, distort, learning_rate, load_split, make_batches, prepare
+from train_digits import count_right, fine_tune, load_split, prepare
 
 import vit
 
@@ -40,20 +40,6 @@ class RelativeBias(nn.Module):
         return vit.attention.sdpa(q, k, v, bias=own.to(q.dtype) if bias is None else own.to(q.dtype) + bias)
 
 
-def fine_tune(model: vit.ViT, images: list[Tensor], labels: Tensor, epochs: int = 4) -> None:
-    """At a size drawn for each step; tables learn at 300 times the rate of weights, as scores are larger."""
-    batches = make_batches(len(labels), epochs)
-    rates = [{"params": [p], "lr": 0.3 if n.endswith("table") else 1e-3} for n, p in model.named_parameters()]
-    optimizer = torch.optim.Adam(rates)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, len(batches)))
-    for batch in batches:
-        pixels = images[int(torch.randint(len(images), ()))][batch]
-        optimizer.zero_grad()
-        F.cross_entropy(model(distort(pixels)), labels[batch], label_smoothing=0.1).backward()
-        optimizer.step()
-        schedule.step()
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", default="relative_bias.png")
@@ -66,7 +52,10 @@ if __name__ == "__main__":
         model = vit.load_pretrained("vit_digits_patch4_32")
         model.position_embedding.requires_grad_(False)[:, 1:] = 0
         model.set_attention(attention)
-        fine_tune(model, [prepare(model, images, (side, side)) for side in (16, 24, 32)], labels)
+        # tables learn at 300 times the rate of weights, as scores are larger
+        rates = [{"params": [p], "lr": 0.3 if n.endswith("table") else 1e-3} for n, p in model.named_parameters()]
+        sized = [prepare(model, images, (side, side)) for side in (16, 24, 32)]
+        fine_tune(model, torch.optim.Adam(rates), sized, labels, epochs=4)
         right = (count_right(model, *heldout, size) / len(heldout[0]) for size in ((32, 32), (24, 40), (48, 48)))
         print("{}: {:.2%} at 32x32, {:.2%} at 24x40, {:.2%} at 48x48".format(attention, *right), flush=True)
     with TemporaryDirectory() as folder:

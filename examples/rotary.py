@@ -19,7 +19,7 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 from torch.nn import functional as F
-from train_digits import count_right, distort, learning_rate, load_split, make_batches, make_optimizer, prepare
+from train_digits import count_right, fine_tune, load_split, make_optimizer, prepare
 
 import vit
 
@@ -42,18 +42,6 @@ def rotary(q: Tensor, k: Tensor, v: Tensor, *, bias=None, grid: tuple, prefix: i
     return vit.attention.sdpa(rotate(q, grid, prefix, span), rotate(k, grid, prefix, span), v, bias=bias)
 
 
-def fine_tune(model: vit.ViT, images: list[Tensor], labels: Tensor, epochs: int = 4) -> None:
-    """As the model was trained, at a size drawn for each step."""
-    batches, optimizer = make_batches(len(labels), epochs), make_optimizer(model)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, len(batches)))
-    for batch in batches:
-        pixels = images[int(torch.randint(len(images), ()))][batch]
-        optimizer.zero_grad()
-        F.cross_entropy(model(distort(pixels)), labels[batch], label_smoothing=0.1).backward()
-        optimizer.step()
-        schedule.step()
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", "--output", default="rotary.png")
@@ -68,7 +56,7 @@ if __name__ == "__main__":
         if name == "none":
             model.position_embedding.requires_grad_(False)[:, 1:] = 0
         if name == "rotary, tuned":
-            fine_tune(model, [prepare(model, images, size) for size in SIZES[:3]], labels)
+            fine_tune(model, make_optimizer(model), [prepare(model, images, size) for size in SIZES[:3]], labels, 4)
         accuracies = [count_right(model, *heldout, size) / len(heldout[0]) for size in SIZES]
         print(f"{name:<17}", *(f"{one:7.2%}" for one in accuracies), flush=True)
         left.plot([f"{h}x{w}" for h, w in SIZES], accuracies, "o-", label=name)

@@ -129,6 +129,27 @@ def train(model: vit.ViT, images: list[Image.Image], labels: Tensor, epochs: int
     model.eval()
 
 
+def fine_tune(
+    model: vit.ViT, optimizer: torch.optim.Optimizer, images: list[Tensor], labels: Tensor, epochs: int, rate: float = 1
+) -> None:
+    """Train a few epochs more, at a size drawn for each step; what examples do that change a trained model.
+
+    Args:
+        model: any.
+        optimizer: of its parameters; its rates, times `rate`, are the highest that are reached.
+        images: for each size all of them, [B, 3, H, W].
+        labels: [B].
+    """
+    batches = make_batches(len(labels), epochs)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate * learning_rate(step, len(batches)))
+    for batch in batches:
+        pixels = images[int(torch.randint(len(images), ())) if len(images) > 1 else 0][batch]
+        optimizer.zero_grad()
+        F.cross_entropy(model(distort(pixels)), labels[batch], label_smoothing=0.1).backward()
+        optimizer.step()
+        schedule.step()
+
+
 @torch.inference_mode()
 def count_right(model: vit.ViT, images: list[Image.Image], labels: Tensor, size: tuple[int, int]) -> int:
     """How many images the model names correctly, squashed to size (H, W)."""

@@ -17,7 +17,7 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 from torch.nn import functional as F
-from train_digits import count_right, distort, learning_rate, load_split, make_batches, make_optimizer, prepare
+from train_digits import count_right, fine_tune, load_split, make_optimizer, prepare
 
 import vit
 
@@ -35,17 +35,6 @@ def windowed(
     number = windows(grid, window, block).flatten().to(q.device)  # [N]
     apart = F.pad(number[:, None] != number, (prefix, 0, prefix, 0))  # [T, T], False in the prefix's rows and columns
     return vit.attention.sdpa(q, k, v, bias=torch.where(apart, -torch.inf, 0.0 if bias is None else bias).to(q.dtype))
-
-
-def fine_tune(model: vit.ViT, images: Tensor, labels: Tensor, epochs: int = 3) -> None:
-    """As the model was trained, at 0.3 of the rate."""
-    batches, optimizer = make_batches(len(images), epochs), make_optimizer(model)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.3 * learning_rate(step, len(batches)))
-    for batch in batches:
-        optimizer.zero_grad()
-        F.cross_entropy(model(distort(images[batch])), labels[batch], label_smoothing=0.1).backward()
-        optimizer.step()
-        schedule.step()
 
 
 @torch.inference_mode()
@@ -67,7 +56,7 @@ if __name__ == "__main__":
     for name, window in (("no windows", 8), ("windows of 4x4", 4), ("2x2", 2), ("2x2, fine-tuned", 2)):
         model.set_attention(windowed, window=window)
         if name == "2x2, fine-tuned":
-            fine_tune(model, prepare(model, images, (32, 32)), labels)
+            fine_tune(model, make_optimizer(model), [prepare(model, images, (32, 32))], labels, epochs=3, rate=0.3)
         print(f"{name}: {count_right(model, *heldout, (32, 32)) / len(heldout[0]):.2%}", flush=True)
         rows[name] = reach(model, prepare(model, heldout[0][:1], (32, 32)))
     figure, axes = plt.subplots(2, 6, figsize=(9, 3.4), subplot_kw={"xticks": [], "yticks": []}, layout="constrained")

@@ -12,7 +12,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -42,6 +41,12 @@ SEEN = {
     "sdpa": "aten::scaled_dot_product_attention", "flex": "Torch-Compiled Region", "triton": "vit::flash_attention",
     "varlen": "aten::_flash_attention_forward",
 }  # fmt: skip
+_KINDS = (  # the columns of the table: with a bias, backward
+    ("forward", False, False),
+    ("forward, bias", True, False),
+    ("backward", False, True),
+    ("backward, bias", True, True),
+)
 _PLAIN = ("reference", "math", "flex")  # none of the fused operators; compiled, their own traces are gone, too
 
 
@@ -168,23 +173,13 @@ def check_kernel(cell: Cell, events: set[str]) -> None:
         assert not [event for event in events if "softmax" in event], (cell, sorted(events))
 
 
-@lru_cache(maxsize=1)
-def _kinds() -> list[tuple[str, bool, bool]]:
-    return [
-        ("forward", False, False),
-        ("forward, bias", True, False),
-        ("backward", False, True),
-        ("backward, bias", True, True),
-    ]
-
-
 def table(results: dict[Cell, Found]) -> str:
     """A row for each backend and dtype; the worst case over all T as a share of its bar, eager and compiled."""
     reasons: list[str] = []
-    lines = ["| backend | dtype | " + " | ".join(f"{kind}" for kind, *_ in _kinds()) + " |", "|" + "---|" * 6]
+    lines = ["| backend | dtype | " + " | ".join(f"{kind}" for kind, *_ in _KINDS) + " |", "|" + "---|" * 6]
     for backend, dtype in dict.fromkeys((cell.backend, cell.dtype) for cell in results):
         texts = []
-        for _, bias, backward in _kinds():
+        for _, bias, backward in _KINDS:
             here = {
                 c: f
                 for c, f in results.items()

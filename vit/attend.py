@@ -45,10 +45,10 @@ class Attend(nn.Module):
         self.source = source or fn  # what the name stood for
         self.exact = is_exact(name) and not options  # whether it gives the numbers of `sdpa`
         self.options = options
-        self.keywords = {} if isinstance(fn, nn.Module) else options  # a factory has had them
         self.given = given(fn.forward if isinstance(fn, nn.Module) else fn)
         known = {"prefix": self.prefix, "block": self.block}
-        self.keywords = {**self.keywords, **{keyword: known[keyword] for keyword in self.given if keyword in known}}
+        fixed = {keyword: value for keyword, value in known.items() if keyword in self.given}
+        self.keywords = fixed if isinstance(fn, nn.Module) else {**options, **fixed}  # a factory has had its options
         self.check = check
 
     @property
@@ -138,24 +138,24 @@ class Attend(nn.Module):
             self.fn = self.source
 
 
-def choose(name_or_fn: str | Callable, config: ViTConfig, options: dict[str, Any]) -> Callable[[int], Callable]:
+def choose(fn: Callable, name: str | None, config: ViTConfig, options: dict[str, Any]) -> Callable[[int], Callable]:
     """What gives each block, by its number, its attention: the one function for all, or a module of its own.
 
     Raises:
-        ValueError: an unknown name, a function that cannot be called as `vit.attention` says or knows no such option,
-            a factory that makes no module that could.
+        ValueError: a function that cannot be called as `vit.attention` says or knows no such option, a factory that
+            makes no module that could.
     """
-    name = name_or_fn if isinstance(name_or_fn, str) else getattr(name_or_fn, "__name__", repr(name_or_fn))
-    fn = get_attention(name_or_fn) if isinstance(name_or_fn, str) else name_or_fn
-    check_callable(fn, name, options)
+    called = name or str(getattr(fn, "__name__", fn))
+    check_callable(fn, called, options)
     if not is_factory(fn):
         return lambda block: fn
 
     def make(block: int) -> nn.Module:
         module = fn(config, block, **options)
         if not isinstance(module, nn.Module):
-            raise ValueError(f"block {block}: factory {name!r} returned {type(module).__name__}, expected an nn.Module")
-        check_callable(module.forward, name, {})
+            got = type(module).__name__
+            raise ValueError(f"block {block}: factory {called!r} returned {got}, expected an nn.Module")
+        check_callable(module.forward, called, {})
         return module
 
     return make

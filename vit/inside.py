@@ -141,22 +141,25 @@ def _see_input(see: Change, i: int, module: nn.Module, inputs: tuple) -> tuple:
 
 def _see_beside(see: Change, part: str, module: nn.Module, inputs: tuple) -> None:
     """`scores` or `weights`, computed for `see` alone."""
-    q, k = inputs[:2]
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, A, T, T]
+    scores = _scores(*inputs[:2])  # [B, A, T, T]
     see(scores if part == "scores" else scores.softmax(dim=-1))
 
 
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    return q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, A, T, T]
+
+
 class WrittenOut(nn.Module):
-    """`reference` once more, with a module where its scores are and one where its weights are."""
+    """`reference` without a bias, which no model gives, and with a module where its scores and its weights are."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scores, self.weights = nn.Identity(), nn.Identity()
         self.before: tuple = ()  # what it stands for
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `vit.attention`."""
-        scores = self.scores(q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1]))  # [B, A, T, T]
+        scores = self.scores(_scores(q, k))  # [B, A, T, T]
         return self.weights(scores.softmax(dim=-1)) @ v  # [B, A, T, d]
 
 

@@ -354,9 +354,9 @@ class ViT(nn.Module):
             ValueError: an unknown name, a function that cannot be called so or knows no such option, or a block that
                 there is not. Nothing is changed then.
         """
-        name = name_or_fn if isinstance(name_or_fn, str) else name_of(name_or_fn)
         source = get_attention(name_or_fn) if isinstance(name_or_fn, str) else name_or_fn
-        make, weights = choose(name_or_fn, self.config, options), self.patch_embed.proj.weight
+        name = name_or_fn if isinstance(name_or_fn, str) else name_of(source)
+        make, weights = choose(source, name, self.config, options), self.patch_embed.proj.weight
         made = [(block, make(block)) for block in self.block_numbers(blocks)]
         if any(self.attends[block].patched for block, _ in made):
             raise ValueError("vit.patch holds the attention of these blocks: leave its `with` first")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from vit.cli import timing
 
 
 def interleave(contestants: dict[str, Callable[[], object]], rounds: int, title: str = "") -> dict[str, list[float]]:
@@ -52,19 +53,7 @@ def print_rows(title: str, rows: Sequence[dict], reference: str) -> None:
 
 def environment() -> dict:
     """What a figure depends on."""
-    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return timing.environment(torch.device("cpu")) | {"threads": torch.get_num_threads()}
 
 
 def write_json(path: Path | None, content: object) -> None:

@@ -7,32 +7,21 @@ Eager float32, one image, about eight minutes on two cores. Memory is what PyTor
 
 import argparse
 import sys
-from collections.abc import Callable
-from itertools import accumulate
 from pathlib import Path
 
 import timm
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from harness import environment, interleave, print_rows, summarize, write_json
 from helpers import difference, images, ours_from, timm_twin
 
+from vit.cli.timing import peak_memory
 from vit.config import NAMED_MODELS
 from vit.position import resample_position_embedding
 
 CONFIG = NAMED_MODELS["vit_small_patch16_224"].config
-
-
-def peak_memory(call: Callable[[], object]) -> float:
-    """MiB that PyTorch has allocated at the highest beyond what it had before: model and input, here."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return max(accumulate(size for _, size in changes)) / 2**20
 
 
 @torch.inference_mode()
@@ -57,7 +46,7 @@ def main() -> None:
         calls = {"timm": lambda x=x: twin(x), "ours": lambda x=x: model(x), "ours, again": lambda x=x: model(x)}
         rows = summarize(interleave(calls, rounds, f"{side} px"), "timm")
         print_rows(f"{side} x {side}, batch 1, {args.threads} thread(s)", rows, "timm")
-        memory = {name: peak_memory(calls[name]) for name in ("timm", "ours")}
+        memory = {name: peak_memory(calls[name], torch.device("cpu")) for name in ("timm", "ours")}
         print(f"  peak memory over model and input: timm {memory['timm']:.1f} MiB, ours {memory['ours']:.1f} MiB")
         results["forward"].append({"img_size": side, "rows": rows, "memory": memory})
 

@@ -6,9 +6,7 @@ import argparse
 import copy
 import itertools
 import json
-import os
-import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -170,7 +168,7 @@ def measured(
 
 def show(args: argparse.Namespace, model: ViT, rows: list[dict[str, Any]]) -> None:
     """Print the table, or JSON lines."""
-    where = environment(args.device)
+    where = timing.environment(args.device)
     if args.json:
         for row in rows:
             print(json.dumps({"model": args.model} | row | {"environment": where}))
@@ -199,20 +197,6 @@ def line(row: dict[str, Any]) -> str:
         f"{what} {row['ms']:11.1f}   {quartiles:18} {row['images_per_s']:9.1f} {row['gflops']:9.0f} "
         f"{row['share_of_peak']:8.0%} {row['peak_mib']:10.0f}"
     )
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on."""
-    info = Path("/proc/cpuinfo")
-    lines: Iterable[str] = info.read_text().splitlines() if info.exists() else []
-    names = [text.split(":")[1].strip() for text in lines if text.startswith("model name")]
-    processor = names[0] if names else platform.processor() or platform.machine()
-    if device.type == "cuda":
-        processor = torch.cuda.get_device_name(device)
-    return {
-        "processor": processor, "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__, "python": platform.python_version(),
-    }  # fmt: skip
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:

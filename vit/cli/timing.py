@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,6 +134,20 @@ def profile_kinds(call: Callable[[], object], device: torch.device) -> dict[str,
         times[kind] = times.get(kind, 0.0) + spent
     total = sum(times.values())
     return {kind: spent / total for kind, spent in sorted(times.items(), key=lambda item: -item[1])}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on."""
+    info = Path("/proc/cpuinfo")
+    lines: Iterable[str] = info.read_text().splitlines() if info.exists() else []
+    names = [text.split(":")[1].strip() for text in lines if text.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    if device.type == "cuda":
+        processor = torch.cuda.get_device_name(device)
+    return {
+        "processor": processor, "cores": os.cpu_count(), "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__, "python": platform.python_version(),
+    }  # fmt: skip
 
 
 def images(case: Case, config: ViTConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
