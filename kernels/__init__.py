@@ -6,14 +6,16 @@ a name that it does not know.
 
 from vit.attention import register_attention
 
-from . import flash, flex, pytorch, varlen
+from . import flash, flex, products, pytorch, varlen
 from .backends import available, explain
+from .optimized import OptimizedViT, optimize
+from .saved import load, save
 
-__all__ = ["available", "explain"]
+__all__ = ["OptimizedViT", "available", "explain", "load", "optimize", "save"]
 
 for _name, _fn in {
     "math": pytorch.math, "flash": pytorch.flash, "efficient": pytorch.efficient, "cudnn": pytorch.cudnn,
-    "flex": flex.flex, "triton": flash.triton, "varlen": varlen.varlen,
+    "flex": flex.flex, "triton": flash.triton, "varlen": varlen.varlen, "bmm": products.bmm,
 }.items():  # fmt: skip
     if __name__ == "vit.kernels":  # transformers asks for a package `kernels`, and in a checkout finds this folder
         register_attention(_name, _fn, exact=True)

@@ -13,7 +13,7 @@ from vit.attend import Attend
 from vit.checks import bad_bias
 from vit.model import ViT
 
-from . import flash, flex, pytorch, varlen
+from . import flash, flex, products, pytorch, varlen
 
 Refusal = Callable[..., "str | None"]
 
@@ -24,7 +24,7 @@ def _bias_alone(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> 
 
 # Name -> why it cannot run on q, k, v [B, A, T, d] and a bias; None where it can. In the order in which they are told.
 REFUSALS: dict[str, Refusal] = {
-    "reference": _bias_alone, "sdpa": _bias_alone, **pytorch.REFUSALS,
+    "reference": _bias_alone, "sdpa": _bias_alone, "bmm": products.refusal, **pytorch.REFUSALS,
     "flex": flex.refusal, "triton": flash.refusal, "varlen": varlen.refusal,
 }  # fmt: skip
 

@@ -36,7 +36,8 @@ HALF = 1.5  # bfloat16 and float16: times the error of the peer's error in that 
 _FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu" if DEVICE == "cpu" else "aten::_flash_attention_forward"
 _FUSED = ("_scaled_dot_product_flash", "_scaled_dot_product_efficient", "_scaled_dot_product_cudnn", "vit::")
 SEEN = {
-    "reference": "aten::softmax", "math": "aten::_scaled_dot_product_attention_math", "flash": _FLASH,
+    "reference": "aten::softmax", "bmm": "aten::softmax", "flash": _FLASH,
+    "math": "aten::_scaled_dot_product_attention_math",
     "efficient": "aten::_scaled_dot_product_efficient_attention", "cudnn": "aten::_scaled_dot_product_cudnn_attention",
     "sdpa": "aten::scaled_dot_product_attention", "flex": "Torch-Compiled Region", "triton": "vit::flash_attention",
     "varlen": "aten::_flash_attention_forward",
@@ -47,7 +48,7 @@ _KINDS = (  # the columns of the table: with a bias, backward
     ("backward", False, True),
     ("backward, bias", True, True),
 )
-_PLAIN = ("reference", "math", "flex")  # none of the fused operators; compiled, their own traces are gone, too
+_PLAIN = ("reference", "bmm", "math", "flex")  # none of the fused operators; compiled, their own traces are gone, too
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def run(cell: Cell) -> Found:
         relative = [largest(a, b, exact) for a, b in pairs]
         bars = [FORWARD] + [BACKWARD] * (len(relative) - 1)
     else:
-        peer = outcome(unfused if cell.backend == "reference" else fused, given, cell.backward)
+        peer = outcome(unfused if cell.backend in ("reference", "bmm") else fused, given, cell.backward)
         relative = [rms(a - b) for a, b in zip(ours, exact)]
         bars = [HALF * max(rms(a - b), 1e-4 * rms(b), 1e-6) for a, b in zip(peer, exact)]
     worst = max(range(len(bars)), key=lambda i: relative[i] / bars[i])
@@ -144,7 +145,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def unfused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """The formula as timm writes it without fused attention: the peer of `reference`, which rounds as often."""
+    """The formula as timm writes it without fused attention: the peer of those which round as often."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
 

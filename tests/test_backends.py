@@ -173,7 +173,7 @@ def test_available():
     found = vit.kernels.available()
     assert list(found) == list(REFUSALS) and set(found) <= set(vit.attention_names())
     assert [name for name, reason in found.items() if reason is None] == [
-        "reference", "sdpa", "math", "flash", "flex", "triton",
+        "reference", "sdpa", "bmm", "math", "flash", "flex", "triton",
     ]  # fmt: skip
     assert found["cudnn"] == "runs on cuda, not on cpu"
     assert set(vit.kernels.available("cuda").values()) == {"there is no device 'cuda' here"}

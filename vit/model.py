@@ -291,18 +291,21 @@ class ViT(nn.Module):
         grid = self.grid_of(images)
         x = self.patch_embed(images)  # [B, N, D]
 
-        n = self.config.num_position_rows
-        prefix_positions, positions = self.position_embedding[:, :n], self.position_embedding[:, n:]
-        x = x + resample_position_embedding(positions, self.config.grid, grid, self.config.position_rule)  # [B, N, D]
+        x = x + self.positions(grid)  # [B, N, D]
 
         prefix: Tensor = self.class_token  # [1, 1, D]
         if self.dist_token is not None:
             prefix = torch.cat([prefix, self.dist_token], dim=1)  # [1, 2, D]
-        if n:
-            prefix = prefix + prefix_positions  # [1, n, D]
+        if n := self.config.num_position_rows:
+            prefix = prefix + self.position_embedding[:, :n]  # [1, n, D]
         if self.register_tokens is not None:
             prefix = torch.cat([prefix, self.register_tokens], dim=1)  # [1, P, D]
         return torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)  # [B, P + N, D]
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """[1, N, D], the patches' position embedding, resampled to this grid."""
+        stored = self.position_embedding[:, self.config.num_position_rows :]
+        return resample_position_embedding(stored, self.config.grid, grid, self.config.position_rule)
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """(h, w) of [B, C, H, W] images with whole patches."""

@@ -1,0 +1,196 @@
+"""int8 on a CPU: unsigned activations times signed weights, by the processor's VNNI instructions through oneDNN.
+
+A number x stands as q = round(x / scale) + zero, 0 to 255 (arXiv:1712.05877, Eq. 1). Weights have a scale for each row
+and no zero; activations have one scale and zero for a whole tensor, fixed beforehand (`vit.kernels.calibrate`). Between
+two products nothing is held in float32 but the residual stream, LayerNorm's sums and attention: quantizing ends
+LayerNorm, and GELU and quantizing end fc1.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vit.attend import Attend, Grid
+from vit.config import ViTConfig
+
+from .float32 import epilogue, frozen
+
+LAYERS = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2", "mlp.wide1", "mlp.wide2")  # of a block
+
+
+def wide_channels(hidden: int) -> int:
+    """How many of the MLP's hidden channels have a scale of their own."""
+    return min(32, hidden // 2)
+
+
+def expected(config: ViTConfig) -> dict[str, tuple[list[int], torch.dtype]]:
+    """Shapes and dtypes of what the layers of a block are made of, by name."""
+    D, H = config.embed_dim, config.mlp_dim
+    wide = wide_channels(H)
+    sizes = [(3 * D, D), (D, D), (H - wide, D), (D, H - wide), (wide, D), (D, wide)]
+    kinds: dict[str, tuple[list[int], torch.dtype]] = {}
+    for layer, (N, K) in zip(LAYERS, sizes):
+        kinds |= {f"{layer}.weight": ([N, K], torch.int8), f"{layer}.weight_scale": ([N], torch.float32)}
+        kinds |= {f"{layer}.bias": ([N], torch.float32), f"{layer}.scale": ([], torch.float32)}
+        kinds[f"{layer}.zero"] = [], torch.int32
+    return kinds
+
+
+with warnings.catch_warnings():  # warns, once, that it may go; nothing else is as fast, and `missing` asks for it
+    warnings.simplefilter("ignore")
+    if hasattr(torch, "quantize_per_tensor"):
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
+
+
+class Quantize(nn.Module):
+    """float -> unsigned bytes."""
+
+    def __init__(self, scale: Tensor, zero: Tensor) -> None:
+        """Scalars: float32 and int32."""
+        super().__init__()
+        self.scale, self.zero = scale.item(), int(zero.item())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any shape."""
+        q = torch.quantize_per_tensor(x, self.scale, self.zero, torch.quint8)
+        return torch.empty(0, dtype=torch.uint8).set_(q.untyped_storage(), 0, q.shape, q.stride())  # int_repr() copies
+
+
+class QuantizedNorm(nn.Module):
+    """LayerNorm, then `Quantize`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor, eps: float, quantize: Quantize) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps, self.quantize = weight, bias, eps, quantize
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] float32 -> [..., D] bytes."""
+        return self.quantize(F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps))
+
+
+class Int8Linear(nn.Module):
+    """x W^T + b of bytes, and what follows while it is in registers: GELU and quantizing, or the residual's sum."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], name: str, gelu: str | None = None, then: Quantize | None = None):
+        """`tensors`: this layer's under `name`: weight [N, K] int8, weight_scale [N], bias [N], scale and zero of x."""
+        super().__init__()
+        weight, self.bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+        self.out_features, self.in_features = weight.shape
+        self.weight_scale = tensors[f"{name}.weight_scale"]
+        self.weight_zero = torch.zeros(self.out_features, dtype=torch.int32)
+        self.quantize = Quantize(tensors[f"{name}.scale"], tensors[f"{name}.zero"])
+        self.gelu, self.then = gelu, then
+        self.packed = pack(weight)
+
+    @property
+    def weight(self) -> Tensor:
+        """[N, K] int8, a copy in rows."""
+        return self.packed.to_dense().t().contiguous()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it was made of."""
+        scale, zero = torch.tensor(self.quantize.scale), torch.tensor(self.quantize.zero, dtype=torch.int32)
+        parts = {"weight": self.weight, "weight_scale": self.weight_scale, "bias": self.bias}
+        return {**parts, "scale": scale, "zero": zero}
+
+    def __getstate__(self) -> dict:  # copies and pickles go by rows: oneDNN's layout is this machine's
+        return {**self.__dict__, "packed": self.weight}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__({**state, "packed": pack(state["packed"])})
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[..., K] bytes -> [..., N] of `dtype`, or bytes where quantizing follows."""
+        start = x, self.quantize.scale, self.quantize.zero, self.packed, self.weight_scale, self.weight_zero
+        linear = torch.ops.onednn.qlinear_pointwise
+        if residual is not None:
+            return linear.binary(*start, residual, self.bias, 1.0, 0, dtype, 1.0, 0, "add", 1.0, "none", [], "")
+        if self.then is not None:
+            return linear(*start, self.bias, self.then.scale, self.then.zero, torch.uint8, *epilogue(self.gelu))
+        return linear(*start, self.bias, 1.0, 0, dtype, *epilogue(self.gelu))
+
+
+def pack(weight: Tensor) -> Tensor:
+    """[N, K] int8 -> the same in oneDNN's layout."""
+    return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+
+
+def multiplies_bfloat16() -> bool:
+    """Is the processor faster in bfloat16 than in float32?"""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+class Int8Attention(nn.Module):
+    """`vit.model.Attention` between bytes and the residual stream."""
+
+    def __init__(self, config: ViTConfig, block: int, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
+        self.qkv = Int8Linear(tensors, "attention.qkv")
+        self.attend = Attend(config, block)
+        self.proj = Int8Linear(tensors, "attention.proj")
+
+    def forward(
+        self, x: Tensor, residual: Tensor, grid: Grid | list[Grid] | None = None, lengths: list[int] | None = None
+    ) -> Tensor:
+        """[B, T, D] bytes, and the stream [B, T', D] -> [B, T', D]: of the first T' tokens as queries."""
+        B, T, D = x.shape
+        n = residual.shape[1]
+        qkv = self.qkv(x, dtype=self.dtype).view(B, T, 3, self.num_heads, D // self.num_heads)  # [B, T, 3, A, d]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)  # each [B, A, T, d]
+        out = self.attend(q[:, :, :n], k, v, grid, lengths).transpose(1, 2)  # [B, T', A, d]
+        out = out.to(torch.float32, memory_format=torch.contiguous_format).reshape(B, n, D)
+        return self.proj(self.proj.quantize(out), residual)
+
+
+class Int8MLP(nn.Module):
+    """`vit.model.MLP` between bytes and the residual stream; the widest hidden channels go their own way."""
+
+    def __init__(self, config: ViTConfig, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.fc2, self.wide2 = Int8Linear(tensors, "mlp.fc2"), Int8Linear(tensors, "mlp.wide2")
+        self.fc1 = Int8Linear(tensors, "mlp.fc1", config.gelu, self.fc2.quantize)
+        self.wide1 = Int8Linear(tensors, "mlp.wide1", config.gelu, self.wide2.quantize)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """[B, T, D] bytes, and the stream [B, T, D] -> [B, T, D]."""
+        return self.wide2(self.wide1(x), self.fc2(self.fc1(x), residual))
+
+
+class Int8Block(nn.Module):
+    """`vit.model.Block`, with its norms and products in bytes."""
+
+    def __init__(self, config: ViTConfig, block: int, tensors: Mapping[str, Tensor]) -> None:
+        """`tensors`: the block's, by their names in it, as `calibrate` gives them."""
+        super().__init__()
+        self.attention = Int8Attention(config, block, tensors)
+        self.mlp = Int8MLP(config, tensors)
+        parts = (("norm1", self.attention.qkv), ("norm2", self.mlp.fc1))
+        self.norm1, self.norm2 = (
+            QuantizedNorm(frozen(tensors[f"{n}.weight"]), frozen(tensors[f"{n}.bias"]), config.eps, layer.quantize)
+            for n, layer in parts
+        )
+
+    def forward(self, x: Tensor, grid: Grid | list[Grid] | None = None, lengths: list[int] | None = None) -> Tensor:
+        """As `vit.model.Block.forward`."""
+        x = self.attention(self.norm1(x), x, grid, lengths)  # [B, T, D]
+        return self.mlp(self.norm2(x), x)  # [B, T, D]
+
+    def first(self, x: Tensor, n: int) -> Tensor:
+        """[B, T, D] -> [B, n, D], what the block makes of the first n tokens: the others are keys and values only."""
+        x = self.attention(self.norm1(x), x[:, :n].contiguous())  # [B, n, D]
+        return self.mlp(self.norm2(x), x)  # [B, n, D]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it was made of."""
+        tensors: dict[str, Tensor] = dict(self.named_parameters())
+        for name, module in self.named_modules():
+            if isinstance(module, Int8Linear):
+                tensors |= {f"{name}.{part}": x for part, x in module.tensors().items()}
+        return tensors

@@ -1,0 +1,100 @@
+"""Optimized models to files and back: safetensors, with all that is no tensor in the header."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vit.attention import registered
+from vit.config import ViTConfig
+from vit.metadata import Preprocessing, Provenance
+
+from .optimized import DTYPES, OptimizedViT
+
+_HEADER = "vit.optimized"
+_PARTS = {"dtype", "config", "preprocessing", "categories", "provenance", "attention"}
+
+
+def save(model: OptimizedViT, path: str | Path) -> Path:
+    """Write an optimized model, from which `load` brings back the same one on any machine that can run it.
+
+    Args:
+        model: what `optimize` returned.
+        path: a `.safetensors` file. One that is there is replaced, by a whole one or not at all.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: another model, a path with another ending, attention that a file cannot name (a function without a
+            registered name, with options or with weights of its own).
+    """
+    if not isinstance(model, OptimizedViT):
+        raise ValueError(f"expected what vit.kernels.optimize returns, not {type(model).__name__}")
+    path = Path(os.path.realpath(path))
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} must end in .safetensors")
+    for attend in model.attends:
+        if attend.options or attend.state_dict() or registered(attend.name) is not attend.source:
+            raise ValueError(f"block {attend.block}: attention {attend.called} cannot be named in a file")
+    header = {
+        "dtype": model.optimized, "config": model.config.to_dict(), "preprocessing": asdict(model.preprocessing),
+        "categories": model.categories, "attention": [attend.name for attend in model.attends],
+        "provenance": None if model.provenance is None else asdict(model.provenance),
+    }  # fmt: skip
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        save_file(model.tensors(), temporary, {_HEADER: json.dumps(header)})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def load(path: str | Path) -> OptimizedViT:
+    """Read what `save` wrote. Nothing is calibrated again.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, a damaged one, or one for a processor of another kind.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+    if _HEADER not in metadata:
+        raise ValueError(f"{path} holds no optimized model: load it with vit.load_pretrained, then optimize it")
+    try:
+        return _assemble(json.loads(metadata[_HEADER]), tensors)
+    except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no optimized model as vit.kernels.save writes it: {error!r}") from None
+
+
+def _assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> OptimizedViT:
+    if header.keys() != _PARTS or header["dtype"] not in DTYPES:
+        found = f"{sorted(header)} and dtype {header.get('dtype')!r}"
+        raise ValueError(f"the header has {found}, expected {sorted(_PARTS)}")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} has values that are not finite")
+    model = OptimizedViT(ViTConfig(**header["config"]), header["dtype"], tensors)
+    model.preprocessing = Preprocessing(**header["preprocessing"])
+    model.categories = header["categories"]
+    model.provenance = None if header["provenance"] is None else Provenance(**header["provenance"])
+    for i, name in enumerate(header["attention"]):
+        if name != model.attends[i].name:
+            model.set_attention(name, [i])
+    return model

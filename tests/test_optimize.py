@@ -1,0 +1,274 @@
+"""Optimized models: the same answers, by other kernels, and nothing that they cannot do done wrongly."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import FLOAT32, difference, images, randomize
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import vit
+from vit.kernels import float32
+from vit.kernels.optimized import GRIDS, PART, OptimizedViT
+
+SMALL = {"img_size": 64, "embed_dim": 64, "num_heads": 2, "depth": 3, "num_classes": 10}
+RELATIVES = {
+    "plain": {},
+    "tanh": {"gelu": "tanh"},
+    "layer scale": {"init_values": 0.5},
+    "registers": {"reg_tokens": 4, "class_position": False},
+    "distilled": {"dist_token": True, "global_pool": "dist"},
+    "average": {"global_pool": "avg", "fc_norm": True},
+    "both": {"global_pool": "token_avg"},
+    "no head": {"num_classes": 0},
+    "one block": {"depth": 1},
+    "other patch and width": {"patch_size": 8, "embed_dim": 96, "num_heads": 3, "mlp_ratio": 2.5},
+}
+SIZES = [(64, 64), (16, 16), (112, 448), (48, 80)]
+
+
+def model(**changes: object) -> vit.ViT:
+    """A small one, with weights that matter."""
+    made = vit.create_model("vit_small_patch16_224", **(SMALL | changes))
+    randomize(made)
+    return made.eval()
+
+
+@torch.inference_mode()
+def operations(call: Callable[[], object]) -> dict[str, int]:
+    """What PyTorch ran -> how often."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    return {event.key: event.count for event in profiler.key_averages()}
+
+
+@pytest.mark.parametrize("relative", RELATIVES)
+@torch.inference_mode()
+def test_float32_gives_the_same(relative: str) -> None:
+    plain = model(**RELATIVES[relative])
+    fast = vit.kernels.optimize(plain)
+    for size in SIZES:
+        x = images(2, 3, *size)
+        assert difference(fast(x), plain(x)) <= FLOAT32
+        assert difference(fast.forward_features(x), plain.forward_features(x)) <= FLOAT32
+        for ours, theirs in zip(fast.forward_intermediates(x, norm=True), plain.forward_intermediates(x, norm=True)):
+            assert difference(ours, theirs) <= FLOAT32
+    mixed = [images(3, 64, 32), images(3, 16, 80), images(3, 48, 48)]
+    assert difference(fast.forward_packed(mixed), plain.forward_packed(mixed)) <= FLOAT32
+    assert difference(fast(images(1, 3, 50, 70), ragged="pad"), plain(images(1, 3, 50, 70), ragged="pad")) <= FLOAT32
+
+
+@torch.inference_mode()
+def test_float32_of_the_whole_model_at_its_size() -> None:
+    plain = vit.create_model("vit_small_patch16_224")
+    randomize(plain)
+    fast = vit.kernels.optimize(plain.eval())
+    x = images(2, 3, 224, 224)
+    assert difference(fast(x), plain(x)) <= FLOAT32
+
+
+def test_packed_products_run_and_the_last_block_is_cut() -> None:
+    fast = vit.kernels.optimize(model())
+    x = images(2, 3, 64, 64)
+    ran = operations(lambda: fast(x))
+    assert ran["mkldnn::_linear_pointwise"] == 4 * 3
+    assert "aten::gelu" not in ran
+    tokens: list[int] = []
+    first = fast.blocks[-1].mlp.fc1.forward
+    fast.blocks[-1].mlp.fc1.forward = lambda x: tokens.append(x.shape[1]) or first(x)
+    with torch.inference_mode():
+        fast(x)
+        fast.forward_features(x)
+    assert tokens == [1, 17]
+
+
+@torch.inference_mode()
+def test_a_forgotten_gelu_would_be_seen() -> None:
+    plain = model()
+    fast = vit.kernels.optimize(plain)
+    fast.blocks[1].mlp.fc1.epilogue = ("none", [], "")
+    assert difference(fast(images(2, 3, 64, 64)), plain(images(2, 3, 64, 64))) > 100 * FLOAT32
+
+
+@torch.inference_mode()
+def test_a_cut_that_loses_keys_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = model()
+    fast = vit.kernels.optimize(plain)
+    cut = float32.FloatBlock.first
+    monkeypatch.setattr(float32.FloatBlock, "first", lambda block, x, n: cut(block, x[:, :-1], n))
+    assert difference(fast(images(2, 3, 64, 64)), plain(images(2, 3, 64, 64))) > 100 * FLOAT32
+
+
+@torch.inference_mode()
+def test_large_batches_go_through_in_parts() -> None:
+    plain = model(depth=1)
+    fast = vit.kernels.optimize(plain)
+    x = images(2 * PART // 17 + 3, 3, 64, 64)
+    assert difference(fast(x), plain(x)) <= FLOAT32
+    assert difference(fast.forward_features(x), plain.forward_features(x)) <= FLOAT32
+    assert operations(lambda: fast(x))["mkldnn::_linear_pointwise"] == 4 * 3
+
+
+@torch.inference_mode()
+def test_kept_positions_are_bounded_and_right() -> None:
+    plain = model()
+    fast = vit.kernels.optimize(plain)
+    for _ in range(2):
+        for h in range(1, GRIDS + 4):
+            x = images(1, 3, 16 * h, 32)
+            assert difference(fast(x), plain(x)) <= FLOAT32
+    assert len(fast._positions) == GRIDS
+
+
+@torch.inference_mode()
+def test_other_attention_stays() -> None:
+    plain = model()
+
+    def nearest(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, grid: tuple, sharp: float) -> Tensor:
+        assert grid == (4, 4)
+        return vit.attention.sdpa(sharp * q, k, v, bias=bias)
+
+    plain.set_attention(nearest, [1, 2], sharp=3.0)
+    fast = vit.kernels.optimize(plain)
+    x = images(2, 3, 64, 64)
+    assert difference(fast(x), plain(x)) <= FLOAT32
+    plain.set_attention("sdpa")
+    assert difference(fast(x), plain(x)) > 100 * FLOAT32  # what it was made of may change
+    fast.set_attention("reference")
+    assert difference(fast(x), plain(x)) <= FLOAT32
+
+
+@torch.inference_mode()
+def test_looking_inside() -> None:
+    plain = model()
+    fast = vit.kernels.optimize(plain)
+    x = images(2, 3, 64, 64)
+    for name in ("blocks.2", "blocks.2.attention.weights", "blocks.1.attention.q", "blocks.2.residual_mlp"):
+        assert difference(vit.record(fast, x, name)[name], vit.record(plain, x, name)[name]) <= FLOAT32
+    with (
+        vit.patch(fast, {"blocks.2.attention.heads": torch.zeros_like}),
+        vit.patch(plain, {"blocks.2.attention.heads": torch.zeros_like}),
+    ):
+        changed = fast(x)
+        assert difference(changed, plain(x)) <= FLOAT32
+    assert difference(changed, fast(x)) > 100 * FLOAT32
+    maps = (vit.attention_maps(one, x, blocks=[-1]) for one in (fast, plain))
+    ours, theirs = (one[0] if isinstance(one, list) else one for one in maps)
+    assert difference(ours, theirs) <= FLOAT32
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@torch.inference_mode()
+def test_copies(again: Callable[[OptimizedViT], OptimizedViT]) -> None:
+    fast = vit.kernels.optimize(model())
+    x = images(2, 3, 64, 64)
+    assert torch.equal(again(fast)(x), fast(x))
+
+
+@torch.inference_mode()
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    plain = model(init_values=0.3)
+    plain.set_attention("reference", [1])
+    plain.categories = [f"class {i}" for i in range(10)]
+    fast = vit.kernels.optimize(plain)
+    file = vit.kernels.save(fast, tmp_path / "fast.safetensors")
+    loaded = vit.kernels.load(file)
+    x = images(2, 3, 64, 48)
+    assert torch.equal(loaded(x), fast(x))
+    for part in ("config", "preprocessing", "categories"):
+        assert getattr(loaded, part) == getattr(fast, part)
+    assert [attend.name for attend in loaded.attends] == ["sdpa", "reference", "sdpa"]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_what_is_not_saved(tmp_path: Path) -> None:
+    plain = model()
+    with pytest.raises(ValueError, match=r"expected what vit\.kernels\.optimize returns, not ViT"):
+        vit.kernels.save(plain, tmp_path / "a.safetensors")
+    fast = vit.kernels.optimize(plain)
+    with pytest.raises(ValueError, match=r"a\.pt must end in \.safetensors"):
+        vit.kernels.save(fast, tmp_path / "a.pt")
+    fast.set_attention(lambda q, k, v, *, bias=None: v, [2])
+    with pytest.raises(ValueError, match=r"block 2: attention .* cannot be named in a file"):
+        vit.kernels.save(fast, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_not_loaded(tmp_path: Path) -> None:
+    file = vit.kernels.save(vit.kernels.optimize(model()), tmp_path / "fast.safetensors")
+    whole = file.read_bytes()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        vit.kernels.load(tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="no optimized model: load it with vit.load_pretrained"):
+        vit.kernels.load(vit.save_checkpoint(model(), tmp_path / "plain.safetensors"))
+    for name, content in {
+        "not a complete safetensors file": whole[:-4],
+        "blocks.0.mlp.fc1.bias is none": whole.replace(b"blocks.0.mlp.fc1.bias", b"blocks.0.mlp.fc9.bias"),
+        "expected torch.float32": whole.replace(b'\\"embed_dim\\": 64', b'\\"embed_dim\\": 32'),
+        "no optimized model as vit": whole.replace(b'\\"embed_dim\\": 64', b'\\"embed_din\\": 64'),
+        "unknown attention": whole.replace(b'\\"sdpa\\"', b'\\"sdpb\\"'),
+    }.items():
+        assert content != whole
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=name):
+            vit.kernels.load(file)
+
+
+def nan(plain: vit.ViT) -> vit.ViT:
+    plain.head.weight.data[0, 0] = torch.nan
+    return plain
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: nn.Linear(2, 2), r"expected a vit\.ViT, not Linear"),
+        (lambda: vit.kernels.optimize(model()), "optimized already, to float32"),
+        (lambda: model().train(), r"in training mode.*call model\.eval\(\)"),
+        (lambda: model().half(), r"expected a model in torch\.float32 on the CPU, and class_token is torch\.float16"),
+        (lambda: model().to("meta"), "class_token is torch.float32 on meta"),
+        (lambda: nan(model()), r"head\.weight has values that are not finite"),
+    ],
+)
+def test_models_that_are_refused(make: Callable[[], vit.ViT], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        vit.kernels.optimize(make())
+
+
+def test_other_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="unknown dtype 'int4'. Did you mean 'int8'"):
+        vit.kernels.optimize(model(), "int4")
+    with pytest.raises(ValueError, match="float32 needs none"):
+        vit.kernels.optimize(model(), images=images(32, 3, 64, 64))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="cannot compute in float32 so: PyTorch was built without oneDNN"):
+        vit.kernels.optimize(model())
+
+
+def test_what_an_optimized_model_refuses(tmp_path: Path) -> None:
+    fast = vit.kernels.optimize(model())
+    x = images(1, 3, 64, 64)
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    assert not fast(x).requires_grad
+    assert fast.eval() is fast and fast.float() is fast and fast.to("cpu") is fast
+    for call, text in [
+        (lambda: fast(x.clone().requires_grad_()), "no gradients: detach the images"),
+        (lambda: fast.train(), "cannot be trained"),
+        (lambda: fast.requires_grad_(), "no gradients"),
+        (lambda: fast.half(), "takes float32, not torch.float16"),
+        (lambda: fast.to("meta"), "stays on the CPU"),
+        (lambda: fast.state_dict(), r"saved with vit\.kernels\.save"),
+        (lambda: fast.load_state_dict({}), "takes no other weights"),
+        (lambda: fast.reset_classifier(5), "keeps its classifier"),
+        (lambda: vit.save_checkpoint(fast, tmp_path / "a.safetensors"), r"vit\.kernels\.save"),
+        (lambda: fast(x.double()), "float64: cast one of them"),
+        (lambda: fast(images(1, 3, 60, 64)), "multiples of 16|whole patches|nearest"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            call()
+    with torch.autocast("cpu"), pytest.raises(ValueError, match="autocast cannot change that"):
+        fast(x)
