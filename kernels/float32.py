@@ -29,8 +29,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.gelu = gelu
-        self.bias = bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        self.register_buffer("bias", bias)
+        self.register_buffer("packed", torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()))
         self.epilogue = epilogue(gelu)
 
     def forward(self, x: Tensor) -> Tensor:

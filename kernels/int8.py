@@ -57,6 +57,8 @@ class Quantize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of any shape."""
+        if torch.compiler.is_compiling():  # into one pass with what comes before it
+            return (x * (1 / self.scale)).round().add(self.zero).clamp(0, 255).to(torch.uint8)
         q = torch.quantize_per_tensor(x, self.scale, self.zero, torch.quint8)
         return torch.empty(0, dtype=torch.uint8).set_(q.untyped_storage(), 0, q.shape, q.stride())  # int_repr() copies
 
@@ -79,13 +81,14 @@ class Int8Linear(nn.Module):
     def __init__(self, tensors: Mapping[str, Tensor], name: str, gelu: str | None = None, then: Quantize | None = None):
         """`tensors`: this layer's under `name`: weight [N, K] int8, weight_scale [N], bias [N], scale and zero of x."""
         super().__init__()
-        weight, self.bias = tensors[f"{name}.weight"], tensors[f"{name}.bias"]
+        weight = tensors[f"{name}.weight"]
         self.out_features, self.in_features = weight.shape
-        self.weight_scale = tensors[f"{name}.weight_scale"]
-        self.weight_zero = torch.zeros(self.out_features, dtype=torch.int32)
         self.quantize = Quantize(tensors[f"{name}.scale"], tensors[f"{name}.zero"])
         self.gelu, self.then = gelu, then
-        self.packed = pack(weight)
+        self.register_buffer("bias", tensors[f"{name}.bias"])
+        self.register_buffer("weight_scale", tensors[f"{name}.weight_scale"])
+        self.register_buffer("weight_zero", torch.zeros(self.out_features, dtype=torch.int32))
+        self.register_buffer("packed", pack(weight))
 
     @property
     def weight(self) -> Tensor:
@@ -99,10 +102,11 @@ class Int8Linear(nn.Module):
         return {**parts, "scale": scale, "zero": zero}
 
     def __getstate__(self) -> dict:  # copies and pickles go by rows: oneDNN's layout is this machine's
-        return {**self.__dict__, "packed": self.weight}
+        return {**self.__dict__, "_buffers": {**self._buffers, "packed": self.weight}}
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__({**state, "packed": pack(state["packed"])})
+        super().__setstate__(state)
+        self.packed = pack(self.packed)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """[..., K] bytes -> [..., N] of `dtype`, or bytes where quantizing follows."""

@@ -15,11 +15,13 @@ from vit.model import Block, ViT
 
 from . import int8
 from .calibrate import int8_tensors
+from .compiled import Compiled
 from .float32 import FloatBlock, float_tensors, frozen
 from .images import batches, photographs
 from .products import bmm
 
 DTYPES = ("float32", "int8")
+MODES = ("latency", "throughput")
 PREFIX = {"token": 1, "dist": 2}  # how many of the first tokens a head reads, where it reads no others
 GRIDS = 16  # of which the resampled position embeddings are kept
 
@@ -36,16 +38,19 @@ class OptimizedViT(ViT):
     It is called as `ViT` is, for any batch and any size. Gradients, training, and other devices and dtypes are refused.
     """
 
-    def __init__(self, config: ViTConfig, dtype: str, tensors: Mapping[str, Tensor]) -> None:
-        """`tensors`: by name, as `float_tensors` or `int8_tensors` gives them.
+    def __init__(self, config: ViTConfig, dtype: str, tensors: Mapping[str, Tensor], mode: str = "latency") -> None:
+        """`tensors`: by name, as `float_tensors` or `int8_tensors` gives them; the rest as for `optimize`.
 
         Raises:
-            ValueError: tensors of other names or shapes than these.
+            ValueError: tensors of other names or shapes than these, an unknown mode.
         """
+        if mode not in MODES:
+            raise ValueError(unknown("mode", mode, MODES))
         with torch.device("meta"):
             super().__init__(config)
         check_shapes(self, dtype, tensors)
-        self.optimized = dtype
+        self.optimized, self.mode = dtype, mode
+        self._compiled = Compiled(self._through) if mode == "throughput" else None
         self._positions: dict[tuple[int, int], Tensor] = {}
         for i in range(config.depth):
             prefix = f"blocks.{i}."
@@ -74,13 +79,18 @@ class OptimizedViT(ViT):
 
     def _read(self, images: Tensor) -> Tensor:
         """[B, n, D], the tokens that the head reads at the least."""
-        n = PREFIX.get(self.config.global_pool)
-        if n is None or not self._is_plain(self.blocks[-1]):
+        cut_or_compiled = self.blocks[-1:] if self._compiled is None else self.blocks
+        if not all(self._is_plain(block) for block in cut_or_compiled):
             return super().forward_features(images)
-        grid, x = self.grid_of(images), self.embed(images)  # [B, T, D]
+        n = PREFIX.get(self.config.global_pool)
+        return (self._compiled or self._through)(self.embed(images), self.grid_of(images), n)
+
+    def _through(self, x: Tensor, grid: tuple[int, int], n: int | None) -> Tensor:
+        """The blocks and the norm after them: [B, T, D] -> [B, n, D] of the first n tokens, or of all."""
         for block in self.blocks[:-1]:
             x = block(x, grid)  # [B, T, D]
-        return self.norm(self.blocks[-1].first(x, n))  # type: ignore[operator]
+        last = self.blocks[-1]
+        return self.norm(last(x, grid) if n is None else last.first(x, n))  # type: ignore[operator]
 
     def _is_plain(self, block: Any) -> bool:
         """Does it attend by softmax, which takes fewer queries than keys, and does nobody look inside it?"""
@@ -160,7 +170,12 @@ def check_shapes(model: ViT, dtype: str, tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} is {texts[0]}, expected {texts[1]}")
 
 
-def optimize(model: ViT, dtype: str = "float32", images: Tensor | Sequence[Tensor] | None = None) -> OptimizedViT:
+def optimize(
+    model: ViT,
+    dtype: str = "float32",
+    images: Tensor | Sequence[Tensor] | None = None,
+    mode: str = "latency",
+) -> OptimizedViT:
     """The same model for inference on a CPU, faster.
 
     Args:
@@ -170,15 +185,21 @@ def optimize(model: ViT, dtype: str = "float32", images: Tensor | Sequence[Tenso
         images: for int8, what to calibrate on: 32 to 512 images like those to come, normalised as
             `model.preprocessing` says, [n, C, H, W] or a list of [C, H, W].
             None: parts of seven photographs that ship with the package.
+        mode: "latency" answers at once, whatever the images' size. "throughput" is for many batches of one size: logits
+            come from torch.compile, which takes 10 seconds (float32) or 30 (int8) in each process for each of the first
+            `vit.kernels.compiled.SHAPES` shapes of a batch, and needs a C++ compiler; without one it warns, and runs as
+            "latency" does.
 
     Returns:
         A model that is called as `model` is.
 
     Raises:
-        ValueError: a model that is optimized already, trains, or is elsewhere or in another dtype; an unknown dtype, or
-            one that this machine cannot compute in; images for float32, too few, with NaN, or constant.
+        ValueError: a model that is optimized already, trains, or is elsewhere or in another dtype; an unknown dtype
+            or mode, or a dtype that this machine cannot compute in; images for float32, too few, with NaN, or constant.
     """
     check(model, dtype)
+    if mode not in MODES:
+        raise ValueError(unknown("mode", mode, MODES))
     if dtype == "float32":
         if images is not None:
             raise ValueError("images are to calibrate int8 on: float32 needs none")
@@ -187,7 +208,7 @@ def optimize(model: ViT, dtype: str = "float32", images: Tensor | Sequence[Tenso
         given = photographs(model) if images is None else images
         with torch.inference_mode():
             tensors = int8_tensors(model, batches(model, given))
-    fast = OptimizedViT(model.config, dtype, tensors)
+    fast = OptimizedViT(model.config, dtype, tensors, mode)
     fast.preprocessing, fast.categories, fast.provenance = model.preprocessing, model.categories, model.provenance
     for block, attend in zip(fast.select_blocks(), model.attends):
         block.attention.attend = copy.deepcopy(attend)

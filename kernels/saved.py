@@ -60,12 +60,12 @@ def save(model: OptimizedViT, path: str | Path) -> Path:
     return path
 
 
-def load(path: str | Path) -> OptimizedViT:
-    """Read what `save` wrote. Nothing is calibrated again.
+def load(path: str | Path, mode: str = "latency") -> OptimizedViT:
+    """Read what `save` wrote, for the `mode` that `optimize` describes. Nothing is calibrated again.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another kind of file, a damaged one, or one for a processor of another kind.
+        ValueError: another kind of file, a damaged one, or one for a processor of another kind; an unknown mode.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
@@ -78,19 +78,19 @@ def load(path: str | Path) -> OptimizedViT:
     if _HEADER not in metadata:
         raise ValueError(f"{path} holds no optimized model: load it with vit.load_pretrained, then optimize it")
     try:
-        return _assemble(json.loads(metadata[_HEADER]), tensors)
+        return _assemble(json.loads(metadata[_HEADER]), tensors, mode)
     except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no optimized model as vit.kernels.save writes it: {error!r}") from None
 
 
-def _assemble(header: dict[str, Any], tensors: dict[str, Tensor]) -> OptimizedViT:
+def _assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> OptimizedViT:
     if header.keys() != _PARTS or header["dtype"] not in DTYPES:
         found = f"{sorted(header)} and dtype {header.get('dtype')!r}"
         raise ValueError(f"the header has {found}, expected {sorted(_PARTS)}")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has values that are not finite")
-    model = OptimizedViT(ViTConfig(**header["config"]), header["dtype"], tensors)
+    model = OptimizedViT(ViTConfig(**header["config"]), header["dtype"], tensors, mode)
     model.preprocessing = Preprocessing(**header["preprocessing"])
     model.categories = header["categories"]
     model.provenance = None if header["provenance"] is None else Provenance(**header["provenance"])

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import vit
-from vit.kernels import float32
-from vit.kernels.optimized import GRIDS, PART, OptimizedViT
+from vit.kernels import compiled, float32
+from vit.kernels.optimized import GRIDS, PART, OptimizedViT, missing
 
 SMALL = {"img_size": 64, "embed_dim": 64, "num_heads": 2, "depth": 3, "num_classes": 10}
 RELATIVES = {
@@ -272,3 +273,51 @@ def test_what_an_optimized_model_refuses(tmp_path: Path) -> None:
             call()
     with torch.autocast("cpu"), pytest.raises(ValueError, match="autocast cannot change that"):
         fast(x)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@torch.inference_mode()
+def test_throughput_compiles_each_shape(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if missing(dtype):
+        pytest.skip(missing(dtype))
+    monkeypatch.setattr(compiled, "SHAPES", 2)
+    plain = model(depth=2)
+    given = images(32, 3, 64, 64) if dtype == "int8" else None
+    fast = vit.kernels.optimize(plain, dtype, given, mode="throughput")
+    by_hand = vit.kernels.load(vit.kernels.save(fast, tmp_path / "fast.safetensors"))
+    bar = FLOAT32 if dtype == "float32" else 0.05
+    for shape in [(2, 3, 64, 64), (1, 3, 64, 64), (1, 3, 32, 64)]:  # the third is beyond SHAPES
+        x = images(*shape)
+        for _ in range(2):
+            ran = operations(lambda x=x: fast(x))
+            assert any(name.startswith("Torch-Compiled Region") for name in ran) == (shape[2] == 64)
+            assert difference(fast(x), by_hand(x)) <= bar
+    x = images(2, 3, 64, 64)
+    with vit.patch(fast, {"blocks.0.attention.heads": torch.zeros_like}):
+        assert difference(fast(x), by_hand(x)) > 2 * bar
+    assert difference(fast(x), by_hand(x)) <= bar
+    fast.set_attention("reference")
+    assert difference(fast(x), by_hand(x)) <= bar
+    again = copy.deepcopy(fast)
+    assert difference(again(x), by_hand(x)) <= bar
+
+
+def test_what_cannot_be_compiled_runs_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = model()
+    fast = vit.kernels.optimize(plain, mode="throughput")
+
+    def broken(*_: object) -> Tensor:
+        raise torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("No working C++ compiler found"), None)
+
+    monkeypatch.setattr(fast._compiled, "compiled", broken)
+    x = images(2, 3, 64, 64)
+    with pytest.warns(UserWarning, match=r"is there a C\+\+ compiler, such as g\+\+\?"):
+        assert difference(fast(x), plain(x)) <= FLOAT32
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert difference(fast(x), plain(x)) <= FLOAT32
+    file = vit.kernels.save(fast, tmp_path / "fast.safetensors")
+    for call in (lambda: vit.kernels.optimize(plain, mode="fast"), lambda: vit.kernels.load(file, mode="fast")):
+        with pytest.raises(ValueError, match="unknown mode 'fast'"):
+            call()

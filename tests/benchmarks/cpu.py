@@ -80,16 +80,16 @@ def ours(size: int) -> Call:
     return our_model(size)
 
 
-def ours_float32(size: int) -> Call:
+def ours_float32(size: int, mode: str = "latency") -> Call:
     import vit
 
-    return vit.kernels.optimize(our_model(size), "float32")
+    return vit.kernels.optimize(our_model(size), "float32", mode=mode)
 
 
-def ours_int8(size: int) -> Call:
+def ours_int8(size: int, mode: str = "latency") -> Call:
     import vit
 
-    return vit.kernels.optimize(our_model(size), "int8", noise(CALIBRATION, size, seed=2))
+    return vit.kernels.optimize(our_model(size), "int8", noise(CALIBRATION, size, seed=2), mode)
 
 
 def to_onnx(size: int, folder: str) -> str:
@@ -156,12 +156,14 @@ CONTESTANTS: dict[str, Callable[[int], Call]] = {
     "openvino": openvino,
     "ours": ours,
     "ours, float32": ours_float32,
+    "ours, float32, throughput": lambda size: ours_float32(size, "throughput"),
     "onnxruntime, dynamic int8": lambda size: onnxruntime(size, "dynamic"),
     "onnxruntime, static int8": lambda size: onnxruntime(size, "static"),
     "torch, dynamic int8": quantize_dynamic,
     "torchao int8, compiled": torchao,
     "openvino int8 (nncf)": lambda size: openvino(size, quantize=True),
     "ours, int8": ours_int8,
+    "ours, int8, throughput": lambda size: ours_int8(size, "throughput"),
     "ResNet-50": lambda size: eager(size, "resnet50"),
     "ResNet-50, openvino": lambda size: openvino(size, name="resnet50"),
     "EfficientNet-B0": lambda size: eager(size, "efficientnet_b0"),

@@ -1,0 +1,44 @@
+"""A function compiled once for each shape that it is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from warnings import warn
+
+import torch
+from torch import Tensor
+
+SHAPES = 8  # that are compiled; others run as they are, since each takes half a minute
+
+
+class Compiled:
+    """`fn(x, ...)` by torch.compile, with weights as constants."""
+
+    def __init__(self, fn: Callable[..., Tensor]) -> None:
+        self.fn = fn
+        self.shapes: set[tuple] = set()
+        self.broken = False
+        self.compiled = torch.compile(fn, dynamic=False, fullgraph=True)
+
+    def __reduce__(self) -> tuple:  # copies compile for themselves
+        return Compiled, (self.fn,)
+
+    def __call__(self, x: Tensor, *args: Any) -> Tensor:
+        """What `fn` gives. Warns once where it cannot be compiled, and runs it as it is from then on."""
+        shape = (*x.shape, *args)
+        if self.broken or (shape not in self.shapes and len(self.shapes) >= SHAPES):
+            return self.fn(x, *args)
+        self.shapes.add(shape)
+        import torch._dynamo  # which takes two seconds
+        import torch._inductor
+
+        freezing = torch._inductor.config.patch(freezing=True)
+        try:
+            with torch.no_grad(), freezing, torch._dynamo.config.patch(recompile_limit=4 * SHAPES):
+                return self.compiled(x, *args)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            self.broken = True
+            why = str(error).splitlines()[0]
+            warn(f"runs uncompiled, which is slower: is there a C++ compiler, such as g++? {why}", stacklevel=5)
+            return self.fn(x, *args)
