@@ -24,6 +24,9 @@ def epilogue(gelu: str | None) -> tuple[str, list, str]:
 class PackedLinear(nn.Module):
     """gelu(x W^T + b), or without the GELU, by oneDNN."""
 
+    bias: Tensor
+    packed: Tensor
+
     def __init__(self, weight: Tensor, bias: Tensor, gelu: str | None = None) -> None:
         """[N, K] and [N] float32; `gelu` "erf" or "tanh"."""
         super().__init__()

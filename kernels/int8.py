@@ -78,6 +78,11 @@ class QuantizedNorm(nn.Module):
 class Int8Linear(nn.Module):
     """x W^T + b of bytes, and what follows while it is in registers: GELU and quantizing, or the residual's sum."""
 
+    bias: Tensor
+    weight_scale: Tensor
+    weight_zero: Tensor
+    packed: Tensor
+
     def __init__(self, tensors: Mapping[str, Tensor], name: str, gelu: str | None = None, then: Quantize | None = None):
         """`tensors`: this layer's under `name`: weight [N, K] int8, weight_scale [N], bias [N], scale and zero of x."""
         super().__init__()
