@@ -93,7 +93,7 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> 
     model = OptimizedViT(ViTConfig(**header["config"]), header["dtype"], tensors, mode)
     model.preprocessing = Preprocessing(**header["preprocessing"])
     model.categories = header["categories"]
-    model.provenance = None if header["provenance"] is None else Provenance(**header["provenance"])
+    model.provenance = None if header["provenance"] is None else Provenance.from_dict(header["provenance"])
     for i, name in enumerate(header["attention"]):
         if name != model.attends[i].name:
             model.set_attention(name, [i])

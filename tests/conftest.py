@@ -29,6 +29,16 @@ def default_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(params=["float32", "int8"])
+def optimized_dtype(request: pytest.FixtureRequest) -> str:
+    """What a model can be optimized to; skipped where this machine cannot compute so."""
+    from vit.kernels.optimized import missing
+
+    if reason := missing(request.param):
+        pytest.skip(reason)
+    return request.param
+
+
 @pytest.fixture
 def default_hub(default_checkpoint: Path) -> Iterator[HubServer]:
     """A Hub on the loopback that has the stand-in under the default checkpoint's name."""

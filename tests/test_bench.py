@@ -8,8 +8,9 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import vit
-from vit.cli import main, timing
+from vit.cli import bench, main, make_parser, timing
 from vit.cli.timing import Case
+from vit.kernels.optimized import missing
 
 CPU = torch.device("cpu")
 
@@ -95,6 +96,33 @@ def test_rows(capsys, tmp_path):
     if not torch.cuda.is_available():
         assert len(refused) == 4 and "attention 'cudnn' runs on cuda, not on cpu" in refused[0]["refused"]
     assert Image.open(tmp_path / "b.png").size == (1050, 675)
+
+
+def test_optimized(capsys, tmp_path, optimized_dtype):
+    dtype = optimized_dtype
+    command = ["bench", "--optimize", dtype, "-b", "1", "--rounds", "1"]
+    assert main([*command, "--model", "vit_digits_patch4_32", "--attention", "sdpa,reference,cudnn", "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["attention"] for row in found] == ["sdpa", "reference", "cudnn"]
+    assert all(row["optimize"] == dtype and row["dtype"] == "float32" for row in found)
+    assert "ms" in found[0] and "ms" in found[1] and "refused" in found[2]
+    plot = tmp_path / "b.png"
+    assert main([*command, "--model", "vit_tiny_patch16_224", "--set", "depth=1", "--plot", str(plot)]) == 0
+    head, _, row, _ = capsys.readouterr().out.splitlines()
+    assert head.startswith(f"vit_tiny_patch16_224 optimized in {dtype} (random weights) on ")
+    assert row.startswith(f"224x224         1  {dtype}") and plot.exists()
+
+
+def test_int8_is_timed_with_the_attention_that_it_takes():
+    if reason := missing("int8"):
+        pytest.skip(reason)
+    model = vit.load_pretrained("vit_digits_patch4_32")
+    args = make_parser().parse_args(["bench", "--model", "vit_digits_patch4_32", "--optimize", "int8"])
+    taken = vit.kernels.optimize(model, "int8").attends[0].name
+    assert {case.attention for case in bench.cases(args, bench.load(args))} == {taken}
+    args.attention = ["reference"]
+    (call, *_), _ = (list(calls) for calls in bench.prepare(bench.load(args), bench.cases(args, model), CPU))
+    assert call.attention == "reference"
 
 
 def test_the_table(capsys):

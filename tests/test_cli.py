@@ -17,7 +17,7 @@ from helpers import randomize
 from PIL import Image
 
 import vit
-from vit.cli import main
+from vit.cli import main, options
 from vit.cli.attention import draw
 from vit.cli.predict import batches, decode
 from vit.image import ImageError, create_transform, load_image
@@ -113,6 +113,52 @@ def test_predict_native_sizes(tmp_path, folder):
     assert "a.png" in result.stdout and "b.png" not in result.stdout
     refused = run("predict", tmp_path, "--model", DIGITS, "--img-size", "native", "--mode", "squash")
     assert refused.returncode == 2 and "--mode squash cannot go with it" in refused.stderr
+
+
+def test_predict_optimized(folder, tmp_path, optimized_dtype, capsys):
+    """The same answers, and from a file that was optimized before."""
+    dtype = optimized_dtype
+    command = ["predict", str(folder), "--json", "-k", "10", "--model"]
+    vit.kernels.save(vit.kernels.optimize(vit.load_pretrained(DIGITS), dtype), tmp_path / "fast.safetensors")
+    found = []
+    for arguments in ([DIGITS], [DIGITS, "--optimize", dtype], [str(tmp_path / "fast.safetensors")]):
+        assert main([*command, *arguments]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        found.append([json.loads(line)["predictions"] for line in lines])
+    plain, fast, saved = found
+    assert fast == saved and fast != plain
+    for ours, theirs in zip(fast, plain, strict=True):
+        assert ours[0]["label"] == theirs[0]["label"]
+        assert abs(ours[0]["probability"] - theirs[0]["probability"]) < (1e-5 if dtype == "float32" else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimize", "float32", "--device", "cuda"], "runs on the CPU alone, so --device cuda cannot go with it"),
+        (["--optimize", "int8", "--dtype", "bfloat16"], "takes float32 and no other, so --dtype bfloat16 cannot go"),
+        (["--optimize", "int4"], "invalid choice: 'int4'"),
+        (["--model", "{fast}", "--optimize", "float32"], "is optimized already, so --optimize cannot go with it"),
+        (["--model", "{fast}", "--dtype", "float16"], "takes float32 and no other, so --dtype float16 cannot go"),
+        (["--model", "{fast}", "--device", "cuda"], "runs on the CPU alone"),
+        (["--model", "{fast}", "--set", "eps=1e-5"], "--layout, --prefix, --sha256 and --set are for checkpoints"),
+    ],
+)
+@pytest.mark.parametrize("command", ["predict {image}", "features {image} -o {out}", "evaluate digits", "bench"])
+def test_what_cannot_go_with_optimize(command, arguments, message, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(options, "device", torch.device)  # whether this machine has it or not
+    names = {"fast": tmp_path / "fast.safetensors", "out": tmp_path / "out.safetensors"}
+    names["image"] = next(folder.glob("*.png"))
+    vit.kernels.save(vit.kernels.optimize(vit.load_pretrained(DIGITS)), names["fast"])
+    if "--model" not in arguments:
+        arguments = [*arguments, "--model", DIGITS]
+    try:
+        code = main([argument.format(**names) for argument in (*command.split(), *arguments)])
+    except SystemExit as stop:  # argparse's own
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == "" and message in err and len(err.splitlines()) == 1, err
+    assert not names["out"].exists()
 
 
 def test_predict_reports_and_skips_what_it_cannot_read(tmp_path, folder):

@@ -315,6 +315,26 @@ def test_results_are_kept_and_taken_up(tmp_path, folder, capsys, monkeypatch):
     assert not rows(capsys, copy, *args[1:], "--img-size", "24")[1][0]["reused"]
 
 
+def test_optimized(optimized_dtype, tmp_path, capsys, monkeypatch):
+    dtype = optimized_dtype
+    file = tmp_path / "results.jsonl"
+    args = ("digits", "--model", DIGITS, "--limit", "200", "--results", file)
+    _, (plain,), _ = rows(capsys, *args)
+    measured = []
+    monkeypatch.setattr(evaluate, "measure", lambda *args: measured.append(args[0].optimized) or measure(*args))
+    code, (fast,), _ = rows(capsys, *args, "--optimize", dtype)
+    assert code == 0 and measured == [dtype] and not fast["reused"]  # the other's figures are not its own
+    assert (plain["optimize"], fast["optimize"]) == (None, dtype)
+    assert abs(fast["right"] - plain["right"]) <= (0 if dtype == "float32" else 2)
+    assert rows(capsys, *args, "--optimize", dtype)[1] == [fast | {"reused": True}]
+    assert main(["evaluate", *map(str, args), "--optimize", dtype]) == 0
+    assert capsys.readouterr().out.startswith(f"{DIGITS} optimized in {dtype} on digits")
+
+    before = {name: value for name, value in plain.items() if name not in ("optimize", "reused")}
+    file.write_text(json.dumps(before) + "\n")  # as it was written before there was --optimize
+    assert rows(capsys, *args)[1][0]["reused"] and not rows(capsys, *args, "--optimize", dtype)[1][0]["reused"]
+
+
 def test_an_interruption_keeps_what_is_finished(tmp_path, folder, capsys, monkeypatch):
     def interrupted(model, transform, *others):
         if transform.size == (32, 32):

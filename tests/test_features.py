@@ -190,6 +190,34 @@ def test_another_run_is_not_mixed_in(tmp_path, folder, capsys):
     assert "is no safetensors file" in capsys.readouterr().err and output.read_bytes() == b"something else"
 
 
+def test_optimized(tmp_path, folder, capsys, optimized_dtype):
+    dtype = optimized_dtype
+    plain, fast = tmp_path / "plain.safetensors", tmp_path / "fast.safetensors"
+    features(folder, plain)
+    features(folder, fast, "--optimize", dtype)
+    ours, theirs = (load_file(file)["features"] for file in (fast, plain))
+    assert 0 < difference(ours, theirs) <= (FLOAT32 if dtype == "float32" else 0.1)
+    assert metadata(fast)["optimize"] == dtype
+    capsys.readouterr()
+    for file, options, message in (
+        (plain, ["--optimize", dtype], f"its optimize is None, not {dtype}"),
+        (fast, [], f"its optimize is {dtype}, not None"),
+    ):
+        before = file.read_bytes()
+        assert features(folder, file, *options) == 2
+        assert message in capsys.readouterr().err and file.read_bytes() == before
+
+
+def test_files_from_before_there_was_optimize_are_taken_up(tmp_path, folder, capsys):
+    output = tmp_path / "a.safetensors"
+    features(folder, output)
+    about = metadata(output)
+    del about["optimize"]
+    save_file(load_file(output), output, about)
+    assert features(folder, output) == 1 and "from an earlier run" in capsys.readouterr().out
+    assert features(folder, output, "--optimize", "float32") == 2
+
+
 @pytest.mark.parametrize(
     ("output", "options", "message"),
     [

@@ -175,12 +175,14 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     plain = model(init_values=0.3)
     plain.set_attention("reference", [1])
     plain.categories = [f"class {i}" for i in range(10)]
+    parent = vit.metadata.Provenance("a.pth", "0" * 64, "timm")
+    plain.provenance = vit.metadata.Provenance("b.safetensors", "1" * 64, "vit", parent=parent)
     fast = vit.kernels.optimize(plain)
     file = vit.kernels.save(fast, tmp_path / "fast.safetensors")
     loaded = vit.kernels.load(file)
     x = images(2, 3, 64, 48)
     assert torch.equal(loaded(x), fast(x))
-    for part in ("config", "preprocessing", "categories"):
+    for part in ("config", "preprocessing", "categories", "provenance"):
         assert getattr(loaded, part) == getattr(fast, part)
     assert [attend.name for attend in loaded.attends] == ["sdpa", "reference", "sdpa"]
     assert list(tmp_path.iterdir()) == [file]

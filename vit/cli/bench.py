@@ -19,7 +19,7 @@ from vit.attention import get_attention
 from vit.config import list_models
 from vit.model import ViT, create_model
 
-from . import options, timing
+from . import loading, options, timing
 from .plots import check_plot, figure_class
 from .timing import Case
 
@@ -48,8 +48,9 @@ def add_parser(commands: Any) -> None:
     several("-b", "--batch-size", type=listed(options.positive), default=[1, 8], help="default: 1,8")
     several("--img-size", type=listed(side), default=[None], help="224,384x160 (height x width); default: the model's")
     several("--dtype", type=listed(dtype), default=["float32"], help="float32,bfloat16,float16; default: float32")
-    several("--attention", type=listed(str), default=["sdpa"], help="registered names; default: sdpa")
+    several("--attention", type=listed(str), help="registered names; default: sdpa, or what --optimize takes")
     several("--threads", type=listed(options.positive), default=[torch.get_num_threads()], help="default: %(default)s")
+    loading.add_optimize(parser)
     parser.add_argument(
         "--rounds", type=options.positive, default=10, help="times that each runs; default: %(default)s"
     )
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     """Load, race, print a row per case."""
     if args.plot is not None:
         check_plot(args.plot)
-    for name in args.attention:
+    for name in args.attention or ():
         get_attention(name)
     model, device, before = load(args), args.device, torch.get_num_threads()
     try:
@@ -105,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
                 row["profile"] = timing.profile_kinds(call, device)
     finally:
         torch.set_num_threads(before)
-    show(args, model, rows + [vars(case) | {"refused": why} for case, why in refused.items()])
+    optimize = {"optimize": loading.optimized(model)}
+    show(args, model, rows + [vars(case) | optimize | {"refused": why} for case, why in refused.items()])
     if args.plot is not None:
         plot(rows, args.plot)
     return 0
@@ -113,19 +115,19 @@ def run(args: argparse.Namespace) -> int:
 
 def load(args: argparse.Namespace) -> ViT:
     """The model, with random weights where an architecture is named."""
-    from vit.weights import load_pretrained
-
     if args.model in list_models() and args.model not in list_models(pretrained=True):
         if any(value not in (None, []) for value in (args.layout, args.prefix, args.sha256)):
             raise ValueError(f"{args.model} gets random weights: --layout, --prefix and --sha256 are for checkpoints")
-        return create_model(args.model, **dict(args.settings)).eval().to(args.device)
-    return load_pretrained(args.model, device=args.device, **options.reading(args))
+        model = create_model(args.model, **dict(args.settings)).eval().to(args.device)
+        return loading.optimize(model, args)
+    return loading.load(args)
 
 
 def cases(args: argparse.Namespace, model: ViT) -> list[Case]:
     """All combinations."""
     sizes = [model.preprocessing.size if size is None else size for size in args.img_size]
-    lists = (sizes, args.batch_size, args.dtype, args.attention, args.threads)
+    attention = args.attention or [model.attends[0].name if loading.optimized(model) else "sdpa"]
+    lists = (sizes, args.batch_size, args.dtype, attention, args.threads)
     return [Case(*values) for values in itertools.product(*lists)]
 
 
@@ -159,10 +161,10 @@ def measured(
     low, median, high = timing.spread(times)
     speed = timing.flops(model.config, case.size) * case.batch / median
     return vars(case) | {
-        "ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high, "images_per_s": case.batch / median,
-        "gflops": speed / 1e9, "share_of_peak": speed / peaks[case.dtype, case.threads],
-        "peak_gflops": peaks[case.dtype, case.threads] / 1e9, "peak_mib": timing.peak_memory(call, device),
-        "rounds": len(times),
+        "optimize": loading.optimized(model), "ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high,
+        "images_per_s": case.batch / median, "gflops": speed / 1e9,
+        "share_of_peak": speed / peaks[case.dtype, case.threads], "peak_gflops": peaks[case.dtype, case.threads] / 1e9,
+        "peak_mib": timing.peak_memory(call, device), "rounds": len(times),
     }  # fmt: skip
 
 
@@ -174,7 +176,7 @@ def show(args: argparse.Namespace, model: ViT, rows: list[dict[str, Any]]) -> No
             print(json.dumps({"model": args.model} | row | {"environment": where}))
         return
     weights = "random weights" if model.provenance is None else model.provenance.source
-    print(f"{args.model} ({weights}) on {where['processor']}, torch {where['torch']}")
+    print(f"{loading.title(args, model)} ({weights}) on {where['processor']}, torch {where['torch']}")
     print(TABLE)
     for row in rows:
         print(line(row))
@@ -189,7 +191,8 @@ def show(args: argparse.Namespace, model: ViT, rows: list[dict[str, Any]]) -> No
 def line(row: dict[str, Any]) -> str:
     """A row as text."""
     height, width = row["size"]
-    what = f"{f'{height}x{width}':11} {row['batch']:5}  {row['dtype']:9} {row['attention']:10} {row['threads']:6}"
+    kind = row["optimize"] or row["dtype"]
+    what = f"{f'{height}x{width}':11} {row['batch']:5}  {kind:9} {row['attention']:10} {row['threads']:6}"
     if "refused" in row:
         return f"{what}   refused: {row['refused']}"
     quartiles = f"{row['low']:.1f} to {row['high']:.1f}"
@@ -204,7 +207,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         height, width = row["size"]
-        name = f"{height}x{width}, {row['dtype']}, {row['attention']}, {row['threads']} threads"
+        name = f"{height}x{width}, {row['optimize'] or row['dtype']}, {row['attention']}, {row['threads']} threads"
         lines.setdefault(name, []).append((row["batch"], row["images_per_s"]))
     figure = figure_class()(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from vit.image import ImageError, Transform, create_transform
 from vit.model import ViT
 
-from . import options
+from . import loading, options
 from .labelled import DIGITS, Sample, draw_samples, find_samples, match
 from .plots import check_plot, figure_class
 from .predict import Decoded, batches, decode
@@ -56,6 +56,7 @@ def add_parser(commands: Any) -> None:
         help="add each finished size to this file of JSON lines, and take from it what was measured before",
     )  # fmt: skip
     options.add_compute(parser)
+    loading.add_optimize(parser)
     parser.set_defaults(run=run)
 
 
@@ -80,13 +81,11 @@ def image_sizes(text: str) -> list[int | tuple[int, int] | str]:
 
 def run(args: argparse.Namespace) -> int:
     """Find the images, load the model, print one row per size as it is finished."""
-    from vit.weights import load_pretrained
-
     if args.plot is not None:
         check_plot(args.plot)
     before = [] if args.results is None else read_results(args.results)
     samples = find_samples(args.data)
-    model = load_pretrained(args.model, device=args.device, dtype=options.DTYPES[args.dtype], **options.reading(args))
+    model = loading.load(args)
     if model.config.num_classes == 0:
         raise ValueError(f"{args.model} has no classifier, so there is nothing to evaluate")
     transforms = make_transforms(model, args)
@@ -95,7 +94,8 @@ def run(args: argparse.Namespace) -> int:
     truth = torch.tensor([outputs[name] for _, name in samples])  # [images]
 
     if not args.json:
-        print(f"{args.model} on {args.data}: {len(samples)} images, {len(outputs)} classes, matched by {rule}")
+        what = loading.title(args, model)
+        print(f"{what} on {args.data}: {len(samples)} images, {len(outputs)} classes, matched by {rule}")
         print(TABLE, flush=True)
     rows = []
     reported: set[str] = set()
@@ -266,8 +266,8 @@ def settings(args: argparse.Namespace, model: ViT, samples: Sequence[Sample], tr
     return {
         "sha256": model.provenance.sha256 if model.provenance else None,
         "reading": [args.layout, args.prefix, *(f"{name}={value}" for name, value in args.settings)],
-        "digest": digest.hexdigest(), "max_tokens": args.max_tokens, "dtype": args.dtype, "device": str(args.device),
-        "batch_size": args.batch_size,
+        "digest": digest.hexdigest(), "max_tokens": args.max_tokens, "dtype": args.dtype,
+        "optimize": loading.optimized(model), "device": str(args.device), "batch_size": args.batch_size,
     }  # fmt: skip
 
 
@@ -290,7 +290,7 @@ def read_results(file: Path) -> list[dict[str, Any]]:
             row = json.loads(text)
         if not isinstance(row, dict) or not {"size", "top1", "interval", "unreadable"} <= row.keys():
             raise ValueError(f"line {i} of {file} is no result of vit evaluate: remove it, or name another file")
-        rows.append(row)
+        rows.append({"optimize": None} | row)  # files from before that option do not say
     return rows
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from vit.image import ImageError, Transform, create_transform
 from vit.model import ViT
 
-from . import options
+from . import loading, options
 from .pca import draw_components
 from .predict import Decoded, batches, decode, find_images
 
@@ -52,13 +52,12 @@ def add_parser(commands: Any) -> None:
     options.add_reading(parser)
     options.add_size(parser)
     options.add_compute(parser)
+    loading.add_optimize(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Find the images, load the model, write one file after another."""
-    from vit.weights import load_pretrained
-
     if args.pca:
         options.check_picture(args.output)
         if args.kind != KINDS[0] or args.save_dtype != "float32" or args.shard:
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--output must be a .safetensors file, not {args.output}")
     sizing = options.sizing(args)
     paths = list(dict.fromkeys(find_images(args.images)))  # each once
-    model = load_pretrained(args.model, device=args.device, dtype=options.DTYPES[args.dtype], **options.reading(args))
+    model = loading.load(args)
     transform = create_transform(model, **sizing)
     if args.pca:
         return draw_components(model, transform, paths, args.output)
@@ -125,7 +124,7 @@ def describe(model: ViT, transform: Transform, args: argparse.Namespace) -> dict
     return {
         "kind": args.kind, "dtype": args.save_dtype, "model": args.model, "model_sha256": str(sha256),
         "model_config": json.dumps(model.config.to_dict()), "transform": repr(transform), "computed": args.dtype,
-        "prefix": args.prefix or "",  # of two models in one file, which one
+        "optimize": str(loading.optimized(model)), "prefix": args.prefix or "",  # of two models in one file, which one
     }  # fmt: skip
 
 
@@ -170,7 +169,7 @@ def check_file(file: Path, settings: dict[str, str], paths: list[Path]) -> None:
         return
     found = read_metadata(file)
     for name, value in settings.items():
-        if found.get(name) != value:
+        if str(found.get(name)) != value:  # files from before --optimize do not name it
             raise ValueError(
                 f"{file} is there already, and its {name} is {found.get(name)}, not {value}: remove it, or choose"
                 " another --output"

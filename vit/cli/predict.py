@@ -22,7 +22,7 @@ from vit.model import ViT
 from vit.packed import BUDGET
 from vit.resources import imagenet_categories, imagenet_synsets
 
-from . import options
+from . import loading, options
 
 # What counts as an image when a folder is searched; a file that is named is read whatever its ending.
 ENDINGS = {
@@ -42,16 +42,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-k", "--top-k", type=options.positive, default=5, help="labels per image (%(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object per line and image")
     options.add_compute(parser)
+    loading.add_optimize(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Find the images, load the model, print labels as they come."""
-    from vit.weights import load_pretrained
-
     paths = find_images(args.images)
     sizing = options.sizing(args)
-    model = load_pretrained(args.model, device=args.device, dtype=options.DTYPES[args.dtype], **options.reading(args))
+    model = loading.load(args)
     if model.config.num_classes == 0:
         raise ValueError(f"{args.model} has no classifier, so there is nothing to predict")
     transform = create_transform(model, **sizing)

@@ -1,0 +1,101 @@
+"""The model that a command runs: a checkpoint as its options say, optimized where they ask for it."""
+
+import argparse
+import hashlib
+from contextlib import suppress
+from pathlib import Path
+
+from vit.metadata import Provenance
+from vit.model import ViT
+
+from . import options
+
+OPTIMIZED = "vit.optimized"  # in the header of what vit.kernels.save writes
+
+
+def add_optimize(parser: argparse.ArgumentParser) -> None:
+    """--optimize: into what `vit.kernels.optimize` makes of a model."""
+    parser.add_argument(
+        "--optimize", choices=("float32", "int8"),
+        help="run it faster on the CPU: by packed float32 products (the same numbers) or in int8 (nearly)",
+    )  # fmt: skip
+
+
+def load(args: argparse.Namespace) -> ViT:
+    """What --model names, in the dtype asked for, or in the file's if there are several.
+
+    Raises:
+        ValueError, OSError: as `load_pretrained`, `vit.kernels.load` and `optimize`.
+    """
+    from vit.weights import load_pretrained
+
+    if is_optimized_file(args.model):
+        return load_optimized(args)
+    if args.optimize:
+        check(args)  # before a large file is read
+    dtypes = asked_dtypes(args)
+    dtype = options.DTYPES[dtypes[0]] if len(dtypes) == 1 else None
+    return optimize(load_pretrained(args.model, device=args.device, dtype=dtype, **options.reading(args)), args)
+
+
+def optimize(model: ViT, args: argparse.Namespace) -> ViT:
+    """The model as --optimize asks; as it is where it does not.
+
+    Raises:
+        ValueError: another device or dtype, or a machine that cannot compute so.
+    """
+    if not args.optimize:
+        return model
+    check(args)
+    from vit import kernels
+
+    return kernels.optimize(model, args.optimize)
+
+
+def optimized(model: ViT) -> str | None:
+    """What a model was optimized to, "float32" or "int8"; None for one as it was."""
+    return getattr(model, "optimized", None)
+
+
+def title(args: argparse.Namespace, model: ViT) -> str:
+    """--model, and what it was optimized to, for the head of a table."""
+    return args.model + (f" optimized in {optimized(model)}" if optimized(model) else "")
+
+
+def check(args: argparse.Namespace) -> None:
+    """ValueError for a --device or --dtype that cannot go with an optimized model."""
+    if args.device.type != "cpu":
+        raise ValueError(f"an optimized model runs on the CPU alone, so --device {args.device} cannot go with it")
+    if others := [name for name in asked_dtypes(args) if name != "float32"]:
+        raise ValueError(f"an optimized model takes float32 and no other, so --dtype {others[0]} cannot go with it")
+
+
+def asked_dtypes(args: argparse.Namespace) -> list[str]:
+    """--dtype, which is a list in `vit bench`."""
+    return [args.dtype] if isinstance(args.dtype, str) else args.dtype
+
+
+def is_optimized_file(name: str) -> bool:
+    """Did `vit.kernels.save` write it?"""
+    from safetensors import SafetensorError, safe_open
+
+    if not name.endswith(".safetensors") or not Path(name).is_file():
+        return False
+    with suppress(SafetensorError), safe_open(name, "pt") as file:  # load_pretrained says what is wrong with it
+        return OPTIMIZED in (file.metadata() or {})
+    return False
+
+
+def load_optimized(args: argparse.Namespace) -> ViT:
+    """What `vit.kernels.save` wrote. Its provenance is the file, with that of the checkpoint before as its parent."""
+    from vit import kernels
+
+    if args.optimize:
+        raise ValueError(f"{args.model} is optimized already, so --optimize cannot go with it")
+    if any((args.layout, args.prefix, args.sha256, args.settings)):
+        raise ValueError(f"{args.model} is optimized: --layout, --prefix, --sha256 and --set are for checkpoints")
+    check(args)
+    model = kernels.load(args.model)
+    sha256 = hashlib.sha256(Path(args.model).read_bytes()).hexdigest()
+    model.provenance = Provenance(args.model, sha256, "optimized", parent=model.provenance)
+    return model
