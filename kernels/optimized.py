@@ -206,7 +206,7 @@ def optimize(
         tensors = float_tensors(model)
     else:
         given = photographs(model) if images is None else images
-        with torch.inference_mode():
+        with torch.no_grad():
             tensors = int8_tensors(model, batches(model, given))
     fast = OptimizedViT(model.config, dtype, tensors, mode)
     fast.preprocessing, fast.categories, fast.provenance = model.preprocessing, model.categories, model.provenance

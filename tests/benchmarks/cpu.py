@@ -96,7 +96,15 @@ def to_onnx(size: int, folder: str) -> str:
     """The file that timm's model is exported to, for any batch."""
     file = f"{folder}/model.onnx"
     batch = {0: torch.export.Dim("batch", min=1, max=1024)}
-    torch.onnx.export(timm_model(size), (noise(2, size),), file, dynamo=True, dynamic_shapes=(batch,), verbose=False)
+    torch.onnx.export(
+        timm_model(size),
+        (noise(2, size),),
+        file,
+        dynamo=True,
+        dynamic_shapes=(batch,),
+        verbose=False,
+        external_data=False,
+    )
     return file
 
 
