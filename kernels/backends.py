@@ -86,6 +86,7 @@ def _what_attention_gets(model: ViT, images: Tensor) -> Tensor:
     weight, device = model.patch_embed.proj.weight, images.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    dtype = getattr(model.blocks[0].attention, "dtype", dtype)  # that of an int8 model is its own
     T, A = model.config.num_prefix_tokens + h * w, model.config.num_heads
     qkv = torch.empty(len(images), T, 3, A, model.config.embed_dim // A, dtype=dtype, device=images.device)
     before = (*model.patch_embed.parameters(), *model.blocks.parameters(), model.class_token, model.position_embedding)

@@ -143,7 +143,7 @@ def test_an_error_in_any_part_would_be_seen(layer: str, part: str) -> None:
 
 
 @needs
-def test_what_runs() -> None:
+def test_what_runs(capsys: pytest.CaptureFixture) -> None:
     from test_optimize import operations
 
     fast = quantized(model())
@@ -152,6 +152,9 @@ def test_what_runs() -> None:
     assert not any(name in ran for name in ("aten::gelu", "mkldnn::_linear_pointwise", "aten::int_repr"))
     if int8.multiplies_bfloat16():
         assert {attend.name for attend in fast.attends} == {"bmm"}
+        vit.kernels.explain(fast, images(2, 3, 64, 64))
+        told = capsys.readouterr().out
+        assert "torch.bfloat16 on cpu, without gradients" in told and "blocks 0 to 2: 'bmm': runs" in told
         assert vit.record(fast, images(1, 3, 64, 64), "blocks.1.attention.q").popitem()[1].dtype == torch.bfloat16
 
 
