@@ -37,7 +37,7 @@ class Compiled:
         try:
             with torch.no_grad(), freezing, torch._dynamo.config.patch(recompile_limit=4 * SHAPES):
                 return self.compiled(x, *args)
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except torch._dynamo.exc.TorchDynamoException as error:
             self.broken = True
             why = str(error).splitlines()[0]
             warn(f"runs uncompiled, which is slower: is there a C++ compiler, such as g++? {why}", stacklevel=5)

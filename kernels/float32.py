@@ -95,8 +95,8 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def float_tensors(model: ViT) -> dict[str, Tensor]:
-    """A model's weights, copied, LayerScale in those of the layer before it."""
-    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    """A model's weights, copied, LayerScale in those before it; not those that attention has of its own."""
+    tensors = {name: x.detach().clone() for name, x in model.state_dict().items() if ".attend." not in name}
     for i in range(model.config.depth):
         for scale, layer in (("scale1", "attention.proj"), ("scale2", "mlp.fc2")):
             factor = tensors.pop(f"blocks.{i}.{scale}", None)  # [D]

@@ -51,9 +51,11 @@ class Quantize(nn.Module):
     """float -> unsigned bytes."""
 
     def __init__(self, scale: Tensor, zero: Tensor) -> None:
-        """Scalars: float32 and int32."""
+        """Scalars: float32 above 0, and int32 from 0 to 255; ValueError for others."""
         super().__init__()
         self.scale, self.zero = scale.item(), int(zero.item())
+        if self.scale <= 0 or not 0 <= self.zero <= 255:
+            raise ValueError(f"expected a scale above 0 and a zero from 0 to 255, not {self.scale} and {self.zero}")
 
     def forward(self, x: Tensor) -> Tensor:
         """Of any shape."""
@@ -140,10 +142,15 @@ class Int8Attention(nn.Module):
     def __init__(self, config: ViTConfig, block: int, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
+        self.multiplies_bfloat16 = multiplies_bfloat16()
         self.qkv = Int8Linear(tensors, "attention.qkv")
         self.attend = Attend(config, block)
         self.proj = Int8Linear(tensors, "attention.proj")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of q, k and v: bfloat16 for `bmm` where that is fast; other functions get what they get in the model."""
+        return torch.bfloat16 if self.attend.name == "bmm" and self.multiplies_bfloat16 else torch.float32
 
     def forward(
         self, x: Tensor, residual: Tensor, grid: Grid | list[Grid] | None = None, lengths: list[int] | None = None

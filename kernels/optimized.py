@@ -96,7 +96,8 @@ class OptimizedViT(ViT):
         """Does it attend by softmax, which takes fewer queries than keys, and does nobody look inside it?"""
         attend = block.attention.attend
         watched = any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
-        return attend.name in ("sdpa", "reference", "bmm") and not watched and not attend.patched
+        softmax = attend.name in ("sdpa", "reference", "bmm") and not attend.options  # a bias has T rows
+        return softmax and not watched and not attend.patched
 
     def accept(self, images: Tensor, ragged: str) -> Tensor:
         """As `ViT.accept`; ValueError where a gradient would be wanted."""
@@ -211,8 +212,8 @@ def optimize(
     fast = OptimizedViT(model.config, dtype, tensors, mode)
     fast.preprocessing, fast.categories, fast.provenance = model.preprocessing, model.categories, model.provenance
     for block, attend in zip(fast.select_blocks(), model.attends):
-        block.attention.attend = copy.deepcopy(attend)
-        if dtype == "int8" and attend.name == "sdpa" and int8.multiplies_bfloat16():
+        block.attention.attend = copy.deepcopy(attend).requires_grad_(False)
+        if dtype == "int8" and attend.name == "sdpa" and not attend.options and int8.multiplies_bfloat16():
             block.attention.attend.set(bmm, "bmm", {})
     return fast
 

@@ -213,6 +213,10 @@ def test_saved_small_and_loaded_without_calibrating(tmp_path: Path, monkeypatch:
     loaded = vit.kernels.load(file)
     x = images(2, 3, 64, 48)
     assert torch.equal(loaded(x), fast(x))
+    with pytest.raises(ValueError, match="a zero from 0 to 255, not .* and 300"):
+        OptimizedViT(
+            fast.config, "int8", fast.tensors() | {"blocks.0.mlp.fc2.zero": torch.tensor(300, dtype=torch.int32)}
+        )
     file.write_bytes(file.read_bytes().replace(b"blocks.0.mlp.wide1.bias", b"blocks.0.mlp.wide3.bias"))
     with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.wide1\.bias is none"):
         vit.kernels.load(file)

@@ -143,6 +143,46 @@ def test_other_attention_stays() -> None:
     assert difference(fast(x), plain(x)) <= FLOAT32
 
 
+class Scaled(nn.Module):
+    """Attention with a weight of its own."""
+
+    def __init__(self, config: vit.ViTConfig, block: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((config.num_heads, 1, 1), 5.0 + block))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        return vit.attention.sdpa(self.weight * q, k, v, bias=bias)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_attention_with_options_and_weights_of_its_own_stays(dtype: str) -> None:
+    if missing(dtype):
+        pytest.skip(missing(dtype))
+    plain = model()
+    given = images(32, 3, 64, 64) if dtype == "int8" else None
+    x, bar = images(2, 3, 64, 64), FLOAT32 if dtype == "float32" else 0.1
+    before = plain(x)
+    for change in (lambda: plain.set_attention("sdpa", bias=9 * torch.eye(17)), lambda: plain.set_attention(Scaled)):
+        change()
+        fast = vit.kernels.optimize(plain, dtype, given)
+        assert difference(fast(x), plain(x)) <= bar < difference(fast(x), before)
+        assert not any(parameter.requires_grad for parameter in fast.parameters()) and not fast(x).requires_grad
+        assert all(parameter.requires_grad for parameter in plain.parameters())
+
+
+@torch.inference_mode()
+def test_other_layouts_of_images() -> None:
+    plain = model()
+    fast = vit.kernels.optimize(plain)
+    x = images(2, 3, 64, 48)
+    for given in (
+        x.to(memory_format=torch.channels_last),
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        x[:, [2, 1, 0]],
+    ):
+        assert difference(fast(given), plain(given)) <= FLOAT32
+
+
 @torch.inference_mode()
 def test_looking_inside() -> None:
     plain = model()
