@@ -34,11 +34,17 @@ class Compiled:
         import torch._inductor
 
         freezing = torch._inductor.config.patch(freezing=True)
+        unlimited = torch._dynamo.config.patch(
+            recompile_limit=2**30, accumulated_recompile_limit=2**30
+        )  # of all models
         try:
-            with torch.no_grad(), freezing, torch._dynamo.config.patch(recompile_limit=4 * SHAPES):
+            with torch.no_grad(), freezing, unlimited:
                 return self.compiled(x, *args)
         except torch._dynamo.exc.TorchDynamoException as error:
             self.broken = True
             why = str(error).splitlines()[0]
-            warn(f"runs uncompiled, which is slower: is there a C++ compiler, such as g++? {why}", stacklevel=5)
+            warn(
+                f"runs uncompiled, which is slower: is there a C++ compiler, such as g++? The reason: {why}",
+                stacklevel=6,
+            )
             return self.fn(x, *args)

@@ -24,6 +24,8 @@ def batches(model: ViT, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
         ValueError: fewer than `LEAST` images or more than `MOST`, or one that the model refuses, is not finite, or has
             one value throughout; it is named by its number.
     """
+    if not isinstance(images, (Tensor, list, tuple)) or not all(isinstance(image, Tensor) for image in images):
+        raise ValueError(f"expected a tensor or a list of tensors to calibrate on, not {type(images).__name__}")
     if len(images) < LEAST or len(images) > MOST:
         raise ValueError(f"expected {LEAST} to {MOST} images to calibrate on, not {len(images)}")
     result: list[list[Tensor]] = []

@@ -3,7 +3,7 @@
 A number x stands as q = round(x / scale) + zero, 0 to 255 (arXiv:1712.05877, Eq. 1). Weights have a scale for each row
 and no zero; activations have one scale and zero for a whole tensor, fixed beforehand (`vit.kernels.calibrate`). Between
 two products nothing is held in float32 but the residual stream, LayerNorm's sums and attention: quantizing ends
-LayerNorm, and GELU and quantizing end fc1.
+LayerNorm, and GELU and quantizing end fc1. Who looks inside sees norms as bytes, and v and heads smoothed.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight_scale", tensors[f"{name}.weight_scale"])
         self.register_buffer("weight_zero", torch.zeros(self.out_features, dtype=torch.int32))
         self.register_buffer("packed", pack(weight))
+        if not (self.weight_scale > 0).all():
+            raise ValueError(f"{name}.weight_scale must be above 0")
 
     @property
     def weight(self) -> Tensor:
@@ -153,11 +155,18 @@ class Int8Attention(nn.Module):
         return torch.bfloat16 if self.attend.name == "bmm" and self.multiplies_bfloat16 else torch.float32
 
     def forward(
-        self, x: Tensor, residual: Tensor, grid: Grid | list[Grid] | None = None, lengths: list[int] | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        grid: Grid | list[Grid] | None = None,
+        lengths: list[int] | None = None,
     ) -> Tensor:
-        """[B, T, D] bytes, and the stream [B, T', D] -> [B, T', D]: of the first T' tokens as queries."""
+        """[B, T, D] bytes, and the stream [B, T', D] -> [B, T', D]: of the first T' tokens as queries.
+
+        Without the stream what is to be added to it.
+        """
         B, T, D = x.shape
-        n = residual.shape[1]
+        n = T if residual is None else residual.shape[1]
         qkv = self.qkv(x, dtype=self.dtype).view(B, T, 3, self.num_heads, D // self.num_heads)  # [B, T, 3, A, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)  # each [B, A, T, d]
         out = self.attend(q[:, :, :n], k, v, grid, lengths).transpose(1, 2)  # [B, T', A, d]
@@ -174,8 +183,8 @@ class Int8MLP(nn.Module):
         self.fc1 = Int8Linear(tensors, "mlp.fc1", config.gelu, self.fc2.quantize)
         self.wide1 = Int8Linear(tensors, "mlp.wide1", config.gelu, self.wide2.quantize)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """[B, T, D] bytes, and the stream [B, T, D] -> [B, T, D]."""
+    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """[B, T, D] bytes, and the stream [B, T, D] -> [B, T, D]; without the stream what is to be added to it."""
         return self.wide2(self.wide1(x), self.fc2(self.fc1(x), residual))
 
 
@@ -195,6 +204,9 @@ class Int8Block(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid | list[Grid] | None = None, lengths: list[int] | None = None) -> Tensor:
         """As `vit.model.Block.forward`."""
+        if self.attention._forward_hooks or self.mlp._forward_hooks:  # which are to see what the model's would
+            x = x + self.attention(self.norm1(x), None, grid, lengths)  # [B, T, D]
+            return x + self.mlp(self.norm2(x), None)  # [B, T, D]
         x = self.attention(self.norm1(x), x, grid, lengths)  # [B, T, D]
         return self.mlp(self.norm2(x), x)  # [B, T, D]
 

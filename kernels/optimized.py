@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vit.attention import reference, sdpa
 from vit.checks import unknown
 from vit.config import ViTConfig
-from vit.model import Block, ViT
+from vit.model import ViT
 
 from . import int8
 from .calibrate import int8_tensors
@@ -63,12 +64,16 @@ class OptimizedViT(ViT):
         torch.empty(KEPT, dtype=torch.uint8)
 
     def forward(self, images: Tensor, ragged: str = "error") -> Tensor:
-        """As `ViT.forward`; of the last block only what the head reads is computed."""
+        """As `ViT.forward`; of the last block only what the head reads is computed, where nobody looks inside."""
+        if is_watched(self):
+            return super().forward(images, ragged)
         parts = self._parts(self.accept(images, ragged))
         return torch.cat([self.forward_head(self._read(part)) for part in parts])
 
     def forward_features(self, images: Tensor, ragged: str = "error") -> Tensor:
         """As `ViT.forward_features`."""
+        if is_watched(self):
+            return super().forward_features(images, ragged)
         parts = [super(OptimizedViT, self).forward_features(part) for part in self._parts(self.accept(images, ragged))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -93,11 +98,9 @@ class OptimizedViT(ViT):
         return self.norm(last(x, grid) if n is None else last.first(x, n))  # type: ignore[operator]
 
     def _is_plain(self, block: Any) -> bool:
-        """Does it attend by softmax, which takes fewer queries than keys, and does nobody look inside it?"""
+        """Does it attend by softmax, which takes fewer queries than keys, and without a bias, which has T rows?"""
         attend = block.attention.attend
-        watched = any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
-        softmax = attend.name in ("sdpa", "reference", "bmm") and not attend.options  # a bias has T rows
-        return softmax and not watched and not attend.patched
+        return attend.source in (sdpa, reference, bmm) and not attend.options
 
     def accept(self, images: Tensor, ragged: str) -> Tensor:
         """As `ViT.accept`; ValueError where a gradient would be wanted."""
@@ -109,11 +112,13 @@ class OptimizedViT(ViT):
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """As `ViT.positions`, of the last grids from memory: weights do not change here."""
-        if grid not in self._positions:
-            if len(self._positions) >= GRIDS:
-                self._positions.pop(next(iter(self._positions)))
-            self._positions[grid] = super().positions(grid)
-        return self._positions[grid]
+        positions = self._positions.get(grid)
+        if positions is None:
+            positions = super().positions(grid)
+            for old in list(self._positions)[: 1 - GRIDS]:
+                self._positions.pop(old, None)
+            self._positions[grid] = positions
+        return positions
 
     def train(self, mode: bool = True) -> OptimizedViT:
         """ValueError for training."""
@@ -151,7 +156,7 @@ class OptimizedViT(ViT):
         tensors = {name: x for name, x in self.named_parameters() if not name.startswith("blocks.")}
         for i, block in enumerate(self.blocks):
             tensors |= {f"blocks.{i}.{name}": x for name, x in block.tensors().items()}  # type: ignore[operator]
-        return {name: x.detach() for name, x in tensors.items()}
+        return {name: x.detach().contiguous() for name, x in tensors.items()}
 
 
 def check_shapes(model: ViT, dtype: str, tensors: Mapping[str, Tensor]) -> None:
@@ -182,7 +187,7 @@ def optimize(
     Args:
         model: in eval mode, in float32 on the CPU. It stays as it is.
         dtype: "float32", within the rounding errors of float32; or "int8", see `vit.kernels.int8`, which needs a
-            processor with VNNI.
+            processor with VNNI; bytes know no NaN, and images that have some get numbers.
         images: for int8, what to calibrate on: 32 to 512 images like those to come, normalised as
             `model.preprocessing` says, [n, C, H, W] or a list of [C, H, W].
             None: parts of seven photographs that ship with the package.
@@ -214,7 +219,7 @@ def optimize(
     for block, attend in zip(fast.select_blocks(), model.attends):
         block.attention.attend = copy.deepcopy(attend).requires_grad_(False)
         if dtype == "int8" and attend.name == "sdpa" and not attend.options and int8.multiplies_bfloat16():
-            block.attention.attend.set(bmm, "bmm", {})
+            block.attention.attend.set(bmm, "bmm", {}, attend.check)
     return fast
 
 
@@ -234,10 +239,31 @@ def check(model: object, dtype: str) -> None:
             raise ValueError(f"expected a model in torch.float32 on the CPU, and {name} is {where}")
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name} has values that are not finite")
-    if not all(type(block) is Block for block in model.blocks):
-        raise ValueError("the model has blocks of another kind than vit.model.Block")
+    check_parts(model)
     if reason := missing(dtype):
         raise ValueError(f"this machine cannot compute in {dtype} so: {reason}")
+
+
+def check_parts(model: ViT) -> None:
+    """ValueError for a model with other parts than `ViT` has, whose work would be lost."""
+    with torch.device("meta"):
+        parts = dict(ViT(model.config).named_modules())
+    for name, module in model.named_modules():
+        if ".attend" in name:
+            continue
+        kind, expected = type(module), type(parts.get(name))
+        if kind is not expected:
+            raise ValueError(f"{name or 'the model'} is {kind.__name__}, expected {expected.__name__}")
+        if isinstance(module, nn.LayerNorm) and module.eps != model.config.eps:
+            raise ValueError(f"{name}.eps is {module.eps}, expected that of the config, {model.config.eps}")
+    if is_watched(model):
+        raise ValueError("the model has hooks, which would be lost: remove them, or leave vit.patch, first")
+
+
+def is_watched(model: ViT) -> bool:
+    """Does anybody look inside?"""
+    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    return hooks or any(attend.patched for attend in model.attends)
 
 
 def missing(dtype: str) -> str | None:

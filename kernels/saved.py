@@ -87,6 +87,9 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> 
     if header.keys() != _PARTS or header["dtype"] not in DTYPES:
         found = f"{sorted(header)} and dtype {header.get('dtype')!r}"
         raise ValueError(f"the header has {found}, expected {sorted(_PARTS)}")
+    attention, depth = header["attention"], header["config"]["depth"]
+    if not isinstance(attention, list) or len(attention) != depth:
+        raise ValueError(f"the header names {attention!r} as attention, expected {depth} names")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has values that are not finite")

@@ -222,6 +222,20 @@ def test_saved_small_and_loaded_without_calibrating(tmp_path: Path, monkeypatch:
         vit.kernels.load(file)
 
 
+@needs
+@torch.inference_mode()
+def test_looking_inside() -> None:
+    plain = model()
+    fast = quantized(plain)
+    x = images(2, 3, 64, 64)
+    for name in ("blocks.1.attention.out", "blocks.1.attention.weights", "blocks.1.mlp", "blocks.2", "norm"):
+        ours, theirs = (vit.record(one, x, name)[name] for one in (fast, plain))
+        assert difference(ours.float(), theirs) <= LOSS
+    for name in ("blocks.1.attention.out", "blocks.1.mlp"):
+        with vit.patch(fast, {name: torch.zeros_like}), vit.patch(plain, {name: torch.zeros_like}):
+            assert difference(fast(x), plain(x)) <= LOSS
+
+
 def bad(change: Callable[[Tensor], object]) -> Tensor:
     """Images to calibrate on, one of them spoilt."""
     good = images(32, 3, 64, 64)
@@ -239,6 +253,8 @@ def bad(change: Callable[[Tensor], object]) -> Tensor:
         (bad(lambda x: x[9].fill_(0.5)), "image 9 to calibrate on is constant"),
         ([*images(40, 3, 64, 64), images(3, 60, 64)], "image 40 to calibrate on: .*multiple"),
         (images(32, 1, 64, 64), "image 0 to calibrate on: .*channels"),
+        ([(images(3, 64, 64), 1)] * 40, "expected a tensor or a list of tensors to calibrate on, not list"),
+        (40, "expected a tensor or a list of tensors to calibrate on, not int"),
     ],
 )
 def test_bad_images_to_calibrate_on(calibration: Tensor | list[Tensor], text: str) -> None:

@@ -202,6 +202,37 @@ def test_looking_inside() -> None:
     assert difference(ours, theirs) <= FLOAT32
 
 
+@torch.inference_mode()
+def test_looking_inside_large_batches() -> None:
+    plain = model(depth=1)
+    fast = vit.kernels.optimize(plain)
+    x = images(PART // 17 + 3, 3, 64, 64)
+    for name in ("blocks.0", "norm"):
+        assert difference(vit.record(fast, x, name)[name], vit.record(plain, x, name)[name]) <= FLOAT32
+
+
+def test_optimizing_while_patched_is_refused() -> None:
+    plain = model()
+    with vit.patch(plain, {"blocks.1.attention.weights": torch.zeros_like}):
+        with pytest.raises(ValueError, match="hooks"):
+            vit.kernels.optimize(plain)
+        plain(images(1, 3, 64, 64))  # a change that nothing reaches is warned of
+
+
+@torch.inference_mode()
+def test_attention_that_took_a_name_over_is_not_cut() -> None:
+    before = vit.attention.get_attention("reference")
+    try:
+        vit.register_attention("reference", lambda q, k, v, *, bias=None: v * q.shape[2], overwrite=True)
+        plain = model()
+        plain.set_attention("reference")
+        fast = vit.kernels.optimize(plain)
+        x = images(2, 3, 64, 64)
+        assert difference(fast(x), plain(x)) <= FLOAT32
+    finally:
+        vit.register_attention("reference", before, exact=True, overwrite=True)
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 @torch.inference_mode()
 def test_copies(again: Callable[[OptimizedViT], OptimizedViT]) -> None:
@@ -253,12 +284,32 @@ def test_files_that_are_not_loaded(tmp_path: Path) -> None:
         "blocks.0.mlp.fc1.bias is none": whole.replace(b"blocks.0.mlp.fc1.bias", b"blocks.0.mlp.fc9.bias"),
         "expected torch.float32": whole.replace(b'\\"embed_dim\\": 64', b'\\"embed_dim\\": 32'),
         "no optimized model as vit": whole.replace(b'\\"embed_dim\\": 64', b'\\"embed_din\\": 64'),
+        "expected 3 names": whole.replace(b'[\\"sdpa\\", ', b"[          "),
         "unknown attention": whole.replace(b'\\"sdpa\\"', b'\\"sdpb\\"'),
     }.items():
         assert content != whole
         file.write_bytes(content)
         with pytest.raises(ValueError, match=name):
             vit.kernels.load(file)
+
+
+def with_relu(plain: vit.ViT) -> vit.ViT:
+    plain.blocks[0].mlp.act = nn.ReLU()
+    return plain
+
+
+def with_eps(plain: vit.ViT) -> vit.ViT:
+    plain.blocks[2].norm1.eps = 1e-5
+    return plain
+
+
+def with_hook(plain: vit.ViT) -> vit.ViT:
+    plain.blocks[1].register_forward_hook(lambda module, inputs, out: 2 * out)
+    return plain
+
+
+class Other(vit.ViT):
+    """A model of another kind."""
 
 
 def nan(plain: vit.ViT) -> vit.ViT:
@@ -274,6 +325,10 @@ def nan(plain: vit.ViT) -> vit.ViT:
         (lambda: model().train(), r"in training mode.*call model\.eval\(\)"),
         (lambda: model().half(), r"expected a model in torch\.float32 on the CPU, and class_token is torch\.float16"),
         (lambda: model().to("meta"), "class_token is torch.float32 on meta"),
+        (lambda: with_relu(model()), r"blocks\.0\.mlp\.act is ReLU, expected GELU"),
+        (lambda: with_eps(model()), r"blocks\.2\.norm1\.eps is 1e-05, expected that of the config, 1e-06"),
+        (lambda: with_hook(model()), "the model has hooks, which would be lost"),
+        (lambda: Other(model().config).eval(), "the model is Other, expected ViT"),
         (lambda: nan(model()), r"head\.weight has values that are not finite"),
     ],
 )
