@@ -6,9 +6,10 @@ a name that it does not know.
 
 from vit.attention import register_attention
 
-from . import flash, flex, products, pytorch, varlen
-from .backends import available, explain
-from .optimized import OptimizedViT, optimize
+from .attention import flash, flex, products, pytorch, varlen
+from .attention.backends import available, explain
+from .optimized import OptimizedViT
+from .optimizing import optimize
 from .saved import load, save
 
 __all__ = ["OptimizedViT", "available", "explain", "load", "optimize", "save"]

@@ -18,7 +18,8 @@ from vit.attention import registered
 from vit.config import ViTConfig
 from vit.metadata import Preprocessing, Provenance
 
-from .optimized import DTYPES, OptimizedViT
+from .cpu.model import BLOCKS, CPUViT
+from .optimized import OptimizedViT, check_mode
 
 _HEADER = "vit.optimized"
 _PARTS = {"dtype", "config", "preprocessing", "categories", "provenance", "attention"}
@@ -67,6 +68,7 @@ def load(path: str | Path, mode: str = "latency") -> OptimizedViT:
         FileNotFoundError: no such file.
         ValueError: another kind of file, a damaged one, or one for a processor of another kind; an unknown mode.
     """
+    check_mode(mode)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
@@ -84,7 +86,7 @@ def load(path: str | Path, mode: str = "latency") -> OptimizedViT:
 
 
 def _assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> OptimizedViT:
-    if header.keys() != _PARTS or header["dtype"] not in DTYPES:
+    if header.keys() != _PARTS or header["dtype"] not in BLOCKS:
         found = f"{sorted(header)} and dtype {header.get('dtype')!r}"
         raise ValueError(f"the header has {found}, expected {sorted(_PARTS)}")
     attention, depth = header["attention"], header["config"]["depth"]
@@ -93,7 +95,7 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> 
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has values that are not finite")
-    model = OptimizedViT(ViTConfig(**header["config"]), header["dtype"], tensors, mode)
+    model = CPUViT(ViTConfig(**header["config"]), header["dtype"], tensors, mode)
     model.preprocessing = Preprocessing(**header["preprocessing"])
     model.categories = header["categories"]
     model.provenance = None if header["provenance"] is None else Provenance.from_dict(header["provenance"])

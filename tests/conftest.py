@@ -32,7 +32,7 @@ def default_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["float32", "int8"])
 def optimized_dtype(request: pytest.FixtureRequest) -> str:
     """What a model can be optimized to; skipped where this machine cannot compute so."""
-    from vit.kernels.optimized import missing
+    from vit.kernels.cpu.model import missing
 
     if reason := missing(request.param):
         pytest.skip(reason)

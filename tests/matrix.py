@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from vit.attention import get_attention, reference
-from vit.kernels.backends import REFUSALS
+from vit.kernels.attention.backends import REFUSALS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,8 +10,8 @@ from matrix import BACKWARD, DEVICE, DTYPES, FORWARD, Cell, Found, cells, check_
 
 import vit
 from vit.attention import get_attention, reference
-from vit.kernels.backends import REFUSALS
-from vit.kernels.flex import block_mask, flex
+from vit.kernels.attention.backends import REFUSALS
+from vit.kernels.attention.flex import block_mask, flex
 
 TINY = vit.ViTConfig(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=2, num_classes=7)
 BACKENDS = [name for name in REFUSALS if name != "flex"]  # which compiles for seven seconds, for each case

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vit
 from vit.cli import bench, main, make_parser, timing
 from vit.cli.timing import Case
-from vit.kernels.optimized import missing
+from vit.kernels.cpu.model import missing
 
 CPU = torch.device("cpu")
 

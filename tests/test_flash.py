@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vit
 from vit.attention import reference, sdpa
-from vit.kernels import flash
-from vit.kernels.flash import refusal, triton
+from vit.kernels.attention import flash
+from vit.kernels.attention.flash import refusal, triton
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -431,7 +431,7 @@ def in_a_process_of_its_own(code: str, **environment: str) -> str:
 @needs_triton
 @interpreter_only
 def test_a_cpu_without_the_interpreter_is_refused_and_importing_needs_no_triton():
-    code = "import sys, torch; from vit.kernels.flash import refusal; print('triton' in sys.modules)"
+    code = "import sys, torch; from vit.kernels.attention.flash import refusal; print('triton' in sys.modules)"
     code += "; print(refusal(*[torch.zeros(1, 1, 5, 32)] * 3))"
     first, second = in_a_process_of_its_own(code).splitlines()
     assert first == "False" and second.startswith("runs on CUDA; on a CPU only in Triton's interpreter")
@@ -444,7 +444,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vit.kernels import flash_kernels as kernels
+from vit.kernels.attention import flash_kernels as kernels
 
 def compiled(name, backward, bias, architecture, d=64):
     "The machine code of a kernel for bfloat16 and T = 197, with strides as a ViT has them."

@@ -13,9 +13,10 @@ from helpers import difference, images, randomize
 from torch import Tensor
 
 import vit
-from vit.kernels import calibrate, int8
-from vit.kernels.images import photographs
-from vit.kernels.optimized import OptimizedViT, missing
+from vit.kernels.cpu import calibrate, int8
+from vit.kernels.cpu.images import photographs
+from vit.kernels.cpu.model import CPUViT, missing
+from vit.kernels.optimized import OptimizedViT
 from vit.resources import digit_images
 
 needs = pytest.mark.skipif(missing("int8") is not None, reason=f"int8 does not run here: {missing('int8')}")
@@ -214,9 +215,7 @@ def test_saved_small_and_loaded_without_calibrating(tmp_path: Path, monkeypatch:
     x = images(2, 3, 64, 48)
     assert torch.equal(loaded(x), fast(x))
     with pytest.raises(ValueError, match="a zero from 0 to 255, not .* and 300"):
-        OptimizedViT(
-            fast.config, "int8", fast.tensors() | {"blocks.0.mlp.fc2.zero": torch.tensor(300, dtype=torch.int32)}
-        )
+        CPUViT(fast.config, "int8", fast.tensors() | {"blocks.0.mlp.fc2.zero": torch.tensor(300, dtype=torch.int32)})
     file.write_bytes(file.read_bytes().replace(b"blocks.0.mlp.wide1.bias", b"blocks.0.mlp.wide3.bias"))
     with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.wide1\.bias is none"):
         vit.kernels.load(file)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import vit
-from vit.kernels import compiled, float32
-from vit.kernels.optimized import GRIDS, PART, OptimizedViT, missing
+from vit.kernels.cpu import compiled, float32
+from vit.kernels.cpu.model import PART, missing
+from vit.kernels.optimized import GRIDS, OptimizedViT
 
 SMALL = {"img_size": 64, "embed_dim": 64, "num_heads": 2, "depth": 3, "num_classes": 10}
 RELATIVES = {
@@ -357,8 +358,8 @@ def test_what_an_optimized_model_refuses(tmp_path: Path) -> None:
         (lambda: fast(x.clone().requires_grad_()), "no gradients: detach the images"),
         (lambda: fast.train(), "cannot be trained"),
         (lambda: fast.requires_grad_(), "no gradients"),
-        (lambda: fast.half(), "takes float32, not torch.float16"),
-        (lambda: fast.to("meta"), "stays on the CPU"),
+        (lambda: fast.half(), "cannot be moved to torch.float16 on cpu"),
+        (lambda: fast.to("meta"), "stays on cpu and in torch.float32: it cannot be moved to torch.float32 on meta"),
         (lambda: fast.state_dict(), r"saved with vit\.kernels\.save"),
         (lambda: fast.load_state_dict({}), "takes no other weights"),
         (lambda: fast.reset_classifier(5), "keeps its classifier"),

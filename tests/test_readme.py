@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from vit.cli import main, make_parser
-from vit.kernels.optimized import missing
+from vit.kernels.cpu.model import missing
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

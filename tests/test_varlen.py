@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers import FLOAT32, difference, images, randomize
 
 import vit
-from vit.kernels.varlen import attend, varlen
+from vit.kernels.attention.varlen import attend, varlen
 
 SIZES = [(8, 12), (16, 4), (4, 4), (20, 8)]
 

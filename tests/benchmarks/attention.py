@@ -20,7 +20,7 @@ from helpers import difference, images, randomize
 
 import vit
 from vit.attention import sdpa
-from vit.kernels.flex import flex
+from vit.kernels.attention.flex import flex
 from vit.model import Attention
 
 LENGTHS = (577, 785, 1025)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import vit
-from vit.kernels.images import photographs
+from vit.kernels.cpu.images import photographs
 
 SEEN = ("coffee", "rocket")  # are among the photographs that ship
 

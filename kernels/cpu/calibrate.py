@@ -41,7 +41,7 @@ class Seen:
 
 
 def int8_tensors(model: ViT, images: list[Tensor]) -> dict[str, Tensor]:
-    """What an int8 model is made of, by name; `images` as `vit.kernels.images.batches` gives them."""
+    """What an int8 model is made of, by name; `images` as `vit.kernels.cpu.images.batches` gives them."""
     tensors, seen = float_tensors(model), look(model, images)
     for i in range(model.config.depth):
         block = f"blocks.{i}."

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs
-"""The Triton kernels of `vit.kernels.flash`, and what launches them: attention that never holds its T * T weights.
+"""The Triton kernels of `flash`, and what launches them: attention that never holds its T * T weights.
 
 Written from two papers. FA1 is FlashAttention, arXiv:2205.14135: the softmax of a row, computed from one tile of
 scores after another (section 3.1), and scores computed again in the backward pass instead of kept (section 3.1 and

@@ -1,9 +1,9 @@
 """int8 on a CPU: unsigned activations times signed weights, by the processor's VNNI instructions through oneDNN.
 
 A number x stands as q = round(x / scale) + zero, 0 to 255 (arXiv:1712.05877, Eq. 1). Weights have a scale for each row
-and no zero; activations have one scale and zero for a whole tensor, fixed beforehand (`vit.kernels.calibrate`). Between
-two products nothing is held in float32 but the residual stream, LayerNorm's sums and attention: quantizing ends
-LayerNorm, and GELU and quantizing end fc1. Who looks inside sees norms as bytes, and v and heads smoothed.
+and no zero; activations have one scale and zero for a whole tensor, fixed beforehand (`calibrate`). Between two
+products nothing is held in float32 but the residual stream, LayerNorm's sums and attention: quantizing ends LayerNorm,
+and GELU and quantizing end fc1. Who looks inside sees norms as bytes, and v and heads smoothed.
 """
 
 from __future__ import annotations

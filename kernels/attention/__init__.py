@@ -1,0 +1,1 @@
+"""Attention backends, which `vit.kernels` registers by name."""

@@ -1,0 +1,1 @@
+"""Models optimized for a CPU: in float32 by packed products, and in int8."""

@@ -1,0 +1,128 @@
+"""A ViT whose blocks are those of `float32` or `int8`, and what it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit.attention import reference, sdpa
+from vit.config import ViTConfig
+from vit.model import ViT
+
+from ..attention.products import bmm
+from ..optimized import OptimizedViT, is_watched
+from .compiled import Compiled
+from .float32 import FloatBlock, frozen
+from .int8 import Int8Block, expected
+
+BLOCKS: dict[str, type] = {"float32": FloatBlock, "int8": Int8Block}
+PREFIX = {"token": 1, "dist": 2}  # how many of the first tokens a head reads, where it reads no others
+
+# glibc gives back to the system what is freed at the top of its heap, and every forward would take it again, page by
+# page: a tenth of the time at batch 8. Once it has freed a block of this size it keeps twice as much (M_MMAP_THRESHOLD
+# in mallopt(3)); 32 MiB is the most that it learns from.
+KEPT = 31 * 2**20  # bytes
+PART = 4096  # tokens that go through at a time, whose largest activation is smaller than that: 24 MiB in ViT-S
+
+
+class CPUViT(OptimizedViT):
+    """A model whose weights lie as oneDNN's products want them, in float32 or int8."""
+
+    def __init__(self, config: ViTConfig, dtype: str, tensors: Mapping[str, Tensor], mode: str = "latency") -> None:
+        """`tensors`: by name, as `float_tensors` or `int8_tensors` gives them; the rest as for `optimize`.
+
+        Raises:
+            ValueError: tensors of other names or shapes than these.
+        """
+        with torch.device("meta"):
+            super().__init__(config)
+        check_shapes(self, dtype, tensors)
+        self.optimized, self.mode = dtype, mode
+        self._compiled = Compiled(self._through) if mode == "throughput" else None
+        self._positions = {}
+        for i in range(config.depth):
+            prefix = f"blocks.{i}."
+            own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+            self.blocks[i] = BLOCKS[dtype](config, i, own)
+        for name in [name for name, _ in self.named_parameters() if not name.startswith("blocks.")]:
+            owner, _, part = name.rpartition(".")
+            setattr(self.get_submodule(owner), part, frozen(tensors[name]))
+        super().train(False)
+        torch.empty(KEPT, dtype=torch.uint8)
+
+    def forward(self, images: Tensor, ragged: str = "error") -> Tensor:
+        """As `ViT.forward`; of the last block only what the head reads is computed, where nobody looks inside."""
+        if is_watched(self):
+            return super().forward(images, ragged)
+        parts = self._parts(self.accept(images, ragged))
+        return torch.cat([self.forward_head(self._read(part)) for part in parts])
+
+    def forward_features(self, images: Tensor, ragged: str = "error") -> Tensor:
+        """As `ViT.forward_features`."""
+        if is_watched(self):
+            return super().forward_features(images, ragged)
+        parts = [super(CPUViT, self).forward_features(part) for part in self._parts(self.accept(images, ragged))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _parts(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Batches of about `PART` tokens."""
+        h, w = self.grid_of(images)
+        return images.split(max(1, PART // (self.config.num_prefix_tokens + h * w)))
+
+    def _read(self, images: Tensor) -> Tensor:
+        """[B, n, D], the tokens that the head reads at the least."""
+        cut_or_compiled = self.blocks[-1:] if self._compiled is None else self.blocks
+        if not all(self._is_plain(block) for block in cut_or_compiled):
+            return super().forward_features(images)
+        n = PREFIX.get(self.config.global_pool)
+        return (self._compiled or self._through)(self.embed(images), self.grid_of(images), n)
+
+    def _through(self, x: Tensor, grid: tuple[int, int], n: int | None) -> Tensor:
+        """The blocks and the norm after them: [B, T, D] -> [B, n, D] of the first n tokens, or of all."""
+        for block in self.blocks[:-1]:
+            x = block(x, grid)  # [B, T, D]
+        last = self.blocks[-1]
+        return self.norm(last(x, grid) if n is None else last.first(x, n))  # type: ignore[operator]
+
+    def _is_plain(self, block: Any) -> bool:
+        """Does it attend by softmax, which takes fewer queries than keys, and without a bias, which has T rows?"""
+        attend = block.attention.attend
+        return attend.source in (sdpa, reference, bmm) and not attend.options
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it was made of."""
+        tensors = {name: x for name, x in self.named_parameters() if not name.startswith("blocks.")}
+        for i, block in enumerate(self.blocks):
+            tensors |= {f"blocks.{i}.{name}": x for name, x in block.tensors().items()}  # type: ignore[operator]
+        return {name: x.detach().contiguous() for name, x in tensors.items()}
+
+
+def check_shapes(model: ViT, dtype: str, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError for tensors that are not those of such a model, by name, shape and kind."""
+    kinds: dict[str, tuple[list[int], torch.dtype]] = {}
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] not in ("scale1", "scale2"):
+            kinds[name] = list(parameter.shape), torch.float32
+    if dtype == "int8":
+        for i in range(model.config.depth):
+            kinds |= {f"blocks.{i}.{name}": kind for name, kind in expected(model.config).items()}
+    found = {name: (list(x.shape), x.dtype) for name, x in tensors.items()}
+    for name in {**kinds, **found}:
+        if kinds.get(name) != found.get(name):
+            pair = found.get(name), kinds.get(name)
+            texts = ["none" if kind is None else f"{kind[1]} {kind[0]}" for kind in pair]
+            raise ValueError(f"{name} is {texts[0]}, expected {texts[1]}")
+
+
+def missing(dtype: str) -> str | None:
+    """What this machine lacks for a dtype; None where it lacks nothing."""
+    if not torch.backends.mkldnn.is_available():
+        return "PyTorch was built without oneDNN"
+    if dtype == "int8" and not torch.cpu._is_vnni_supported():
+        return "its processor has no VNNI, without which sums of bytes overflow (float32 runs here)"
+    if dtype == "int8" and not hasattr(torch, "quantize_per_tensor"):
+        return f"PyTorch {torch.__version__} has no quantize_per_tensor any more (float32 runs here)"
+    return None
