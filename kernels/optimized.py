@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vit.checks import unknown
+from vit.config import ViTConfig
 from vit.model import ViT
 
 MODES = ("latency", "throughput")
 GRIDS = 16  # of which the resampled position embeddings are kept
+PREFIX = {"token": 1, "dist": 2}  # how many of the first tokens a head reads, where it reads no others
+
+Kinds = dict[str, tuple[list[int], torch.dtype]]  # by name, the shape and dtype of what a model is made of
 
 
 class OptimizedViT(ViT):
@@ -25,6 +29,13 @@ class OptimizedViT(ViT):
     optimized: str  # the dtype it computes in, as `optimize` calls it
     mode: str
     _positions: dict[tuple[int, int], Tensor]
+
+    def __init__(self, config: ViTConfig, dtype: str, tensors: Mapping[str, Tensor], mode: str) -> None:
+        """An empty model, whose parts its kind takes from `tensors`."""
+        with torch.device("meta"):
+            super().__init__(config)
+        self.optimized, self.mode = dtype, mode
+        self._positions = {}
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -92,3 +103,30 @@ def check_mode(mode: str) -> None:
     """ValueError for an unknown mode."""
     if mode not in MODES:
         raise ValueError(unknown("mode", mode, MODES))
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter that is not trained."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def float_tensors(model: ViT) -> dict[str, Tensor]:
+    """A model's weights, copied, LayerScale in those before it; not those that attention has of its own."""
+    tensors = {name: x.detach().clone() for name, x in model.state_dict().items() if ".attend." not in name}
+    for i in range(model.config.depth):
+        for scale, layer in (("scale1", "attention.proj"), ("scale2", "mlp.fc2")):
+            factor = tensors.pop(f"blocks.{i}.{scale}", None)  # [D]
+            if factor is not None:
+                tensors[f"blocks.{i}.{layer}.weight"] *= factor[:, None]
+                tensors[f"blocks.{i}.{layer}.bias"] *= factor
+    return tensors
+
+
+def check_tensors(tensors: Mapping[str, Tensor], expected: Kinds) -> None:
+    """ValueError for tensors that are not those of a model, by name, shape and dtype."""
+    found = {name: (list(x.shape), x.dtype) for name, x in tensors.items()}
+    for name in {**expected, **found}:
+        if expected.get(name) != found.get(name):
+            pair = found.get(name), expected.get(name)
+            texts = ["none" if kind is None else f"{kind[1]} {kind[0]}" for kind in pair]
+            raise ValueError(f"{name} is {texts[0]}, expected {texts[1]}")

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from vit.attention import get_attention, sdpa
 from vit.checks import unknown
 from vit.model import ViT
 
-from .attention.products import bmm
+from .attention import flash
 from .cpu import int8
+from .cpu import model as cpu
 from .cpu.calibrate import int8_tensors
-from .cpu.float32 import float_tensors
 from .cpu.images import batches, photographs
-from .cpu.model import BLOCKS, CPUViT, missing
-from .optimized import OptimizedViT, check_mode, is_watched
+from .gpu import model as gpu
+from .gpu.blocks import half_tensors
+from .gpu.tuning import choose
+from .optimized import OptimizedViT, check_mode, float_tensors, is_watched
 
-DTYPES = tuple(BLOCKS)
+MODELS: dict[str, type[OptimizedViT]] = {
+    **dict.fromkeys(cpu.BLOCKS, cpu.CPUViT), **dict.fromkeys(gpu.DTYPES, gpu.CUDAViT),
+}  # fmt: skip
 
 
 def optimize(
@@ -28,18 +34,21 @@ def optimize(
     images: Tensor | Sequence[Tensor] | None = None,
     mode: str = "latency",
 ) -> OptimizedViT:
-    """The same model for inference on a CPU, faster.
+    """The same model for inference, faster.
 
     Args:
-        model: in eval mode, in float32 on the CPU. It stays as it is.
-        dtype: "float32", within the rounding errors of float32; or "int8", see `vit.kernels.cpu.int8`, which needs a
-            processor with VNNI; bytes know no NaN, and images that have some get numbers.
+        model: in eval mode, in float32, on the CPU or on an NVIDIA GPU, as the dtype wants it. It stays as it is.
+        dtype: on a CPU "float32", within the rounding errors of float32; or "int8", see `vit.kernels.cpu.int8`, which
+            needs a processor with VNNI; bytes know no NaN, and images that have some get numbers. On a GPU of compute
+            capability 8.0 "bfloat16" or "float16", by the fused kernels of `vit.kernels.gpu`; besides images in the
+            dtype it takes float32, and unsigned bytes as they come from a file.
         images: for int8, what to calibrate on: 32 to 512 images like those to come, normalised as
             `model.preprocessing` says, [n, C, H, W] or a list of [C, H, W].
             None: parts of seven photographs that ship with the package.
-        mode: "latency" answers at once, whatever the images' size. "throughput" is for many batches of one size: logits
-            come from torch.compile, which takes 10 seconds (float32) or 30 (int8) in each process for each of the first
-            eight shapes of a batch, and needs a C++ compiler; without one it warns, and runs as "latency" does.
+        mode: on a CPU "latency" answers at once, whatever the images' size. "throughput" is for many batches of one
+            size: logits come from torch.compile, which takes 10 seconds (float32) or 30 (int8) in each process for each
+            of the first eight shapes of a batch, and needs a C++ compiler; without one it warns, and runs as "latency"
+            does. On a GPU "latency" records logits of small batches as a CUDA graph for each of the last 16 shapes.
 
     Returns:
         A model that is called as `model` is.
@@ -50,42 +59,79 @@ def optimize(
     """
     check_mode(mode)
     check(model, dtype)
-    if dtype == "float32":
-        if images is not None:
-            raise ValueError("images are to calibrate int8 on: float32 needs none")
-        tensors = float_tensors(model)
-    else:
-        given = photographs(model) if images is None else images
-        with torch.no_grad():
-            tensors = int8_tensors(model, batches(model, given))
-    fast = CPUViT(model.config, dtype, tensors, mode)
+    if dtype != "int8" and images is not None:
+        raise ValueError(f"images are to calibrate int8 on: {dtype} needs none")
+    with torch.no_grad():
+        fast = MODELS[dtype](model.config, dtype, tensors_for(model, dtype, images), mode)
+        better = faster_attention(model, dtype)
     fast.preprocessing, fast.categories, fast.provenance = model.preprocessing, model.categories, model.provenance
     for block, attend in zip(fast.select_blocks(), model.attends):
         block.attention.attend = copy.deepcopy(attend).requires_grad_(False)
-        if dtype == "int8" and attend.name == "sdpa" and not attend.options and int8.multiplies_bfloat16():
-            block.attention.attend.set(bmm, "bmm", {}, attend.check)
+        if attend.source is sdpa and not attend.options and better != "sdpa":
+            block.attention.attend.set(get_attention(better), better, {}, attend.check)
     return fast
+
+
+def tensors_for(model: ViT, dtype: str, images: Tensor | Sequence[Tensor] | None) -> dict[str, Tensor]:
+    """What the optimized model is made of."""
+    if dtype == "float32":
+        return float_tensors(model)
+    if dtype == "int8":
+        return int8_tensors(model, batches(model, photographs(model) if images is None else images))
+    return half_tensors(model, gpu.DTYPES[dtype])
+
+
+def faster_attention(model: ViT, dtype: str) -> str:
+    """The backend that is to stand where "sdpa" does, which computes the same."""
+    if dtype == "int8" and int8.multiplies_bfloat16():
+        return "bmm"
+    if dtype not in gpu.DTYPES:
+        return "sdpa"
+    (h, w), A, d = model.config.grid, model.config.num_heads, model.config.embed_dim // model.config.num_heads
+    T, weights = model.config.num_prefix_tokens + h * w, model.class_token
+    q, k, v = torch.randn(16, T, 3, A, d, dtype=gpu.DTYPES[dtype], device=weights.device).permute(2, 0, 3, 1, 4)
+    if flash.refusal(q, k, v) is not None:
+        return "sdpa"
+    if not weights.is_cuda:
+        return "triton"
+    return choose(
+        f"attention {[T, A, d]}", q, {name: partial(get_attention(name), q, k, v) for name in ("triton", "sdpa")}
+    )
 
 
 def check(model: object, dtype: str) -> None:
     """ValueError for what `optimize` does not take."""
-    if dtype not in DTYPES:
-        raise ValueError(unknown("dtype", dtype, DTYPES))
+    if dtype not in MODELS:
+        raise ValueError(unknown("dtype", dtype, MODELS))
     if not isinstance(model, ViT):
         raise ValueError(f"expected a vit.ViT, not {type(model).__name__}: optimize a model as it was before compiling")
     if isinstance(model, OptimizedViT):
         raise ValueError(f"the model is optimized already, to {model.optimized}: take the one it was made of")
     if model.training:
         raise ValueError("the model is in training mode, and what is optimized only infers: call model.eval() before")
+    device = machine(dtype)
     for name, parameter in model.named_parameters():
-        if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
-            where = f"{parameter.dtype} on {parameter.device}"
-            raise ValueError(f"expected a model in torch.float32 on the CPU, and {name} is {where}")
+        if parameter.device.type != device or parameter.dtype != torch.float32:
+            found = f"{parameter.dtype} on {parameter.device}"
+            raise ValueError(f"{dtype} is for a model in torch.float32 on {device}, and {name} is {found}")
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name} has values that are not finite")
     check_parts(model)
-    if reason := missing(dtype):
+    if reason := missing(dtype, model.class_token.device):
         raise ValueError(f"this machine cannot compute in {dtype} so: {reason}")
+    if dtype in gpu.DTYPES and model.config.embed_dim % 8:
+        raise ValueError(f"{dtype} is for tokens whose width is a multiple of 8, not {model.config.embed_dim}")
+
+
+def machine(dtype: str) -> str:
+    """Where models of a dtype run: on "cuda" or on the "cpu", as those for a GPU do in Triton's interpreter."""
+    on_gpu = dtype in gpu.DTYPES and not (flash.installed() and flash.kernels().INTERPRETED)
+    return "cuda" if on_gpu else "cpu"
+
+
+def missing(dtype: str, device: torch.device) -> str | None:
+    """What a machine lacks for a dtype; None where it lacks nothing."""
+    return gpu.missing(dtype, device) if dtype in gpu.DTYPES else cpu.missing(dtype)
 
 
 def check_parts(model: ViT) -> None:

@@ -18,8 +18,8 @@ from vit.attention import registered
 from vit.config import ViTConfig
 from vit.metadata import Preprocessing, Provenance
 
-from .cpu.model import BLOCKS, CPUViT
 from .optimized import OptimizedViT, check_mode
+from .optimizing import MODELS, machine, missing
 
 _HEADER = "vit.optimized"
 _PARTS = {"dtype", "config", "preprocessing", "categories", "provenance", "attention"}
@@ -64,6 +64,8 @@ def save(model: OptimizedViT, path: str | Path) -> Path:
 def load(path: str | Path, mode: str = "latency") -> OptimizedViT:
     """Read what `save` wrote, for the `mode` that `optimize` describes. Nothing is calibrated again.
 
+    What was made for a GPU is put on the current one.
+
     Raises:
         FileNotFoundError: no such file.
         ValueError: another kind of file, a damaged one, or one for a processor of another kind; an unknown mode.
@@ -86,16 +88,20 @@ def load(path: str | Path, mode: str = "latency") -> OptimizedViT:
 
 
 def _assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> OptimizedViT:
-    if header.keys() != _PARTS or header["dtype"] not in BLOCKS:
+    if header.keys() != _PARTS or header["dtype"] not in MODELS:
         found = f"{sorted(header)} and dtype {header.get('dtype')!r}"
         raise ValueError(f"the header has {found}, expected {sorted(_PARTS)}")
     attention, depth = header["attention"], header["config"]["depth"]
     if not isinstance(attention, list) or len(attention) != depth:
         raise ValueError(f"the header names {attention!r} as attention, expected {depth} names")
+    device = torch.device(machine(header["dtype"]))
+    if reason := missing(header["dtype"], device):
+        raise ValueError(f"this machine cannot compute in {header['dtype']} so: {reason}")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has values that are not finite")
-    model = CPUViT(ViTConfig(**header["config"]), header["dtype"], tensors, mode)
+    tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+    model = MODELS[header["dtype"]](ViTConfig(**header["config"]), header["dtype"], tensors, mode)
     model.preprocessing = Preprocessing(**header["preprocessing"])
     model.categories = header["categories"]
     model.provenance = None if header["provenance"] is None else Provenance.from_dict(header["provenance"])

@@ -135,12 +135,15 @@ def test_predict_optimized(folder, tmp_path, optimized_dtype, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--optimize", "float32", "--device", "cuda"], "runs on the CPU alone, so --device cuda cannot go with it"),
-        (["--optimize", "int8", "--dtype", "bfloat16"], "takes float32 and no other, so --dtype bfloat16 cannot go"),
+        (
+            ["--optimize", "float32", "--device", "cuda"],
+            "optimized in float32 runs on cpu, so --device cuda",
+        ),
+        (["--optimize", "int8", "--dtype", "bfloat16"], "takes images in float32, so --dtype bfloat16 cannot go"),
         (["--optimize", "int4"], "invalid choice: 'int4'"),
         (["--model", "{fast}", "--optimize", "float32"], "is optimized already, so --optimize cannot go with it"),
-        (["--model", "{fast}", "--dtype", "float16"], "takes float32 and no other, so --dtype float16 cannot go"),
-        (["--model", "{fast}", "--device", "cuda"], "runs on the CPU alone"),
+        (["--model", "{fast}", "--dtype", "float16"], "takes images in float32, so --dtype float16 cannot go"),
+        (["--model", "{fast}", "--device", "cuda"], "optimized in float32 runs on cpu, so --device cuda"),
         (["--model", "{fast}", "--set", "eps=1e-5"], "--layout, --prefix, --sha256 and --set are for checkpoints"),
     ],
 )

@@ -324,7 +324,7 @@ def nan(plain: vit.ViT) -> vit.ViT:
         (lambda: nn.Linear(2, 2), r"expected a vit\.ViT, not Linear"),
         (lambda: vit.kernels.optimize(model()), "optimized already, to float32"),
         (lambda: model().train(), r"in training mode.*call model\.eval\(\)"),
-        (lambda: model().half(), r"expected a model in torch\.float32 on the CPU, and class_token is torch\.float16"),
+        (lambda: model().half(), r"for a model in torch\.float32 on cpu, and class_token is torch\.float16"),
         (lambda: model().to("meta"), "class_token is torch.float32 on meta"),
         (lambda: with_relu(model()), r"blocks\.0\.mlp\.act is ReLU, expected GELU"),
         (lambda: with_eps(model()), r"blocks\.2\.norm1\.eps is 1e-05, expected that of the config, 1e-06"),

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from vit.config import ViTConfig
-from vit.model import Block, ViT
+from vit.model import Block
+
+from ..optimized import frozen
 
 
 def epilogue(gelu: str | None) -> tuple[str, list, str]:
@@ -87,20 +89,3 @@ class FloatBlock(Block):
             if isinstance(module, PackedLinear):
                 tensors |= {f"{name}.weight": module.weight, f"{name}.bias": module.bias}
         return tensors
-
-
-def frozen(tensor: Tensor) -> nn.Parameter:
-    """A parameter that is not trained."""
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-def float_tensors(model: ViT) -> dict[str, Tensor]:
-    """A model's weights, copied, LayerScale in those before it; not those that attention has of its own."""
-    tensors = {name: x.detach().clone() for name, x in model.state_dict().items() if ".attend." not in name}
-    for i in range(model.config.depth):
-        for scale, layer in (("scale1", "attention.proj"), ("scale2", "mlp.fc2")):
-            factor = tensors.pop(f"blocks.{i}.{scale}", None)  # [D]
-            if factor is not None:
-                tensors[f"blocks.{i}.{layer}.weight"] *= factor[:, None]
-                tensors[f"blocks.{i}.{layer}.bias"] *= factor
-    return tensors

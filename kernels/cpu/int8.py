@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from vit.attend import Attend, Grid
 from vit.config import ViTConfig
 
-from .float32 import epilogue, frozen
+from ..optimized import frozen
+from .float32 import epilogue
 
 LAYERS = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2", "mlp.wide1", "mlp.wide2")  # of a block
 

@@ -13,13 +13,12 @@ from vit.config import ViTConfig
 from vit.model import ViT
 
 from ..attention.products import bmm
-from ..optimized import OptimizedViT, is_watched
+from ..optimized import PREFIX, Kinds, OptimizedViT, check_tensors, frozen, is_watched
+from . import int8
 from .compiled import Compiled
-from .float32 import FloatBlock, frozen
-from .int8 import Int8Block, expected
+from .float32 import FloatBlock
 
-BLOCKS: dict[str, type] = {"float32": FloatBlock, "int8": Int8Block}
-PREFIX = {"token": 1, "dist": 2}  # how many of the first tokens a head reads, where it reads no others
+BLOCKS: dict[str, type] = {"float32": FloatBlock, "int8": int8.Int8Block}
 
 # glibc gives back to the system what is freed at the top of its heap, and every forward would take it again, page by
 # page: a tenth of the time at batch 8. Once it has freed a block of this size it keeps twice as much (M_MMAP_THRESHOLD
@@ -37,12 +36,9 @@ class CPUViT(OptimizedViT):
         Raises:
             ValueError: tensors of other names or shapes than these.
         """
-        with torch.device("meta"):
-            super().__init__(config)
-        check_shapes(self, dtype, tensors)
-        self.optimized, self.mode = dtype, mode
+        super().__init__(config, dtype, tensors, mode)
+        check_tensors(tensors, expected(self, dtype))
         self._compiled = Compiled(self._through) if mode == "throughput" else None
-        self._positions = {}
         for i in range(config.depth):
             prefix = f"blocks.{i}."
             own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
@@ -100,21 +96,17 @@ class CPUViT(OptimizedViT):
         return {name: x.detach().contiguous() for name, x in tensors.items()}
 
 
-def check_shapes(model: ViT, dtype: str, tensors: Mapping[str, Tensor]) -> None:
-    """ValueError for tensors that are not those of such a model, by name, shape and kind."""
-    kinds: dict[str, tuple[list[int], torch.dtype]] = {}
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] not in ("scale1", "scale2"):
-            kinds[name] = list(parameter.shape), torch.float32
+def expected(model: ViT, dtype: str) -> Kinds:
+    """What such a model is made of."""
+    kinds = {
+        name: (list(x.shape), torch.float32)
+        for name, x in model.named_parameters()
+        if name.rpartition(".")[2] not in ("scale1", "scale2")
+    }
     if dtype == "int8":
         for i in range(model.config.depth):
-            kinds |= {f"blocks.{i}.{name}": kind for name, kind in expected(model.config).items()}
-    found = {name: (list(x.shape), x.dtype) for name, x in tensors.items()}
-    for name in {**kinds, **found}:
-        if kinds.get(name) != found.get(name):
-            pair = found.get(name), kinds.get(name)
-            texts = ["none" if kind is None else f"{kind[1]} {kind[0]}" for kind in pair]
-            raise ValueError(f"{name} is {texts[0]}, expected {texts[1]}")
+            kinds |= {f"blocks.{i}.{name}": kind for name, kind in int8.expected(model.config).items()}
+    return kinds
 
 
 def missing(dtype: str) -> str | None:

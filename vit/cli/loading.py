@@ -16,8 +16,9 @@ OPTIMIZED = "vit.optimized"  # in the header of what vit.kernels.save writes
 def add_optimize(parser: argparse.ArgumentParser) -> None:
     """--optimize: into what `vit.kernels.optimize` makes of a model."""
     parser.add_argument(
-        "--optimize", choices=("float32", "int8"),
-        help="run it faster on the CPU: by packed float32 products (the same numbers) or in int8 (nearly)",
+        "--optimize", choices=("float32", "int8", "bfloat16", "float16"),
+        help="run it faster: on the CPU by packed float32 products (the same numbers) or in int8 (nearly), on an NVIDIA"
+        " GPU by fused kernels in bfloat16 or float16",
     )  # fmt: skip
 
 
@@ -32,7 +33,7 @@ def load(args: argparse.Namespace) -> ViT:
     if is_optimized_file(args.model):
         return load_optimized(args)
     if args.optimize:
-        check(args)  # before a large file is read
+        check(args, args.optimize)  # before a large file is read
     dtypes = asked_dtypes(args)
     dtype = options.DTYPES[dtypes[0]] if len(dtypes) == 1 else None
     return optimize(load_pretrained(args.model, device=args.device, dtype=dtype, **options.reading(args)), args)
@@ -46,14 +47,14 @@ def optimize(model: ViT, args: argparse.Namespace) -> ViT:
     """
     if not args.optimize:
         return model
-    check(args)
+    check(args, args.optimize)
     from vit import kernels
 
     return kernels.optimize(model, args.optimize)
 
 
 def optimized(model: ViT) -> str | None:
-    """What a model was optimized to, "float32" or "int8"; None for one as it was."""
+    """What a model was optimized to, such as "int8"; None for one as it was."""
     return getattr(model, "optimized", None)
 
 
@@ -62,12 +63,15 @@ def title(args: argparse.Namespace, model: ViT) -> str:
     return args.model + (f" optimized in {optimized(model)}" if optimized(model) else "")
 
 
-def check(args: argparse.Namespace) -> None:
-    """ValueError for a --device or --dtype that cannot go with an optimized model."""
-    if args.device.type != "cpu":
-        raise ValueError(f"an optimized model runs on the CPU alone, so --device {args.device} cannot go with it")
+def check(args: argparse.Namespace, dtype: str) -> None:
+    """ValueError for a --device or --dtype that cannot go with a model optimized to `dtype`."""
+    from vit.kernels.optimizing import machine
+
+    if args.device.type != machine(dtype):
+        why = f"--device {args.device} cannot go with it"
+        raise ValueError(f"a model optimized in {dtype} runs on {machine(dtype)}, so {why}")
     if others := [name for name in asked_dtypes(args) if name != "float32"]:
-        raise ValueError(f"an optimized model takes float32 and no other, so --dtype {others[0]} cannot go with it")
+        raise ValueError(f"an optimized model takes images in float32, so --dtype {others[0]} cannot go with it")
 
 
 def asked_dtypes(args: argparse.Namespace) -> list[str]:
@@ -94,8 +98,8 @@ def load_optimized(args: argparse.Namespace) -> ViT:
         raise ValueError(f"{args.model} is optimized already, so --optimize cannot go with it")
     if any((args.layout, args.prefix, args.sha256, args.settings)):
         raise ValueError(f"{args.model} is optimized: --layout, --prefix, --sha256 and --set are for checkpoints")
-    check(args)
     model = kernels.load(args.model)
+    check(args, model.optimized)
     sha256 = hashlib.sha256(Path(args.model).read_bytes()).hexdigest()
     model.provenance = Provenance(args.model, sha256, "optimized", parent=model.provenance)
     return model

@@ -1,0 +1,127 @@
+"""What launches `triton_kernels`; `plain` computes the same, and says what the arguments are.
+
+Raises ValueError for tensors that the kernels would read wrongly: of several dtypes or devices, with gaps within a row,
+or on a machine that cannot run them (`vit.kernels.attention.flash.wrong_machine`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..attention.flash import DTYPES, wrong_machine
+from .tiles import Tile, default
+
+THIRDS = (96, 192, 384)  # widths that `mlp` takes: three times a power of two, whose rows fit a GPU's registers
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    sums: Tensor | None = None,
+    eps: float = 0.0,
+    gelu: str = "",
+    residual: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """See `plain.linear`."""
+    from . import triton_kernels as kernels
+
+    (N, K), M = weight.shape, x.shape[:-1].numel()
+    check("linear", x, weight, *([] if residual is None else [residual]))
+    if x.shape[-1] != K or (residual is not None and residual.shape != (*x.shape[:-1], N)):
+        found = list(x.shape), None if residual is None else list(residual.shape)
+        raise ValueError(f"linear [{N}, {K}] expected [..., {K}] and [..., {N}], not {found[0]} and {found[1]}")
+    R, C, E, warps, stages, _ = tile = tile or default("linear", M, x)
+    out = x.new_empty((*x.shape[:-1], N))  # [..., N]
+    added = None if residual is None else matrix(residual, R, C)
+    kernels.linear_kernel[tile.programs(cdiv(M, R) * cdiv(N, C), x),](
+        matrix(x, R, E), matrix(weight, C, E), bias, sums, added, matrix(out, R, C), M, N, K, eps, gelu, R, C, E,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+def mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    sums1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    eps: float,
+    gelu: str,
+    residual: bool = True,
+    tile: Tile | None = None,
+) -> Tensor:
+    """See `plain.mlp`; the hidden layer is never in memory. D is one of `THIRDS`."""
+    from . import triton_kernels as kernels
+
+    (H, D), M = weight1.shape, x.shape[:-1].numel()
+    check("mlp", x, weight1, weight2)
+    if D not in THIRDS:
+        raise ValueError(f"mlp takes tokens {', '.join(map(str, THIRDS))} wide, not {D}")
+    R, C, _, warps, stages, _ = tile = tile or default("mlp", M, x)
+    E, out = D // 3, torch.empty_like(x, memory_format=torch.contiguous_format)  # [..., D]
+    kernels.mlp_kernel[tile.programs(cdiv(M, R), x),](
+        matrix(x, R, E), matrix(weight1, C, E), bias1, sums1, matrix(weight2, E, C), bias2, matrix(out, R, E),
+        M, H, D, eps, gelu, residual, R, C, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+def patches(
+    images: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, out: Tensor, first: int, tile: Tile | None = None
+) -> None:
+    """See `plain.patches`."""
+    from . import triton_kernels as kernels
+
+    (D, chans, p, _), (B, _, H, W) = weight.shape, images.shape
+    check("patches", out)
+    h, w, K = H // p, W // p, chans * p * p
+    weight = F.pad(weight.flatten(1), (0, -K % (16 // weight.itemsize)))  # rows of a multiple of 16 bytes
+    check("patches", out, weight)
+    R, C, E, warps, stages, _ = tile = tile or default("patches", B * h * w, out)
+    kernels.patches_kernel[tile.programs(cdiv(B * h * w, R) * cdiv(D, C), out),](
+        images, matrix(weight, C, E), bias, positions, out, *images.stride(), out.stride(0),
+        B, h, w, first, p, K, D, R, C, E, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def fold_norm(weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """W [N, K] and b [N] after a LayerNorm's gamma and beta [K] -> "weight" in `dtype`, "bias", "sums": `linear`'s.
+
+    The sums are those of the rounded weight, so that a row's mean cancels as far as float32 goes.
+    """
+    folded = (weight * gamma).to(dtype)  # [N, K]
+    return {"weight": folded, "bias": bias + weight @ beta, "sums": folded.float().sum(1)}
+
+
+def matrix(x: Tensor, rows: int, columns: int) -> Any:
+    """[..., K] as a matrix, for a kernel that reads or writes it in such tiles."""
+    from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-untyped]
+
+    return TensorDescriptor.from_tensor(x.contiguous().flatten(0, -2), [rows, columns])
+
+
+def check(name: str, x: Tensor, *others: Tensor) -> None:
+    """ValueError where a kernel cannot run on these."""
+    if reason := wrong_machine(x):
+        raise ValueError(f"{name} {reason}")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name} takes {', '.join(map(str, DTYPES))}, not {x.dtype}")
+    for other in others:
+        if other.dtype != x.dtype or other.device != x.device:
+            found = f"{x.dtype} on {x.device} and {other.dtype} on {other.device}"
+            raise ValueError(f"{name} takes tensors of one dtype on one device, not {found}")
+        if other[0].numel() * other.itemsize % 16:
+            raise ValueError(f"{name} takes rows of a multiple of 16 bytes, not {list(other.shape)} in {other.dtype}")
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)

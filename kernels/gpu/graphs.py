@@ -1,0 +1,61 @@
+"""A function on a GPU recorded as a CUDA graph for each shape: its kernels are launched by one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SHAPES = 16  # that are kept; a graph holds its activations
+
+
+class Recorded(NamedTuple):
+    """A graph, where it reads images, where it leaves its result, and what it reads besides."""
+
+    graph: torch.cuda.CUDAGraph
+    images: Tensor
+    result: Tensor
+    besides: list[Tensor]
+
+
+class Graphs:
+    """`fn(images)` by CUDA graphs (https://docs.nvidia.com/cuda/cuda-c-programming-guide, CUDA Graphs)."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor], besides: Callable[[], list[Tensor]]) -> None:
+        """`fn`: computes on a GPU alone. `besides`: what it reads that could be freed while a graph lives."""
+        self.fn, self.besides = fn, besides
+        self.kept: dict[tuple, Recorded] = {}
+        self.lock = Lock()
+
+    def __reduce__(self) -> tuple:  # copies record for themselves
+        return Graphs, (self.fn, self.besides)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """What `fn` gives. The first call for a shape and dtype records."""
+        key = (*images.shape, images.dtype)
+        with self.lock:  # a graph has one place for its images and one for its result
+            if key not in self.kept:
+                if len(self.kept) >= SHAPES:
+                    del self.kept[next(iter(self.kept))]
+                self.kept[key] = self.record(images)
+            recorded = self.kept[key]
+            recorded.images.copy_(images)
+            recorded.graph.replay()
+            return recorded.result.clone()
+
+    def record(self, images: Tensor) -> Recorded:
+        """A graph of `fn` on images like these."""
+        given = images.clone()
+        here, apart = torch.cuda.current_stream(images.device), torch.cuda.Stream(images.device)
+        apart.wait_stream(here)
+        with torch.cuda.stream(apart):  # what is measured, compiled or kept at a first call must not be recorded
+            for _ in range(2):
+                self.fn(given)
+        here.wait_stream(apart)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = self.fn(given)
+        return Recorded(graph, given, result, self.besides())

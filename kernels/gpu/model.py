@@ -1,0 +1,146 @@
+"""A ViT of fused blocks, which reads pixels as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vit.config import ViTConfig
+from vit.ragged import complete_patches
+
+from ..attention.flash import wrong_machine
+from ..optimized import PREFIX, OptimizedViT, check_tensors, frozen, is_watched
+from . import fused, plain
+from .blocks import FusedBlock, expected
+from .graphs import Graphs
+from .tiles import Tile
+from .tuning import fastest
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+GRAPHED = 16384  # tokens in a batch, up to which launching its kernels one by one could take longer than they do
+
+
+class CUDAViT(OptimizedViT):
+    """A model in bfloat16 or float16 on an NVIDIA GPU.
+
+    Besides images in its own dtype it takes float32, normalised likewise, and unsigned bytes as they come from a file,
+    0 to 255, which it normalises as `preprocessing` says: both are converted while patches are embedded.
+    """
+
+    def __init__(self, config: ViTConfig, dtype: str, tensors: Mapping[str, Tensor], mode: str = "latency") -> None:
+        """`tensors`: as `half_tensors` gives them, on the device where it is to run; the rest as for `optimize`.
+
+        Raises:
+            ValueError: tensors of other names or shapes than these.
+        """
+        super().__init__(config, dtype, tensors, mode)
+        check_tensors(tensors, expected(self, DTYPES[dtype]))
+        self._graphs = Graphs(self._logits, self._read_besides) if mode == "latency" else None
+        self._of_bytes: tuple[Tensor, Tensor] | None = None
+        for i in range(config.depth):
+            prefix = f"blocks.{i}."
+            own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+            self.blocks[i] = FusedBlock(config, i, own)
+        for name in [name for name, _ in self.named_parameters()]:
+            owner, _, part = name.rpartition(".")
+            setattr(self.get_submodule(owner), part, frozen(tensors[name]))
+        super().train(False)
+
+    def forward(self, images: Tensor, ragged: str = "error") -> Tensor:
+        """As `ViT.forward`; of the last block only what the head reads is computed, where nobody looks inside."""
+        if is_watched(self):
+            return super().forward(images, ragged)
+        images = self.accept(images, ragged)
+        h, w = self.grid_of(images)
+        few = len(images) * (self.config.num_prefix_tokens + h * w) <= GRAPHED
+        if self._graphs is None or not few or not images.is_cuda or not all(attend.exact for attend in self.attends):
+            return self._logits(images)
+        return self._graphs(images)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """[B, num_classes] of images that were accepted."""
+        grid, n = self.grid_of(images), PREFIX.get(self.config.global_pool)
+        x = self.embed(images)  # [B, T, D]
+        for block in self.blocks[:-1]:
+            x = block(x, grid)  # [B, T, D]
+        last: Any = self.blocks[-1]
+        cut = n is not None and last.attention.attend.exact
+        x = last.first(x, n) if cut else last(x, grid)  # [B, n or T, D]
+        return self.forward_head(self.norm(x))  # [B, num_classes]
+
+    def accept(self, images: Tensor, ragged: str) -> Tensor:
+        """As `ViT.accept`, and float32 and uint8 images besides."""
+        if not isinstance(images, Tensor) or images.dtype not in (torch.float32, torch.uint8):
+            return super().accept(images, ragged)
+        if images.dtype == torch.uint8 and ragged != "error":
+            raise ValueError(f"unsigned bytes are not made whole patches by {ragged!r}: expected ragged='error'")
+        if images.ndim == 4:
+            images = complete_patches(images, self.config.patch_size, ragged)
+        like = torch.empty(1, dtype=self.class_token.dtype, device=images.device, requires_grad=images.requires_grad)
+        super().accept(like.expand(images.shape), "error")
+        return images
+
+    def embed(self, images: Tensor, ragged: str = "error") -> Tensor:
+        """As `ViT.embed`, in one kernel that writes where the blocks read."""
+        images = self.accept(images, ragged)
+        (h, w), P, D = self.grid_of(images), self.config.num_prefix_tokens, self.config.embed_dim
+        weight, bias = self._patch_weights(images)
+        x = weight.new_empty(len(images), P + h * w, D)  # [B, T, D]
+        x[:, :P] = self._prefix()
+        args = (images, weight, bias, self.positions((h, w))[0], x, P)
+
+        def call(tile: Tile | None) -> None:
+            if tile is None:
+                plain.patches(*args)
+            else:
+                fused.patches(*args, tile)
+
+        kind = f"{images.dtype}, {list(weight.shape)}"
+        fastest("patches", kind, x, len(images) * h * w, call)
+        return x
+
+    def _prefix(self) -> Tensor:
+        """[1, P, D], the tokens before those of the patches, with their positions."""
+        tokens: list[Tensor] = [x for x in (self.class_token, self.dist_token) if x is not None]
+        prefix = torch.cat(tokens, dim=1)  # [1, 1 or 2, D]
+        if n := self.config.num_position_rows:
+            prefix = prefix + self.position_embedding[:, :n]  # [1, n, D], in float32
+        return prefix if self.register_tokens is None else torch.cat([prefix, self.register_tokens], dim=1)
+
+    def _patch_weights(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The convolution's weight [D, chans, p, p] and bias [D]; for bytes with the normalisation folded in."""
+        weight, bias = self.patch_embed.proj.weight, self.patch_embed.proj.bias
+        assert bias is not None
+        if images.dtype != torch.uint8:
+            return weight, bias
+        if self._of_bytes is None:
+            mean, std = (weight.new_tensor(x, dtype=torch.float32) for x in
+                         (self.preprocessing.mean, self.preprocessing.std))  # fmt: skip
+            folded = (weight.float() / (255 * std[:, None, None])).to(weight.dtype)  # [D, chans, p, p]
+            self._of_bytes = folded, bias - folded.float().sum((2, 3)) @ (255 * mean)
+        return self._of_bytes
+
+    def _read_besides(self) -> list[Tensor]:
+        """What a graph reads and `positions` may forget."""
+        return list(self._positions.values())
+
+    def set_attention(self, *args: Any, **keywords: Any) -> None:
+        """As `ViT.set_attention`."""
+        super().set_attention(*args, **keywords)
+        if self._graphs is not None:
+            self._graphs = Graphs(self._logits, self._read_besides)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it was made of."""
+        tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return {name: x.detach().contiguous() for name, x in tensors.items() if ".attend." not in name}
+
+
+def missing(dtype: str, device: torch.device) -> str | None:
+    """What a machine lacks for a dtype; None where it lacks nothing."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "PyTorch finds no NVIDIA GPU here"
+    return wrong_machine(torch.empty(0, dtype=DTYPES[dtype], device=device))

@@ -1,0 +1,66 @@
+"""The twins of `fused` in plain PyTorch: what its kernels compute, one operation at a time.
+
+They are what the kernels are tested against, and on a GPU where cuBLAS measures faster they are what runs.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    sums: Tensor | None = None,
+    eps: float = 0.0,
+    gelu: str = "",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """[..., K] -> [..., N]: gelu(norm(x) W^T + b) + residual.
+
+    Args:
+        x: the tokens.
+        weight: [N, K], and bias [N] in float32; where there is a norm, with its weight and bias folded in.
+        sums: [N] in float32, the weight's row sums: there is a norm. None: there is none.
+        eps: the norm's.
+        gelu: "erf", "tanh" or "" for none.
+        residual: [..., N] or None.
+    """
+    if sums is not None:
+        x = F.layer_norm(x, x.shape[-1:], eps=eps)  # [..., K]
+    y = F.linear(x, weight, bias.to(x.dtype))  # [..., N]
+    if gelu:
+        y = F.gelu(y, approximate="none" if gelu == "erf" else "tanh")
+    return y if residual is None else y + residual
+
+
+def mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    sums1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    eps: float,
+    gelu: str,
+    residual: bool = True,
+) -> Tensor:
+    """[..., D] -> [..., D]: fc2(gelu(fc1(norm(x)))), and x added to it with `residual`; arguments as of `linear`."""
+    hidden = linear(x, weight1, bias1, sums1, eps, gelu)  # [..., H]
+    return linear(hidden, weight2, bias2, residual=x if residual else None)  # [..., D]
+
+
+def patches(images: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, out: Tensor, first: int) -> None:
+    """Embed patches: images [B, chans, h p, w p] into rows `first` to `first` + h w of out [B, T, D].
+
+    Args:
+        images: in any dtype.
+        weight: [D, chans, p, p], and bias [D] in float32.
+        positions: [h w, D].
+        out: what is written to.
+        first: how many tokens come before those of the patches.
+    """
+    x = F.conv2d(images.to(weight.dtype), weight, bias.to(weight.dtype), stride=weight.shape[-1])  # [B, D, h, w]
+    out[:, first:] = x.flatten(2).transpose(1, 2) + positions  # [B, h w, D]

@@ -1,0 +1,391 @@
+"""Models for a GPU: fused kernels against their plain twins in float64, and whole models against those before.
+
+Where there is no CUDA the kernels run in Triton's interpreter, a tile at a time in numpy: in float32 and float16, since
+the interpreter computes nonsense in bfloat16. What only a GPU can show is skipped there.
+"""
+
+import copy
+import importlib.util
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import FLOAT32, difference, images, randomize
+from torch import Tensor
+
+import vit
+from vit.kernels.gpu import fused, plain, tiles, tuning
+from vit.kernels.gpu.model import CUDAViT
+from vit.kernels.gpu.tiles import Tile
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float16, torch.bfloat16] if CUDA else [torch.float32, torch.float16]
+NAMES = ["bfloat16", "float16"] if CUDA else ["float16"]
+SMALL = {"img_size": 64, "embed_dim": 96, "num_heads": 3, "depth": 2, "num_classes": 10}
+LOSS = 4e-3  # of float16, relative to the largest; bfloat16 has three bits less
+ODD = [Tile(16, 16, 16, 1, 1), Tile(64, 32, 64, 4, 1)]  # besides the usual one
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
+needs_cuda = pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
+interpreter_only = pytest.mark.skipif(CUDA, reason="the kernels are compiled here, not interpreted")
+
+
+def loss(dtype: torch.dtype | str) -> float:
+    return {torch.float32: FLOAT32, torch.float16: LOSS, "float16": LOSS}.get(dtype, 8 * LOSS)
+
+
+def model(**changes: object) -> vit.ViT:
+    """A small one, with weights that matter."""
+    made = vit.create_model("vit_small_patch16_224", **(SMALL | changes))
+    return randomize(made).eval().to(DEVICE)
+
+
+def layer(N: int, K: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """A weight, bias and sums as `fold_norm` makes them."""
+    weight, bias = 0.1 * images(N, K, seed=seed), images(N, seed=seed + 1)
+    folded = fused.fold_norm(weight, bias, 1 + 0.2 * images(K, seed=seed + 2), images(K, seed=seed + 3), dtype)
+    return [folded[name].to(DEVICE) for name in ("weight", "bias", "sums")]
+
+
+def exact(fn: Callable[..., Tensor], *args: object, **keywords: object) -> Tensor:
+    """The plain twin in float64."""
+    wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+    return fn(*wide, **{key: x.double() if isinstance(x, Tensor) else x for key, x in keywords.items()})
+
+
+# Kernels
+
+
+@pytest.mark.parametrize("tile", [None, *ODD])
+@pytest.mark.parametrize("gelu", ["", "erf", "tanh"])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear(dtype: torch.dtype, norm: bool, gelu: str, tile: Tile | None) -> None:
+    """M, N and K that no tile divides; rows whose mean is far from 0; with the residual and without."""
+    weight, bias, sums = layer(104, 72, dtype)
+    x = (3 + images(2, 37, 72)).to(DEVICE, dtype)
+    residual = images(2, 37, 104, seed=5).to(DEVICE, dtype)
+    for added in (None, residual):
+        args = x, weight, bias, sums if norm else None, 1e-6, gelu, added
+        expected = exact(plain.linear, *args)
+        ours = fused.linear(*args, tile)
+        assert ours.dtype == dtype and difference(ours, expected) <= loss(dtype)
+        if dtype != torch.float32:  # rounding less often than the twin, it is nearer
+            assert rms(ours, expected) <= rms(plain.linear(*args), expected)
+
+
+def rms(ours: Tensor, theirs: Tensor) -> float:
+    return (ours.double() - theirs).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize("tile", [None, *ODD])
+@pytest.mark.parametrize("gelu", ["erf", "tanh"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mlp(dtype: torch.dtype, gelu: str, tile: Tile | None) -> None:
+    """A hidden layer that no tile divides."""
+    weight1, bias1, sums1 = layer(248, 96, dtype)
+    weight2, bias2, _ = layer(96, 248, dtype, seed=9)
+    x = (1 + images(2, 37, 96)).to(DEVICE, dtype)
+    for residual in (True, False):
+        args = x, weight1, bias1, sums1, weight2, bias2, 1e-6, gelu, residual
+        expected = exact(plain.mlp, *args)
+        ours = fused.mlp(*args, tile)
+        assert ours.dtype == dtype and difference(ours, expected) <= loss(dtype)
+        if dtype != torch.float32:
+            assert rms(ours, expected) <= rms(plain.mlp(*args), expected)
+
+
+@pytest.mark.parametrize("tile", [None, *ODD])
+@pytest.mark.parametrize("pixels", [torch.uint8, torch.float32, None])
+@pytest.mark.parametrize("p", [4, 14])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_patches(dtype: torch.dtype, p: int, pixels: torch.dtype | None, tile: Tile | None) -> None:
+    """Images that are not square and lie with gaps; rows before `first` are left alone, all others are written."""
+    weight = (0.1 * images(72, 3, p, p)).to(DEVICE, dtype)
+    bias, positions = images(72).to(DEVICE), images(15, 72, seed=3).to(DEVICE)
+    given = (255 * torch.rand(3, 3, 3 * p, 6 * p)).to(DEVICE, pixels or dtype)[..., : 5 * p]
+    if dtype != torch.float32 and pixels == torch.float32:
+        given = given.round()  # such that rounding pixels, which the twin in float64 does not, changes nothing
+    ours = torch.full((3, 17, 72), torch.nan, dtype=dtype, device=DEVICE)
+    expected = ours.double()
+    plain.patches(given.double(), weight.double(), bias.double(), positions.double(), expected, 2)
+    fused.patches(given, weight, bias, positions, ours, 2, tile)
+    assert ours[:, :2].isnan().all()
+    assert difference(ours[:, 2:], expected[:, 2:]) <= loss(dtype)
+
+
+def test_a_wrong_kernel_is_seen() -> None:
+    """The tests above, with one thing wrong in what they compare with."""
+    dtype = DTYPES[0]
+    weight, bias, sums = layer(104, 96, dtype)
+    x = (3 + images(2, 37, 96)).to(DEVICE, dtype)
+    ours = fused.linear(x, weight, bias, sums, 1e-6)
+    for args in [(weight, bias, None, 1e-6), (weight, 0 * bias, sums, 1e-6), (weight.flip(0), bias, sums, 1e-6)]:
+        assert difference(ours, exact(plain.linear, x, *args)) > 10 * loss(dtype)
+
+
+def test_more_tiles_than_programs_and_none_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each program goes from tile to tile."""
+    weight, bias, _ = layer(64, 32, DTYPES[0])
+    x = images(300, 32).to(DEVICE, DTYPES[0])
+    for count in (1, 3, 1000):
+        monkeypatch.setattr(tiles, "processors", lambda device, count=count: count)
+        assert difference(fused.linear(x, weight, bias), exact(plain.linear, x, weight, bias)) <= loss(DTYPES[0])
+
+
+def test_nan_and_infinity_are_not_lost() -> None:
+    weight, bias, sums = layer(64, 32, DTYPES[0])
+    x = images(3, 32).to(DEVICE, DTYPES[0])
+    x[1, 5], x[2, 7] = torch.nan, torch.inf
+    ours = fused.linear(x, weight, bias, sums, 1e-6)
+    assert ours[0].isfinite().all() and ours[1:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda x, w: (x, w.double()), "one dtype on one device, not .* and torch.float64"),
+        (
+            lambda x, w: (x.double(), w.double()),
+            "torch.float16, torch.bfloat16, not torch.float64",
+        ),
+        (lambda x, w: (x[..., :30], w[:, :30]), "rows of a multiple of 16 bytes"),
+        (
+            lambda x, w: (x[..., :16], w),
+            r"expected \[\.\.\., 32\] and \[\.\.\., 64\], not \[4, 16\] and None",
+        ),
+    ],
+)
+def test_what_kernels_refuse(change: Callable, text: str) -> None:
+    x, (weight, bias, _) = images(4, 32).to(DEVICE, torch.float16), layer(64, 32, torch.float16)
+    x, weight = change(x, weight)
+    with pytest.raises(ValueError, match=text):
+        fused.linear(x, weight, bias)
+
+
+def test_mlp_refuses_other_widths() -> None:
+    weight1, bias1, sums1 = layer(64, 128, DTYPES[0])
+    weight2, bias2, _ = layer(128, 64, DTYPES[0])
+    with pytest.raises(ValueError, match="takes tokens 96, 192, 384 wide, not 128"):
+        fused.mlp(images(4, 128).to(DEVICE, DTYPES[0]), weight1, bias1, sums1, weight2, bias2, 1e-6, "erf")
+
+
+# Models
+
+RELATIVES = {
+    "plain": {},
+    "tanh and LayerScale": {"gelu": "tanh", "init_values": 0.5},
+    "registers": {"reg_tokens": 4, "class_position": False},
+    "distilled": {"dist_token": True, "global_pool": "dist"},
+    "average": {"global_pool": "avg", "fc_norm": True},
+    "both, no head": {"global_pool": "token_avg", "num_classes": 0},
+    "no thirds, narrow heads": {"embed_dim": 64, "num_heads": 4, "depth": 1, "patch_size": 8},
+}
+
+
+@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize("relative", RELATIVES)
+@torch.inference_mode()
+def test_a_model_gives_the_same(relative: str, dtype: str) -> None:
+    slow = model(**RELATIVES[relative])
+    fast = vit.kernels.optimize(slow, dtype)
+    assert isinstance(fast, CUDAViT)
+    x = images(2, 3, 32, 80).to(DEVICE)
+    for given in (x, x.to(fast.class_token.dtype)):
+        assert difference(fast(given), slow(x)) <= loss(dtype)
+    assert difference(fast.forward_features(x), slow.forward_features(x)) <= loss(dtype)
+    (ours,), (theirs,) = (one.forward_intermediates(x, [0], norm=True) for one in (fast, slow))
+    assert difference(ours, theirs) <= loss(dtype)
+    mixed = [images(3, 32, 64).to(DEVICE), images(3, 48, 16).to(DEVICE)]
+    half = [one.to(fast.class_token.dtype) for one in mixed]
+    assert difference(fast.forward_packed(half), slow.forward_packed(mixed)) <= loss(dtype)
+
+
+@torch.inference_mode()
+def test_the_fused_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the last block computes only what the head reads."""
+    fast, ran = vit.kernels.optimize(model(), NAMES[0], mode="throughput"), []
+    for name in ("linear", "mlp", "patches"):
+        real = getattr(fused, name)
+        monkeypatch.setattr(fused, name, lambda *args, name=name, real=real: ran.append((name, args[0])) or real(*args))
+    x = images(2, 3, 64, 64).to(DEVICE)
+    if not CUDA:  # a GPU takes what is faster there
+        fast(x)
+        assert [name for name, _ in ran] == ["patches", *["linear", "linear", "mlp"] * 2]
+        assert [list(given.shape) for _, given in ran[-3:]] == [[2, 17, 96], [2, 1, 96], [2, 1, 96]]
+        assert {attend.name for attend in fast.attends} == {"triton"}
+
+
+@torch.inference_mode()
+def test_bytes_are_normalised() -> None:
+    slow = model()
+    fast = vit.kernels.optimize(slow, NAMES[0])
+    pixels = torch.randint(256, (2, 3, 64, 48), dtype=torch.uint8, device=DEVICE)
+    mean, std = (torch.tensor(x, device=DEVICE)[:, None, None] for x in
+                 (slow.preprocessing.mean, slow.preprocessing.std))  # fmt: skip
+    expected = slow((pixels / 255 - mean) / std)
+    assert difference(fast(pixels), expected) <= loss(NAMES[0])
+    with pytest.raises(ValueError, match="not made whole patches by 'pad'"):
+        fast(pixels[..., :40], ragged="pad")
+    with pytest.raises(ValueError, match="nearest"):
+        fast(pixels[..., :40])
+    x = images(2, 3, 64, 40).to(DEVICE)
+    for ragged in ("pad", "resize"):
+        assert difference(fast(x, ragged=ragged), slow(x, ragged=ragged)) <= loss(NAMES[0])
+
+
+@torch.inference_mode()
+def test_looking_inside() -> None:
+    slow = model()
+    fast = vit.kernels.optimize(slow, NAMES[0])
+    x = images(2, 3, 64, 64).to(DEVICE)
+    for name in ("blocks.1.attention.q", "blocks.1.attention.weights", "blocks.1.attention.out", "blocks.1.mlp",
+                 "blocks.0.mlp.fc1", "blocks.1", "norm"):  # fmt: skip
+        ours, theirs = (vit.record(one, x, name)[name] for one in (fast, slow))
+        if name == "blocks.0.mlp.fc1":  # which ends in the GELU
+            theirs = torch.nn.functional.gelu(theirs)
+        assert difference(ours, theirs) <= loss(NAMES[0]), name
+    for name in ("blocks.1.attention.weights", "blocks.1.attention.out", "blocks.1.mlp"):
+        with vit.patch(fast, {name: torch.zeros_like}), vit.patch(slow, {name: torch.zeros_like}):
+            assert difference(fast(x), slow(x)) <= loss(NAMES[0]), name
+    maps, expected = (vit.attention_maps(one, x, blocks=[1]) for one in (fast, slow))
+    assert difference(maps[0], expected[0]) <= 10 * loss(NAMES[0])
+
+
+@torch.inference_mode()
+def test_other_attention_is_kept() -> None:
+    def mean(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        return v.mean(2, keepdim=True).expand_as(v)
+
+    slow = model()
+    slow.set_attention(mean, [1])
+    fast = vit.kernels.optimize(slow, NAMES[0])
+    x = images(2, 3, 64, 64).to(DEVICE)
+    assert difference(fast(x), slow(x)) <= loss(NAMES[0])
+    for one in (slow, fast):
+        one.set_attention("sdpa")
+    assert difference(fast(x), slow(x)) <= loss(NAMES[0])
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@torch.inference_mode()
+def test_copies(again: Callable[[CUDAViT], CUDAViT]) -> None:
+    fast = vit.kernels.optimize(model(), NAMES[0])
+    x = images(1, 3, 64, 64).to(DEVICE)
+    expected = fast(x)
+    assert torch.equal(again(fast)(x), expected)
+
+
+@torch.inference_mode()
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    slow = model(init_values=0.5)
+    slow.categories = list("abcdefghij")
+    fast = vit.kernels.optimize(slow, NAMES[0])
+    loaded = vit.kernels.load(vit.kernels.save(fast, tmp_path / "fast.safetensors"))
+    x = images(2, 3, 64, 64).to(DEVICE)
+    assert isinstance(loaded, CUDAViT) and loaded.categories == slow.categories
+    assert torch.equal(loaded(x), fast(x))
+
+
+def test_models_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = vit.kernels.optimize(model(), NAMES[0])
+    x = images(1, 3, 64, 64).to(DEVICE)
+    for call, text in [
+        (lambda: vit.kernels.optimize(model(), NAMES[0], images=x), "images are to calibrate int8 on"),
+        (lambda: vit.kernels.optimize(fast, NAMES[0]), "optimized already, to"),
+        (lambda: vit.kernels.optimize(model().half(), NAMES[0]), "for a model in torch.float32 on"),
+        (lambda: vit.kernels.optimize(model(embed_dim=100, num_heads=2), NAMES[0]), "multiple of 8 for|multiple of 8"),
+        (lambda: vit.kernels.optimize(model(), "float8"), "unknown dtype 'float8'"),
+        (lambda: fast(x.double()), "float64: cast one of them"),
+        (lambda: fast(x.requires_grad_()), "no gradients"),
+        (lambda: fast(images(3, 64, 64)), "3 dimensions"),
+        (lambda: fast.to("meta"), "cannot be moved"),
+        (lambda: fast.state_dict(), r"saved with vit\.kernels\.save"),
+    ]:
+        with pytest.raises(ValueError, match=text):
+            call()
+    with torch.autocast(DEVICE), pytest.raises(ValueError, match="autocast cannot change that"):
+        fast(x.detach())
+
+
+@interpreter_only
+def test_bfloat16_is_refused_in_the_interpreter() -> None:
+    with pytest.raises(ValueError, match="cannot compute in bfloat16 so: .*Triton's interpreter"):
+        vit.kernels.optimize(model(), "bfloat16")
+
+
+@interpreter_only
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vit.kernels.attention.flash, "installed", lambda: False)
+    with pytest.raises(ValueError, match="bfloat16 is for a model in torch.float32 on cuda, and class_token is"):
+        vit.kernels.optimize(model(), "bfloat16")
+
+
+# Choosing
+
+
+def test_the_fastest_is_chosen_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuning.remembered.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    times = {"slow": 3.0, Tile(1, 2, 3, 4, 5): 1.0, None: 2.0}
+    measured = []
+    monkeypatch.setattr(tuning, "milliseconds", lambda call: measured.append(call()) or times[call()])
+    calls = {choice: lambda choice=choice: choice for choice in times}
+    x = torch.empty(0)
+    try:
+        assert tuning.choose("something", x, calls) == Tile(1, 2, 3, 4, 5) and len(measured) == 3
+        assert tuning.choose("something", x, calls) == Tile(1, 2, 3, 4, 5) and len(measured) == 3
+        times[None] = 0.5
+        assert tuning.choose("another", x, calls) is None and len(measured) == 6
+        tuning.remembered.cache_clear()  # as another process would begin
+        assert tuning.choose("something", x, calls) == Tile(1, 2, 3, 4, 5) and len(measured) == 6
+        known = json.loads(tuning.path().read_text())
+        assert known["a GPU, torch.float32: something"] == [1, 2, 3, 4, 5, 1]
+        fewer = {key: call for key, call in calls.items() if key is None}
+        assert tuning.choose("something", x, fewer) is None and len(measured) == 7  # no such layout any more
+        tuning.path().write_text("{")
+        tuning.remembered.cache_clear()
+        with pytest.warns(UserWarning, match="cannot be read, so kernels are measured again"):
+            assert tuning.choose("something", x, calls) is None
+    finally:
+        tuning.remembered.cache_clear()
+
+
+@needs_cuda
+@torch.inference_mode()
+def test_graphs() -> None:
+    """Recorded for each shape; what they read outlives its place in the cache."""
+    slow = model()
+    fast = vit.kernels.optimize(slow, NAMES[0])
+    for size in [(64, 64), (32, 80), *[(16 * i, 32) for i in range(1, 20)], (64, 64)]:
+        for seed in (1, 2):
+            x = images(2, 3, *size, seed=seed).to(DEVICE)
+            assert difference(fast(x), slow(x)) <= loss(NAMES[0])
+    assert len(fast._graphs.kept) == 16
+
+
+@pytest.mark.matrix
+@interpreter_only
+def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    """Every layout, with Hopper's own product where tiles are large enough, and within its shared memory."""
+    file = tmp_path / "resources.json"
+    command = [sys.executable, Path(__file__).parent / "benchmarks/resources.py", "--json", file]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    subprocess.run(command, check=True, env=environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache")})
+    rows = json.loads(file.read_text())
+    assert len(rows) == 1 + sum(map(len, tiles.TILES.values()))
+    for row in rows:
+        assert row["shared"] <= 227 * 1024, row
+        assert row["spilled"] == 0 or row["kernel"].startswith("mlp"), row
+        assert (row["wgmma"] > 0) == (row["layout"]["R"] >= 64), row
