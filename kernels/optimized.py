@@ -63,6 +63,7 @@ class OptimizedViT(ViT):
         """ValueError for training."""
         if mode:
             raise ValueError("an optimized model cannot be trained: train the model it was made of")
+        super().train(False)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> OptimizedViT:

@@ -101,6 +101,8 @@ def faster_attention(model: ViT, dtype: str) -> str:
 
 def check(model: object, dtype: str) -> None:
     """ValueError for what `optimize` does not take."""
+    if not isinstance(dtype, str):
+        raise ValueError(f"expected a dtype's name, {', '.join(MODELS)}, not {type(dtype).__name__}")
     if dtype not in MODELS:
         raise ValueError(unknown("dtype", dtype, MODELS))
     if not isinstance(model, ViT):

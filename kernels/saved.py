@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -22,7 +23,7 @@ from .optimized import OptimizedViT, check_mode
 from .optimizing import MODELS, machine, missing
 
 _HEADER = "vit.optimized"
-_PARTS = {"dtype", "config", "preprocessing", "categories", "provenance", "attention"}
+_PARTS = {"sha256", "dtype", "config", "preprocessing", "categories", "provenance", "attention"}
 
 
 def save(model: OptimizedViT, path: str | Path) -> Path:
@@ -38,23 +39,28 @@ def save(model: OptimizedViT, path: str | Path) -> Path:
     Raises:
         ValueError: another model, a path with another ending, attention that a file cannot name (a function without a
             registered name, with options or with weights of its own).
+        FileNotFoundError: a folder that there is not.
     """
     if not isinstance(model, OptimizedViT):
         raise ValueError(f"expected what vit.kernels.optimize returns, not {type(model).__name__}")
     path = Path(os.path.realpath(path))
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}")
     for attend in model.attends:
         if attend.options or attend.state_dict() or registered(attend.name) is not attend.source:
             raise ValueError(f"block {attend.block}: attention {attend.called} cannot be named in a file")
+    tensors = model.tensors()
     header = {
-        "dtype": model.optimized, "config": model.config.to_dict(), "preprocessing": asdict(model.preprocessing),
-        "categories": model.categories, "attention": [attend.name for attend in model.attends],
+        "sha256": sha256(tensors), "dtype": model.optimized, "config": model.config.to_dict(),
+        "preprocessing": asdict(model.preprocessing), "categories": model.categories,
+        "attention": [attend.name for attend in model.attends],
         "provenance": None if model.provenance is None else asdict(model.provenance),
     }  # fmt: skip
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        save_file(model.tensors(), temporary, {_HEADER: json.dumps(header)})
+        save_file(tensors, temporary, {_HEADER: json.dumps(header)})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -72,7 +78,7 @@ def load(path: str | Path, mode: str = "latency") -> OptimizedViT:
     """
     check_mode(mode)
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist")
+        raise FileNotFoundError(f"{path} does not exist" if not Path(path).exists() else f"{path} is no file")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -83,8 +89,12 @@ def load(path: str | Path, mode: str = "latency") -> OptimizedViT:
         raise ValueError(f"{path} holds no optimized model: load it with vit.load_pretrained, then optimize it")
     try:
         return _assemble(json.loads(metadata[_HEADER]), tensors, mode)
-    except (KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: its header {_HEADER} is not JSON: {error}") from None
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is no optimized model as vit.kernels.save writes it: {error!r}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> OptimizedViT:
@@ -102,6 +112,8 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> 
             raise ValueError(f"{name} has values that are not finite")
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     model = MODELS[header["dtype"]](ViTConfig(**header["config"]), header["dtype"], tensors, mode)
+    if header["sha256"] != sha256(tensors):
+        raise ValueError("the file is damaged: its tensors are not those that were written")
     model.preprocessing = Preprocessing(**header["preprocessing"])
     model.categories = header["categories"]
     model.provenance = None if header["provenance"] is None else Provenance.from_dict(header["provenance"])
@@ -109,3 +121,12 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> 
         if name != model.attends[i].name:
             model.set_attention(name, [i])
     return model
+
+
+def sha256(tensors: dict[str, Tensor]) -> str:
+    """Of tensors, by name: what they hold, and their shapes and dtypes."""
+    whole = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()

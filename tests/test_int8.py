@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -235,6 +236,18 @@ def test_looking_inside() -> None:
             assert difference(fast(x), plain(x)) <= LOSS
 
 
+def test_images_that_do_not_look_normalised_are_warned_of() -> None:
+    pixels = torch.rand(40, 3, 64, 64)
+    for given, text in ((pixels, "all above their mean"), (255 * pixels - 1, "where pixels are from -1 to 1")):
+        with pytest.warns(UserWarning, match=text):
+            vit.kernels.optimize(model(), "int8", given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vit.kernels.optimize(model(), "int8", 2 * pixels - 1)
+    with pytest.raises(ValueError, match="expected a dtype's name, float32, int8, .*, not Tensor"):
+        vit.kernels.optimize(model(), pixels)
+
+
 def bad(change: Callable[[Tensor], object]) -> Tensor:
     """Images to calibrate on, one of them spoilt."""
     good = images(32, 3, 64, 64)
@@ -242,6 +255,7 @@ def bad(change: Callable[[Tensor], object]) -> Tensor:
     return good
 
 
+@pytest.mark.filterwarnings("ignore:the images to calibrate on are from")
 @needs
 @pytest.mark.parametrize(
     ("calibration", "text"),
@@ -252,8 +266,10 @@ def bad(change: Callable[[Tensor], object]) -> Tensor:
         (bad(lambda x: x[9].fill_(0.5)), "image 9 to calibrate on is constant"),
         ([*images(40, 3, 64, 64), images(3, 60, 64)], "image 40 to calibrate on: .*multiple"),
         (images(32, 1, 64, 64), "image 0 to calibrate on: .*channels"),
-        ([(images(3, 64, 64), 1)] * 40, "expected a tensor or a list of tensors to calibrate on, not list"),
-        (40, "expected a tensor or a list of tensors to calibrate on, not int"),
+        ([(images(3, 64, 64), 1)] * 40, r"list of tensors \[C, H, W\] to calibrate on, not a list with tuple"),
+        (40, "to calibrate on, not int"),
+        (images(3, 64, 64), r"to calibrate on, not a tensor \[3, 64, 64\]"),
+        (1e30 * images(40, 3, 64, 64), "give blocks.* values that are not finite: are they normalised"),
     ],
 )
 def test_bad_images_to_calibrate_on(calibration: Tensor | list[Tensor], text: str) -> None:

@@ -294,6 +294,30 @@ def test_files_that_are_not_loaded(tmp_path: Path) -> None:
             vit.kernels.load(file)
 
 
+def test_a_damaged_byte_is_seen(tmp_path: Path) -> None:
+    file = vit.kernels.save(vit.kernels.optimize(model()), tmp_path / "fast.safetensors")
+    whole = bytearray(file.read_bytes())
+    for place in (len(whole) - 1, len(whole) // 2, len(whole) - 40_000):
+        whole[place] ^= 1
+        file.write_bytes(whole)
+        with pytest.raises(ValueError, match="fast.safetensors: the file is damaged"):
+            vit.kernels.load(file)
+        whole[place] ^= 1
+    file.write_bytes(whole)
+    vit.kernels.load(file)
+
+
+def test_checkpoints_and_optimized_models_are_not_mixed_up(tmp_path: Path) -> None:
+    file = vit.kernels.save(vit.kernels.optimize(model()), tmp_path / "fast.safetensors")
+    for call in (lambda: vit.load_pretrained(file), lambda: vit.load_pretrained(file, num_heads=2)):
+        with pytest.raises(ValueError, match=r"holds an optimized model, no checkpoint: vit\.kernels\.load reads it"):
+            call()
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
+        vit.kernels.save(vit.kernels.optimize(model()), tmp_path / "nowhere" / "fast.safetensors")
+    with pytest.raises(FileNotFoundError, match="is no file"):
+        vit.kernels.load(tmp_path)
+
+
 def with_relu(plain: vit.ViT) -> vit.ViT:
     plain.blocks[0].mlp.act = nn.ReLU()
     return plain
@@ -354,6 +378,7 @@ def test_what_an_optimized_model_refuses(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in fast.parameters())
     assert not fast(x).requires_grad
     assert fast.eval() is fast and fast.float() is fast and fast.to("cpu") is fast
+    assert not any(module.training for module in fast.modules())
     for call, text in [
         (lambda: fast(x.clone().requires_grad_()), "no gradients: detach the images"),
         (lambda: fast.train(), "cannot be trained"),

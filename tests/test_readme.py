@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from vit.cli import main, make_parser
@@ -31,6 +32,9 @@ def test_python_blocks_run(default_hub, tmp_path):
     saved = 'vit.save_checkpoint(model, "for-timm", layout="timm")'  # what the shell command before it does
     if missing("int8"):
         text = text.replace('optimize(model, "int8", images)', "optimize(model)")
+    if not torch.cuda.is_available():  # Triton's interpreter, which takes a minute for a whole image
+        text = text.replace('(model.cuda(), "bfloat16")', '(model, "float16")')
+        text = text.replace("fast(images.cuda())", "fast(images[:1, :, :16, :16])")
     text = text.replace("timm.create_model", f"import timm\n{saved}\ntimm.create_model")
     command = ["features", "photo.jpg", "-o", "features.safetensors", "--model", "vit_digits_patch4_32"]
     text = f"import vit.cli\nassert vit.cli.main({command}) == 0\n{text}\nprint(refusal)"

@@ -74,6 +74,9 @@ def look(model: ViT, images: list[Tensor]) -> dict[str, Seen]:
             stack.callback(hook.remove)
         for batch in tqdm(images, "calibrating", unit="batch", leave=False, disable=None):
             model.forward_features(batch)
+    for name, one in seen.items():
+        if not (one.low.isfinite() & one.high.isfinite()).all():
+            raise ValueError(f"the images to calibrate on give {name} values that are not finite: are they normalised?")
     return seen
 
 

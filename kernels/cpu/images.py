@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vit.checks import warn
 from vit.image import create_transform
 from vit.model import ViT
 from vit.resources import DATA
@@ -22,10 +23,15 @@ def batches(model: ViT, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
     Raises:
         ValueError: fewer than `LEAST` images or more than `MOST`, or one that the model refuses, is not finite, or has
-            one value throughout; it is named by its number.
+            one value throughout; it is named by its number. Images that do not look normalised are warned of.
     """
-    if not isinstance(images, (Tensor, list, tuple)) or not all(isinstance(image, Tensor) for image in images):
-        raise ValueError(f"expected a tensor or a list of tensors to calibrate on, not {type(images).__name__}")
+    expected = "expected a tensor [n, C, H, W] or a list of tensors [C, H, W] to calibrate on"
+    if not isinstance(images, (Tensor, list, tuple)):
+        raise ValueError(f"{expected}, not {type(images).__name__}")
+    if isinstance(images, Tensor) and images.ndim != 4:
+        raise ValueError(f"{expected}, not a tensor {list(images.shape)}")
+    if others := [type(image).__name__ for image in images if not isinstance(image, Tensor)]:
+        raise ValueError(f"{expected}, not a list with {others[0]}")
     if len(images) < LEAST or len(images) > MOST:
         raise ValueError(f"expected {LEAST} to {MOST} images to calibrate on, not {len(images)}")
     result: list[list[Tensor]] = []
@@ -33,7 +39,8 @@ def batches(model: ViT, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
         try:
             image = model.accept(image[None], "error")
         except ValueError as error:
-            raise ValueError(f"image {i} to calibrate on: {error}") from None
+            why = str(error).partition(" (or say ragged=")[0]  # which there is not
+            raise ValueError(f"image {i} to calibrate on: {why}") from None
         if not torch.isfinite(image).all():
             raise ValueError(f"image {i} to calibrate on has values that are not finite")
         if (image == image[:, :, :1, :1]).all():
@@ -43,7 +50,22 @@ def batches(model: ViT, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
         if not result or len(result[-1]) >= most or result[-1][0].shape != image.shape:
             result.append([])
         result[-1].append(image)
-    return [torch.cat(batch) for batch in result]
+    found = [torch.cat(batch) for batch in result]
+    if (strange := unlike(model, found)) is not None:
+        warn(f"the images to calibrate on {strange}: were they normalised as model.preprocessing says?")
+    return found
+
+
+def unlike(model: ViT, batches: list[Tensor]) -> str | None:
+    """What is unlikely of normalised images, in words; None where they look like such."""
+    low, high = min(x.min().item() for x in batches), max(x.max().item() for x in batches)
+    least = min(-mean / std for mean, std in zip(model.preprocessing.mean, model.preprocessing.std))
+    most = max((1 - mean) / std for mean, std in zip(model.preprocessing.mean, model.preprocessing.std))
+    if low >= 0 > least:
+        return f"are from {low:.3g} to {high:.3g}, all above their mean"
+    if high > 10 * most or low < 10 * least:
+        return f"are from {low:.3g} to {high:.3g}, where pixels are from {least:.3g} to {most:.3g}"
+    return None
 
 
 def photographs(model: ViT, each: int = 10) -> Tensor:

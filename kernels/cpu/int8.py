@@ -9,7 +9,8 @@ and GELU and quantizing end fc1. Who looks inside sees norms as bytes, and v and
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -132,6 +133,15 @@ class Int8Linear(nn.Module):
 def pack(weight: Tensor) -> Tensor:
     """[N, K] int8 -> the same in oneDNN's layout."""
     return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+
+
+def square_product(side: int) -> Callable[[], Tensor]:
+    """A product of two square matrices of random bytes, for what a machine can do."""
+    tensors = {
+        "x.weight": torch.randint(-128, 128, (side, side), dtype=torch.int8), "x.weight_scale": torch.ones(side),
+        "x.bias": torch.zeros(side), "x.scale": torch.tensor(1.0), "x.zero": torch.tensor(128, dtype=torch.int32),
+    }  # fmt: skip
+    return partial(Int8Linear(tensors, "x"), torch.randint(256, (side, side), dtype=torch.uint8))
 
 
 def multiplies_bfloat16() -> bool:

@@ -46,7 +46,7 @@ class CPUViT(OptimizedViT):
         for name in [name for name, _ in self.named_parameters() if not name.startswith("blocks.")]:
             owner, _, part = name.rpartition(".")
             setattr(self.get_submodule(owner), part, frozen(tensors[name]))
-        super().train(False)
+        self.eval()
         torch.empty(KEPT, dtype=torch.uint8)
 
     def forward(self, images: Tensor, ragged: str = "error") -> Tensor:

@@ -47,7 +47,7 @@ class CUDAViT(OptimizedViT):
         for name in [name for name, _ in self.named_parameters()]:
             owner, _, part = name.rpartition(".")
             setattr(self.get_submodule(owner), part, frozen(tensors[name]))
-        super().train(False)
+        self.eval()
 
     def forward(self, images: Tensor, ragged: str = "error") -> Tensor:
         """As `ViT.forward`; of the last block only what the head reads is computed, where nobody looks inside."""

@@ -95,8 +95,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         calls, refused = prepare(model, cases(args, model), device)
         peaks = {
-            (kind, threads): timing.peak_flops(options.DTYPES[kind], threads, device)
-            for kind, threads in dict.fromkeys((case.dtype, case.threads) for case in calls)
+            (kind, threads): timing.peak_flops(kind, threads, device)
+            for kind, threads in dict.fromkeys((loading.optimized(model) or case.dtype, case.threads) for case in calls)
         }
         bar = partial(tqdm, unit="call", leave=False, disable=True if args.json else None)
         times = timing.race(calls, args.rounds, device, bar) if calls else {}
@@ -141,7 +141,9 @@ def prepare(
     for case in cases:
         key = case.dtype, case.attention
         if key not in models:
-            models[key] = copy.deepcopy(model).to(options.DTYPES[case.dtype])
+            models[key] = copy.deepcopy(model)
+            if not loading.optimized(model):  # which takes float32 images, whatever it computes in
+                models[key].to(options.DTYPES[case.dtype])
             models[key].set_attention(case.attention)
         images = timing.images(case, model.config, device, options.DTYPES[case.dtype])
         model.accept(images.to(model.class_token.dtype), "error")
@@ -160,10 +162,11 @@ def measured(
     """One row of the table."""
     low, median, high = timing.spread(times)
     speed = timing.flops(model.config, case.size) * case.batch / median
+    peak = peaks[loading.optimized(model) or case.dtype, case.threads]
     return vars(case) | {
         "optimize": loading.optimized(model), "ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high,
         "images_per_s": case.batch / median, "gflops": speed / 1e9,
-        "share_of_peak": speed / peaks[case.dtype, case.threads], "peak_gflops": peaks[case.dtype, case.threads] / 1e9,
+        "share_of_peak": speed / peak, "peak_gflops": peak / 1e9,
         "peak_mib": timing.peak_memory(call, device), "rounds": len(times),
     }  # fmt: skip
 
@@ -182,7 +185,8 @@ def show(args: argparse.Namespace, model: ViT, rows: list[dict[str, Any]]) -> No
         print(line(row))
         for kind, share in row.get("profile", {}).items():
             print(f"    {kind:18} {share:6.1%}")
-    peaks = {(row["dtype"], row["threads"]): row["peak_gflops"] for row in rows if "peak_gflops" in row}
+    timed = [row for row in rows if "peak_gflops" in row]
+    peaks = {(row["optimize"] or row["dtype"], row["threads"]): row["peak_gflops"] for row in timed}
     for (kind, threads), peak in peaks.items():
         product = f"{timing.PEAK_SIDE.get(args.device.type, 4096)}^3 product"
         print(f"peak: {peak:.0f} GFLOP/s, a {product} in {kind} with {threads} thread{'s' * (threads > 1)}")

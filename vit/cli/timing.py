@@ -87,11 +87,27 @@ def spread(values: list[float]) -> tuple[float, float, float]:
     return low, median, high
 
 
-def peak_flops(dtype: torch.dtype, threads: int, device: torch.device) -> float:
-    """Operations per second of a large matrix product: the best of four, after one that warms up."""
+def peak_flops(kind: str, threads: int, device: torch.device) -> float:
+    """Operations per second of a large matrix product: the best of four, after one that warms up.
+
+    Args:
+        kind: "float32", "bfloat16" or "float16"; or "int8", multiplied as optimized models do it.
+        threads: with so many.
+        device: where.
+    """
     side = PEAK_SIDE.get(device.type, 4096)
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    return 2 * side**3 / min([seconds(lambda: a @ b, threads, device) for _ in range(5)][1:])
+    multiply = product(kind, side, device)
+    return 2 * side**3 / min([seconds(multiply, threads, device) for _ in range(5)][1:])
+
+
+def product(kind: str, side: int, device: torch.device) -> Callable[[], Tensor]:
+    """A product of two square matrices of random numbers."""
+    if kind == "int8":
+        from vit.kernels.cpu.int8 import square_product
+
+        return square_product(side)
+    a, b = (torch.randn(side, side, device=device).to(getattr(torch, kind)) for _ in range(2))
+    return lambda: a @ b
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> float:

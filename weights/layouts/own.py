@@ -65,8 +65,13 @@ def read_header(metadata: Mapping[str, str]) -> Description:
     """The inverse of `write_header`; a header that says nothing gives an empty description.
 
     Raises:
-        CheckpointError: a part that is not what `write_header` writes; it is named.
+        CheckpointError: a part that is not what `write_header` writes; it is named. An optimized model's header.
     """
+    if "vit.optimized" in metadata:
+        raise CheckpointError(
+            "it holds an optimized model, no checkpoint: vit.kernels.load reads it, and so do vit predict, features,"
+            " evaluate and bench; convert, inspect and fine-tune the checkpoint that it was made of"
+        )
     parts: dict[str, Any] = {}
     for key in _PARTS:
         if key in metadata:

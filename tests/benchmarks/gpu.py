@@ -1,0 +1,266 @@
+"""ViT-S/16 on an NVIDIA GPU, ours against timm's, as it is and compiled, in one process and in turns.
+
+    python tests/benchmarks/gpu.py [--json gpu.json]
+
+All have timm's random weights and compute in bfloat16, or under autocast. The table has images per second, TFLOP/s and
+their share of what the GPU gives in a product of two 8192 x 8192 matrices of random numbers, the share of the speed
+that its memory allows for one kernel per fused operation, peak memory, and each contestant's error: the root mean
+square of the logits' difference from timm's in float32, relative to theirs. What is not installed, or fails, has its
+reason in the table. `--device cpu` in Triton's interpreter (TRITON_INTERPRET=1) shows that all of it runs, and no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import vit
+from vit.cli import timing
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from cpu import our_model, timm_model
+from harness import write_json
+
+Call = Callable[[Tensor], Tensor]
+ROUNDS = 20  # each contestant is timed twice in a round
+PEER = "timm"  # with which names begin that count as timm's
+
+
+def half(device: torch.device) -> torch.dtype:
+    """What is raced in: bfloat16, which Triton's interpreter cannot compute."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float16
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """As `optimize` calls it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def eager(size: int, device: torch.device, layout: torch.memory_format = torch.contiguous_format) -> Call:
+    """timm in half precision throughout."""
+    model = timm_model(size).to(device, half(device), memory_format=layout)
+    return lambda x: model(x.to(memory_format=layout))
+
+
+def autocast(size: int, device: torch.device) -> Call:
+    """timm in float32, with products under autocast."""
+    return cast(timm_model(size).to(device), device)
+
+
+def cast(model: Call, device: torch.device) -> Call:
+    """A model under autocast."""
+
+    def call(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, half(device)):
+            return model(x.float())
+
+    return call
+
+
+def compiled(model: nn.Module, mode: str) -> Call:
+    """By torch.compile."""
+    return torch.compile(model, mode=mode, dynamic=False)
+
+
+def torchvision(size: int, device: torch.device) -> Call:
+    """torchvision's class at S size, with weights of its own."""
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(size, 16, 12, 6, 384, 1536).eval().to(device, half(device))
+
+
+def ours(size: int, device: torch.device) -> Call:
+    return our_model(size).to(device, half(device))
+
+
+def optimized(size: int, device: torch.device, mode: str) -> Call:
+    return vit.kernels.optimize(our_model(size).to(device), name_of(half(device)), mode=mode)
+
+
+CONTESTANTS: dict[str, Callable[[int, torch.device], Call]] = {
+    "timm": eager,
+    "timm, channels last": lambda size, device: eager(size, device, torch.channels_last),
+    "timm, autocast": autocast,
+    "timm, max-autotune": lambda size, device: compiled(timm_model(size).to(device, half(device)), "max-autotune"),
+    "timm, max-autotune, no graphs": lambda size, device: compiled(
+        timm_model(size).to(device, half(device)), "max-autotune-no-cudagraphs"
+    ),
+    "timm, reduce-overhead": lambda size, device: compiled(
+        timm_model(size).to(device, half(device)), "reduce-overhead"
+    ),
+    "timm, autocast, max-autotune": lambda size, device: cast(
+        compiled(timm_model(size).to(device), "max-autotune"), device
+    ),
+    "torchvision": torchvision,
+    "ours": ours,
+    "ours, optimized": lambda size, device: optimized(size, device, "latency"),
+    "ours, optimized, no graphs": lambda size, device: optimized(size, device, "throughput"),
+}
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """One call, by the GPU's own clock."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes per second that a large copy reads and writes."""
+    source = torch.empty(2**30 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / statistics.median(seconds(lambda: target.copy_(source), device) for _ in range(10))
+
+
+def least_bytes(config: vit.ViTConfig, size: int) -> int:
+    """What must go through memory for one image where each fused operation is one kernel, in half precision.
+
+    Pixels and tokens; in each block x and qkv; qkv and heads; heads and x twice; x twice.
+    """
+    h = size // config.patch_size
+    T, D = config.num_prefix_tokens + h * h, config.embed_dim
+    return 2 * (config.in_chans * size * size + T * D + config.depth * T * D * (1 + 3 + 3 + 1 + 1 + 2 + 2))
+
+
+def build(names: list[str], size: int, device: torch.device) -> tuple[dict[str, Call], dict[str, str]]:
+    """The contestants, and why others cannot run."""
+    calls, failed = {}, {}
+    for name in tqdm(names, f"building, {size} px", leave=False, disable=None):
+        try:
+            calls[name] = CONTESTANTS[name](size, device)
+        except Exception as error:  # each library has its own
+            failed[name] = reason(error)
+    return calls, failed
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+
+
+def race(calls: dict[str, Call], batch: int, size: int, device: torch.device, rounds: int, limits: dict) -> list[dict]:
+    """A row for each contestant that runs."""
+    x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device, half(device))
+    exact = timm_model(size).to(device)(x[:8].float()).double()
+    rows: list[dict] = []
+    for name in tqdm(calls, f"warming up, {size} px, batch {batch}", leave=False, disable=None):
+        row = {"name": name, "size": size, "batch": batch}
+        try:
+            for _ in range(3):  # compile, measure layouts, record graphs
+                logits = calls[name](x)[:8].double()
+            row["memory MiB"] = timing.peak_memory(lambda name=name: calls[name](x), device)
+            if name != "torchvision":  # whose weights are others
+                row["error"] = ((logits - exact).norm() / exact.norm()).item()
+        except Exception as error:
+            row["failed"] = reason(error)
+        rows.append(row)
+    running = [row["name"] for row in rows if "failed" not in row]
+    times: dict[str, list[float]] = {name: [] for name in running}
+    for _ in tqdm(range(rounds), f"{size} px, batch {batch}", leave=False, disable=None):
+        for name in running + running[::-1]:
+            times[name].append(seconds(lambda name=name: calls[name](x), device))
+    config = vit.create_model("vit_small_patch16_224", img_size=size).config
+    best = min(statistics.median(times[name]) for name in running if name.startswith(PEER))
+    for row in rows:
+        if "failed" not in row:
+            row |= speeds(times[row["name"]], batch, best, config, size, limits)
+    return rows
+
+
+def speeds(times: list[float], batch: int, best: float, config: vit.ViTConfig, size: int, limits: dict) -> dict:
+    """What a contestant's times mean."""
+    low, median, high = statistics.quantiles(times, n=4)
+    rate = timing.flops(config, (size, size)) * batch / median
+    return {
+        "ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high, "images/s": batch / median, "TFLOP/s": rate / 1e12,
+        "of matmul": rate / limits["matmul FLOP/s"],
+        "of memory": least_bytes(config, size) * batch / limits["copy bytes/s"] / median,
+        "ratio": best / median,
+    }  # fmt: skip
+
+
+def show(rows: list[dict]) -> None:
+    """A table for each size and batch."""
+    for size, batch in dict.fromkeys((row["size"], row["batch"]) for row in rows if "batch" in row):
+        print(f"\n{size} px, batch {batch}")
+        print("| | images/s | ms | quartiles | times timm's best | TFLOP/s | of matmul | of memory | MiB | error |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
+        for row in rows:
+            if (row["size"], row.get("batch")) != (size, batch):
+                continue
+            if "failed" in row:
+                print(f"| {row['name']} | did not run: {row['failed']} |")
+                continue
+            error = f"{row['error']:.1e}" if "error" in row else ""
+            print(
+                f"| {row['name']} | {row['images/s']:.0f} | {row['ms']:.3f} | {row['low']:.3f}-{row['high']:.3f} |"
+                f" {row['ratio']:.2f} | {row['TFLOP/s']:.0f} | {row['of matmul']:.0%} |"
+                f" {row['of memory']:.0%} | {row['memory MiB']:.0f} | {error} |"
+            )
+    for row in rows:
+        if "batch" not in row:
+            print(f"{row['name']}, {row['size']} px: cannot be built: {row['failed']}")
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Race, print tables, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
+    parser.add_argument("--img-size", type=int, nargs="+", default=[224, 384, 1024])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256, 1024])
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="each times all twice; default: %(default)s")
+    parser.add_argument("--device", type=torch.device, default="cuda")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no NVIDIA GPU here")
+    timing.PEAK_SIDE["cpu"] = 256  # where no figure means anything
+    limits = {
+        "matmul FLOP/s": timing.peak_flops(name_of(half(args.device)), torch.get_num_threads(), args.device),
+        "copy bytes/s": copy_rate(args.device),
+    }
+    where = timing.environment(args.device) | limits | versions()
+    print(where)
+    rows: list[dict] = []
+    names = list(dict.fromkeys(["timm", *args.only]))
+    for size in args.img_size:
+        calls, failed = build(names, size, args.device)
+        rows += [{"name": name, "size": size, "failed": why} for name, why in failed.items()]
+        for batch in args.batch:
+            rows += race(calls, batch, size, args.device, args.rounds, limits)
+            write_json(args.json, {"environment": where, "rows": rows})  # so far, should it be interrupted
+    show(rows)
+
+
+def versions() -> dict[str, str]:
+    """Of what takes part, and the GPU's driver."""
+    import subprocess
+    from importlib.metadata import version
+
+    found = {name: version(name) for name in ("timm", "triton", "torchvision")}
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["driver"] = "unknown"
+    return found
+
+
+if __name__ == "__main__":
+    main()

