@@ -337,7 +337,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_fastest_is_chosen_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuning.remembered.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(tuning, "name_of", lambda device: "a GPU")
     times = {"slow": 3.0, Tile(1, 2, 3, 4, 5): 1.0, None: 2.0}
     measured = []
     monkeypatch.setattr(tuning, "milliseconds", lambda call: measured.append(call()) or times[call()])

@@ -39,10 +39,11 @@ def linear(
     R, C, E, warps, stages, _ = tile = tile or default("linear", M, x)
     out = x.new_empty((*x.shape[:-1], N))  # [..., N]
     added = None if residual is None else matrix(residual, R, C)
-    kernels.linear_kernel[tile.programs(cdiv(M, R) * cdiv(N, C), x),](
-        matrix(x, R, E), matrix(weight, C, E), bias, sums, added, matrix(out, R, C), M, N, K, eps, gelu, R, C, E,
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another
+        kernels.linear_kernel[tile.programs(cdiv(M, R) * cdiv(N, C), x),](
+            matrix(x, R, E), matrix(weight, C, E), bias, sums, added, matrix(out, R, C), M, N, K, eps, gelu, R, C, E,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     return out
 
 
@@ -67,10 +68,11 @@ def mlp(
         raise ValueError(f"mlp takes tokens {', '.join(map(str, THIRDS))} wide, not {D}")
     R, C, _, warps, stages, _ = tile = tile or default("mlp", M, x)
     E, out = D // 3, torch.empty_like(x, memory_format=torch.contiguous_format)  # [..., D]
-    kernels.mlp_kernel[tile.programs(cdiv(M, R), x),](
-        matrix(x, R, E), matrix(weight1, C, E), bias1, sums1, matrix(weight2, E, C), bias2, matrix(out, R, E),
-        M, H, D, eps, gelu, residual, R, C, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another
+        kernels.mlp_kernel[tile.programs(cdiv(M, R), x),](
+            matrix(x, R, E), matrix(weight1, C, E), bias1, sums1, matrix(weight2, E, C), bias2, matrix(out, R, E),
+            M, H, D, eps, gelu, residual, R, C, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     return out
 
 
@@ -86,10 +88,11 @@ def patches(
     weight = F.pad(weight.flatten(1), (0, -K % (16 // weight.itemsize)))  # rows of a multiple of 16 bytes
     check("patches", out, weight)
     R, C, E, warps, stages, _ = tile = tile or default("patches", B * h * w, out)
-    kernels.patches_kernel[tile.programs(cdiv(B * h * w, R) * cdiv(D, C), out),](
-        images, matrix(weight, C, E), bias, positions, out, *images.stride(), out.stride(0),
-        B, h, w, first, p, K, D, R, C, E, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(out):  # Triton launches on the current device, which may be another
+        kernels.patches_kernel[tile.programs(cdiv(B * h * w, R) * cdiv(D, C), out),](
+            images, matrix(weight, C, E), bias, positions, out, *images.stride(), out.stride(0),
+            B, h, w, first, p, K, D, R, C, E, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
 
 
 def fold_norm(weight: Tensor, bias: Tensor, gamma: Tensor, beta: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

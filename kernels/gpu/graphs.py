@@ -18,6 +18,7 @@ class Recorded(NamedTuple):
     graph: torch.cuda.CUDAGraph
     images: Tensor
     result: Tensor
+    free: torch.cuda.Event  # passes when nothing of it is in use
     besides: list[Tensor]
 
 
@@ -36,16 +37,22 @@ class Graphs:
     def __call__(self, images: Tensor) -> Tensor:
         """What `fn` gives. The first call for a shape and dtype records."""
         key = (*images.shape, images.dtype)
-        with self.lock:  # a graph has one place for its images and one for its result
+        with self.lock, torch.cuda.device_of(images):  # a graph has one place for its images and one for its result
             if key not in self.kept:
                 if len(self.kept) >= SHAPES:
-                    del self.kept[next(iter(self.kept))]
+                    oldest = next(iter(self.kept))
+                    self.kept.pop(oldest).free.synchronize()
                 self.kept[key] = self.record(images)
-            recorded = self.kept[key]
+            recorded, stream = self.kept[key], torch.cuda.current_stream(images.device)
+            stream.wait_event(recorded.free)  # another stream may be in the middle of it
             recorded.images.copy_(images)
             recorded.graph.replay()
-            return recorded.result.clone()
+            result = recorded.result.clone()
+            recorded.free.record(stream)
+            return result
 
+    @torch.inference_mode(False)  # whose tensors could not be written to outside of it, at another call
+    @torch.no_grad()
     def record(self, images: Tensor) -> Recorded:
         """A graph of `fn` on images like these."""
         given = images.clone()
@@ -58,4 +65,4 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             result = self.fn(given)
-        return Recorded(graph, given, result, self.besides())
+        return Recorded(graph, given, result, torch.cuda.Event(), self.besides())

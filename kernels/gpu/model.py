@@ -20,7 +20,7 @@ from .tiles import Tile
 from .tuning import fastest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-GRAPHED = 16384  # tokens in a batch, up to which launching its kernels one by one could take longer than they do
+GRAPHED = 65536  # tokens in a batch, up to which launching its kernels one by one could take longer than they do
 
 
 class CUDAViT(OptimizedViT):

@@ -46,11 +46,17 @@ def fastest(kernel: str, what: str, x: Tensor, rows: int, call: Callable[[Tile |
 
 def choose(what: str, x: Tensor, calls: Mapping[Choice, Callable[[], object]]) -> Choice:
     """The key of the fastest of these calls, which work on x: measured, or remembered."""
-    key, known = f"{torch.cuda.get_device_name(x.device)}, {x.dtype}: {what}", remembered()
+    key, known = f"{name_of(x.device)}, {x.dtype}: {what}", remembered()
     if key not in known or restored(known[key]) not in calls:
         known[key] = measure(calls)
         remember(known)
     return restored(known[key])
+
+
+@cache
+def name_of(device: torch.device) -> str:
+    """Of a GPU."""
+    return torch.cuda.get_device_name(device)
 
 
 def restored(found: Any) -> Any:
