@@ -64,9 +64,10 @@ class CPUViT(OptimizedViT):
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _parts(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Batches of about `PART` tokens."""
+        """Batches of at most `PART` tokens, as alike as they can be; an image with more goes by itself."""
         h, w = self.grid_of(images)
-        return images.split(max(1, PART // (self.config.num_prefix_tokens + h * w)))
+        most = max(1, PART // (self.config.num_prefix_tokens + h * w))
+        return images.tensor_split(-(-len(images) // most))
 
     def _read(self, images: Tensor) -> Tensor:
         """[B, n, D], the tokens that the head reads at the least."""
