@@ -143,6 +143,15 @@ def test_more_tiles_than_programs_and_none_at_all(monkeypatch: pytest.MonkeyPatc
         assert difference(fused.linear(x, weight, bias), exact(plain.linear, x, weight, bias)) <= loss(DTYPES[0])
 
 
+def test_rows_with_gaps_and_memory_that_begins_anywhere() -> None:
+    weight, bias, sums = layer(64, 32, DTYPES[0])
+    wide, shifted = images(5, 48), images(5 * 32 + 1)
+    for x in (wide[:, 8:40], wide[::2, :32], shifted[1:].view(5, 32), wide[:, :32].flip(1)):
+        x = x.to(DEVICE, DTYPES[0])
+        args = x, weight, bias, sums, 1e-6
+        assert difference(fused.linear(*args), exact(plain.linear, *args)) <= loss(DTYPES[0])
+
+
 def test_nan_and_infinity_are_not_lost() -> None:
     weight, bias, sums = layer(64, 32, DTYPES[0])
     x = images(3, 32).to(DEVICE, DTYPES[0])

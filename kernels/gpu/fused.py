@@ -108,7 +108,10 @@ def matrix(x: Tensor, rows: int, columns: int) -> Any:
     """[..., K] as a matrix, for a kernel that reads or writes it in such tiles."""
     from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-untyped]
 
-    return TensorDescriptor.from_tensor(x.contiguous().flatten(0, -2), [rows, columns])
+    x = x.contiguous()
+    if x.data_ptr() % 16:  # where Hopper's copy engine cannot begin
+        x = x.clone()
+    return TensorDescriptor.from_tensor(x.flatten(0, -2), [rows, columns])
 
 
 def check(name: str, x: Tensor, *others: Tensor) -> None:

@@ -66,6 +66,7 @@ def restored(found: Any) -> Any:
 
 def measure(calls: Mapping[Choice, Callable[[], object]]) -> Choice:
     """The key of the fastest, by the median."""
+    from triton import TritonError  # type: ignore[import-untyped]
     from triton.runtime.errors import OutOfResources  # type: ignore[import-untyped]
 
     times: dict[Choice, float] = {}
@@ -74,6 +75,8 @@ def measure(calls: Mapping[Choice, Callable[[], object]]) -> Choice:
             times[choice] = milliseconds(call)
         except OutOfResources:  # which some GPUs have less of
             continue
+        except TritonError as error:
+            warn(f"{choice} does not compile here and is left out: {error}")
     return min(times, key=lambda choice: times[choice])
 
 
