@@ -5,6 +5,7 @@ the interpreter computes nonsense in bfloat16. What only a GPU can show is skipp
 """
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import os
@@ -244,6 +245,9 @@ def test_bytes_are_normalised() -> None:
                  (slow.preprocessing.mean, slow.preprocessing.std))  # fmt: skip
     expected = slow((pixels / 255 - mean) / std)
     assert difference(fast(pixels), expected) <= loss(NAMES[0])
+    fast.preprocessing = dataclasses.replace(fast.preprocessing, mean=(0.1, 0.2, 0.3), std=(0.2, 0.3, 0.4))
+    mean, std = torch.tensor([[0.1, 0.2, 0.3], [0.2, 0.3, 0.4]], device=DEVICE)[..., None, None]
+    assert difference(fast(pixels), slow((pixels / 255 - mean) / std)) <= loss(NAMES[0])
     with pytest.raises(ValueError, match="not made whole patches by 'pad'"):
         fast(pixels[..., :40], ragged="pad")
     with pytest.raises(ValueError, match="nearest"):
@@ -284,6 +288,10 @@ def test_other_attention_is_kept() -> None:
     for one in (slow, fast):
         one.set_attention("sdpa")
     assert difference(fast(x), slow(x)) <= loss(NAMES[0])
+    fast.set_attention("sdpa", check=True)
+    x[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="block 0: attention 'sdpa' was given q with values that are not finite"):
+        fast(x)
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])

@@ -34,9 +34,9 @@ class Graphs:
     def __reduce__(self) -> tuple:  # copies record for themselves
         return Graphs, (self.fn, self.besides)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """What `fn` gives. The first call for a shape and dtype records."""
-        key = (*images.shape, images.dtype)
+    def __call__(self, images: Tensor, what: object) -> Tensor:
+        """What `fn` gives. The first call for a shape and dtype records, and so does another `what` it rests on."""
+        key = (*images.shape, images.dtype, what)
         with self.lock, torch.cuda.device_of(images):  # a graph has one place for its images and one for its result
             if key not in self.kept:
                 if len(self.kept) >= SHAPES:

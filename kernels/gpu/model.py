@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vit.attend import Attend
 from vit.config import ViTConfig
+from vit.metadata import Preprocessing
 from vit.ragged import complete_patches
 
 from ..attention.flash import wrong_machine
@@ -39,7 +41,7 @@ class CUDAViT(OptimizedViT):
         super().__init__(config, dtype, tensors, mode)
         check_tensors(tensors, expected(self, DTYPES[dtype]))
         self._graphs = Graphs(self._logits, self._read_besides) if mode == "latency" else None
-        self._of_bytes: tuple[Tensor, Tensor] | None = None
+        self._of_bytes: dict[Preprocessing, tuple[Tensor, Tensor]] = {}
         for i in range(config.depth):
             prefix = f"blocks.{i}."
             own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
@@ -56,9 +58,9 @@ class CUDAViT(OptimizedViT):
         images = self.accept(images, ragged)
         h, w = self.grid_of(images)
         few = len(images) * (self.config.num_prefix_tokens + h * w) <= GRAPHED
-        if self._graphs is None or not few or not images.is_cuda or not all(attend.exact for attend in self.attends):
+        if self._graphs is None or not few or not images.is_cuda or not all(map(is_plain, self.attends)):
             return self._logits(images)
-        return self._graphs(images)
+        return self._graphs(images, self.preprocessing)
 
     def _logits(self, images: Tensor) -> Tensor:
         """[B, num_classes] of images that were accepted."""
@@ -67,7 +69,7 @@ class CUDAViT(OptimizedViT):
         for block in self.blocks[:-1]:
             x = block(x, grid)  # [B, T, D]
         last: Any = self.blocks[-1]
-        cut = n is not None and last.attention.attend.exact
+        cut = n is not None and is_plain(last.attention.attend)
         x = last.first(x, n) if cut else last(x, grid)  # [B, n or T, D]
         return self.forward_head(self.norm(x))  # [B, num_classes]
 
@@ -116,12 +118,12 @@ class CUDAViT(OptimizedViT):
         assert bias is not None
         if images.dtype != torch.uint8:
             return weight, bias
-        if self._of_bytes is None:
+        if self.preprocessing not in self._of_bytes:
             mean, std = (weight.new_tensor(x, dtype=torch.float32) for x in
                          (self.preprocessing.mean, self.preprocessing.std))  # fmt: skip
             folded = (weight.float() / (255 * std[:, None, None])).to(weight.dtype)  # [D, chans, p, p]
-            self._of_bytes = folded, bias - folded.float().sum((2, 3)) @ (255 * mean)
-        return self._of_bytes
+            self._of_bytes[self.preprocessing] = folded, bias - folded.float().sum((2, 3)) @ (255 * mean)
+        return self._of_bytes[self.preprocessing]
 
     def _read_besides(self) -> list[Tensor]:
         """What a graph reads and `positions` may forget."""
@@ -137,6 +139,11 @@ class CUDAViT(OptimizedViT):
         """What it was made of."""
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         return {name: x.detach().contiguous() for name, x in tensors.items() if ".attend." not in name}
+
+
+def is_plain(attend: Attend) -> bool:
+    """Does it give what `sdpa` gives, and does nobody check it, which asks the GPU for an answer meanwhile?"""
+    return attend.exact and not attend.check
 
 
 def missing(dtype: str, device: torch.device) -> str | None:
