@@ -41,6 +41,7 @@ def run(script: str, *args: object, folder: Path | None = None) -> str:
     return done.stdout
 
 
+@pytest.mark.examples
 def test_training_on_digits(tmp_path):
     """One epoch of the eighty: it saves a model, and it holds out the images that ship with the package."""
     folders = ("--output", tmp_path / "model", "--heldout", tmp_path / "heldout")
