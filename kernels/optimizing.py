@@ -121,8 +121,10 @@ def check(model: object, dtype: str) -> None:
     check_parts(model)
     if reason := missing(dtype, model.class_token.device):
         raise ValueError(f"this machine cannot compute in {dtype} so: {reason}")
-    if dtype in gpu.DTYPES and model.config.embed_dim % 8:
-        raise ValueError(f"{dtype} is for tokens whose width is a multiple of 8, not {model.config.embed_dim}")
+    widths = {"embed_dim": model.config.embed_dim, "mlp_dim": model.config.mlp_dim}
+    for name, width in widths.items() if dtype in gpu.DTYPES else ():
+        if width % 8:
+            raise ValueError(f"{dtype} is for models whose {name} is a multiple of 8, not {width}")
 
 
 def machine(dtype: str) -> str:

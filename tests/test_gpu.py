@@ -322,6 +322,10 @@ def test_models_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: vit.kernels.optimize(fast, NAMES[0]), "optimized already, to"),
         (lambda: vit.kernels.optimize(model().half(), NAMES[0]), "for a model in torch.float32 on"),
         (lambda: vit.kernels.optimize(model(embed_dim=100, num_heads=2), NAMES[0]), "multiple of 8 for|multiple of 8"),
+        (
+            lambda: vit.kernels.optimize(model(mlp_ratio=2.5, embed_dim=72), NAMES[0]),
+            "whose mlp_dim is a multiple of 8, not 180",
+        ),
         (lambda: vit.kernels.optimize(model(), "float8"), "unknown dtype 'float8'"),
         (lambda: fast(x.double()), "float64: cast one of them"),
         (lambda: fast(x.requires_grad_()), "no gradients"),

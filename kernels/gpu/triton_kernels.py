@@ -44,8 +44,8 @@ def moments(x_tile):
 def mean_and_std(total, squares, K: tl.constexpr, eps):
     """LayerNorm's mean, and one over its standard deviation: [R], [R].
 
-    Where a row's mean is far larger than its deviation the difference of squares loses digits, but half precision had
-    lost more of such a row's.
+    The difference of squares loses digits where a row's mean is far larger than its deviation: in float16 a mean of 100
+    deviations costs nothing that shows, one of 1000 gives an error of 5 %. Rows of a ViT's stream have one below 1.
     """
     mean = total / K
     variance = squares / K - mean * mean
@@ -157,12 +157,12 @@ def patches_kernel(
     for tile in range(tl.program_id(0), cdiv(B * N, R) * across, tl.num_programs(0)):
         column = tile % across * C
         patch = tile // across * R + tl.arange(0, R)  # [R], of all images
-        b, n = (patch // N).to(tl.int64), patch % N
+        b, n = (patch // N).to(tl.int64), (patch % N).to(tl.int64)  # 64 bits: strides may be as large as a batch
         there = patch < B * N
         corner = b * image_stride + n // w * p * line_stride + n % w * p * pixel_stride  # [R], its upper left pixel
         product = zeros([R, C], tl.float32)  # [R, C]
         for start in range(0, K, E):
-            k = start + tl.arange(0, E)  # [E]: channel, line and pixel within a patch
+            k = (start + tl.arange(0, E)).to(tl.int64)  # [E]: channel, line and pixel within a patch
             pixel = k // (p * p) * channel_stride + k // p % p * line_stride + k % p * pixel_stride
             pixels = tl.load(images + corner[:, None] + pixel[None, :], mask=there[:, None] & (k < K)[None, :], other=0)
             w_tile = weight.load([column, start])  # [C, E]

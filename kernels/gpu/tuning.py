@@ -48,7 +48,8 @@ def choose(what: str, x: Tensor, calls: Mapping[Choice, Callable[[], object]]) -
     """The key of the fastest of these calls, which work on x: measured, or remembered."""
     key, known = f"{name_of(x.device)}, {x.dtype}: {what}", remembered()
     if key not in known or restored(known[key]) not in calls:
-        known[key] = measure(calls)
+        with torch.cuda.device_of(x):  # whose clock and stream they are measured by
+            known[key] = measure(calls)
         remember(known)
     return restored(known[key])
 
