@@ -7,8 +7,10 @@ import pytest
 import torch
 from helpers import FLOAT32, difference, images, randomize
 from matrix import BACKWARD, DEVICE, DTYPES, FORWARD, Cell, Found, cells, check_kernel, run, table
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import vit
+import vit.kernels.attention.flex as flex_module
 from vit.attention import get_attention, reference
 from vit.kernels.attention.backends import REFUSALS
 from vit.kernels.attention.flex import block_mask, flex
@@ -163,6 +165,20 @@ def test_a_mask_is_the_same_for_all_images():
     for wrong in (3, [], {}):
         with pytest.raises(ValueError, match="'flex' takes a hashable function as mask_mod"):
             flex(q, k, v, mask_mod=wrong)
+
+
+@CPU_ONLY
+@pytest.mark.matrix
+@torch.no_grad()
+def test_flex_multiplies_rows_of_queries_together(monkeypatch):
+    q = images(1, 2, 150, 32)
+    for rows in (flex_module._ROWS, 3):
+        monkeypatch.setattr(flex_module, "_ROWS", rows)
+        torch._dynamo.reset()
+        with fresh_cache():
+            found, code = run_and_get_code(flex, q, q, q, score_mod=lambda score, b, h, i, j: 2 * score)
+        assert f"std::min<int64_t>(M - m, {rows})" in "".join(code)
+        assert difference(found, reference(2 * q, q, q)) <= FLOAT32
 
 
 # What the machine has, and what would run
