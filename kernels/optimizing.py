@@ -46,9 +46,10 @@ def optimize(
             `model.preprocessing` says, [n, C, H, W] or a list of [C, H, W].
             None: parts of seven photographs that ship with the package.
         mode: on a CPU "latency" answers at once, whatever the images' size. "throughput" is for many batches of one
-            size: logits come from torch.compile, which takes 10 seconds (float32) or 30 (int8) in each process for each
-            of the first eight shapes of a batch, and needs a C++ compiler; without one it warns, and runs as "latency"
-            does. On a GPU "latency" records logits of small batches as a CUDA graph for each of the last 16 shapes.
+            size: logits come from torch.compile, which takes 12 seconds (float32) or 20 (int8) for each of the first
+            eight shapes of a batch, and 4 in later processes, since PyTorch remembers on disk what it compiled. It
+            needs a C++ compiler; without one it warns, and runs as "latency" does. On a GPU "latency" records logits of
+            small batches as a CUDA graph for each of the last 16 shapes.
 
     Returns:
         A model that is called as `model` is.

@@ -10,6 +10,8 @@ import pytest
 import torch
 from helpers import FLOAT32, difference, images, randomize
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torch.profiler import ProfilerActivity, profile
 
 import vit
@@ -424,6 +426,24 @@ def test_throughput_compiles_each_shape(dtype: str, tmp_path: Path, monkeypatch:
     assert difference(fast(x), by_hand(x)) <= bar
     again = copy.deepcopy(fast)
     assert difference(again(x), by_hand(x)) <= bar
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@torch.inference_mode()
+def test_what_was_compiled_is_remembered_whatever_the_weights(dtype: str) -> None:
+    if missing(dtype):
+        pytest.skip(missing(dtype))
+    given = images(32, 3, 64, 64) if dtype == "int8" else None
+    x = images(2, 3, 64, 64)
+    with fresh_cache():
+        for seed, event in ((1, "fxgraph_cache_miss"), (2, "fxgraph_cache_hit")):
+            plain = randomize(model(depth=2), seed)
+            fast, by_hand = (vit.kernels.optimize(plain, dtype, given, mode=m) for m in ("throughput", "latency"))
+            torch._dynamo.reset()  # as in another process
+            counters.clear()
+            assert difference(fast(x), by_hand(x)) <= (FLOAT32 if dtype == "float32" else 0.05)
+            assert [name for name in counters["inductor"] if "cache" in name] == [event]
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

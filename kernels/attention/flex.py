@@ -105,7 +105,7 @@ def _inductor_with_wider_tiles(graph: torch.fx.GraphModule, inputs: list[Tensor]
     def wider(rows: int, *others: int) -> Any:
         return blocking(_ROWS, *others)
 
-    blocking = getattr(template, "GemmBlocking", None)  # PyTorch's own, and no promise: without it, it is just slower
+    blocking: Any = getattr(template, "GemmBlocking", None)  # PyTorch's own, no promise: without it it is just slower
     with patch.object(template, "GemmBlocking", wider, create=True):
         return cast(Callable[..., Any], compile_fx(graph, inputs))
 

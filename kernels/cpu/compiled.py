@@ -9,11 +9,11 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-SHAPES = 8  # that are compiled; others run as they are, since each takes half a minute
+SHAPES = 8  # that are compiled; others run as they are, since each takes up to half a minute
 
 
 class Compiled:
-    """`fn(x, ...)` by torch.compile, with weights as constants."""
+    """`fn(x, ...)` by torch.compile, which remembers on disk what it compiled."""
 
     def __init__(self, fn: Callable[..., Tensor]) -> None:
         self.fn = fn
@@ -31,14 +31,12 @@ class Compiled:
             return self.fn(x, *args)
         self.shapes.add(shape)
         import torch._dynamo  # which takes two seconds
-        import torch._inductor
 
-        freezing = torch._inductor.config.patch(freezing=True)
         unlimited = torch._dynamo.config.patch(
             recompile_limit=2**30, accumulated_recompile_limit=2**30
         )  # of all models
         try:
-            with torch.no_grad(), freezing, unlimited:
+            with torch.no_grad(), unlimited:
                 return self.compiled(x, *args)
         except torch._dynamo.exc.TorchDynamoException as error:
             self.broken = True

@@ -16,6 +16,7 @@ from vit.config import ViTConfig
 from vit.model import Block
 
 from ..optimized import frozen
+from .numbered import NumberedLayer
 
 
 def epilogue(gelu: str | None) -> tuple[str, list, str]:
@@ -23,7 +24,7 @@ def epilogue(gelu: str | None) -> tuple[str, list, str]:
     return ("gelu", [], "none" if gelu == "erf" else "tanh") if gelu else ("none", [], "")
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(NumberedLayer):
     """gelu(x W^T + b), or without the GELU, by oneDNN."""
 
     bias: Tensor
@@ -38,8 +39,8 @@ class PackedLinear(nn.Module):
         self.register_buffer("packed", torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()))
         self.epilogue = epilogue(gelu)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., K] -> [..., N]."""
+    def compute(self, x: Tensor, residual: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """[..., K] -> [..., N]; float32, with no residual."""
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.epilogue)
 
     @property

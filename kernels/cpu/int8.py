@@ -21,6 +21,7 @@ from vit.config import ViTConfig
 
 from ..optimized import frozen
 from .float32 import epilogue
+from .numbered import NumberedLayer
 
 LAYERS = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2", "mlp.wide1", "mlp.wide2")  # of a block
 
@@ -56,13 +57,14 @@ class Quantize(nn.Module):
         """Scalars: float32 above 0, and int32 from 0 to 255; ValueError for others."""
         super().__init__()
         self.scale, self.zero = scale.item(), int(zero.item())
+        self.factor, self.offset = 1 / scale.float(), zero.float()  # inputs of compiled graphs; numbers are parts
         if self.scale <= 0 or not 0 <= self.zero <= 255:
             raise ValueError(f"expected a scale above 0 and a zero from 0 to 255, not {self.scale} and {self.zero}")
 
     def forward(self, x: Tensor) -> Tensor:
         """Of any shape."""
         if torch.compiler.is_compiling():  # into one pass with what comes before it
-            return (x * (1 / self.scale)).round().add(self.zero).clamp(0, 255).to(torch.uint8)
+            return (x * self.factor).round().add(self.offset).clamp(0, 255).to(torch.uint8)
         q = torch.quantize_per_tensor(x, self.scale, self.zero, torch.quint8)
         return torch.empty(0, dtype=torch.uint8).set_(q.untyped_storage(), 0, q.shape, q.stride())  # int_repr() copies
 
@@ -79,7 +81,7 @@ class QuantizedNorm(nn.Module):
         return self.quantize(F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps))
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(NumberedLayer):
     """x W^T + b of bytes, and what follows while it is in registers: GELU and quantizing, or the residual's sum."""
 
     bias: Tensor
@@ -117,9 +119,14 @@ class Int8Linear(nn.Module):
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
+        self._take_number()
         self.packed = pack(self.packed)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dtype(self, wanted: torch.dtype) -> torch.dtype:
+        """Bytes where quantizing follows."""
+        return wanted if self.then is None else torch.uint8
+
+    def compute(self, x: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
         """[..., K] bytes -> [..., N] of `dtype`, or bytes where quantizing follows."""
         start = x, self.quantize.scale, self.quantize.zero, self.packed, self.weight_scale, self.weight_zero
         linear = torch.ops.onednn.qlinear_pointwise
