@@ -113,6 +113,9 @@ def test_bias_and_dtypes_are_refused():
     with pytest.raises(ValueError, match="'flex' runs in float32, bfloat16 or float16, not in torch.float64"):
         flex(q.double(), q.double(), q.double())
     if DEVICE == "cpu":
+        table = torch.zeros(5, requires_grad=True)
+        with pytest.raises(ValueError, match="'flex' has no backward pass on a cpu"):
+            flex(q, q, q, score_mod=lambda score, b, h, i, j: score + table[j])
         with pytest.raises(ValueError, match="'flash' has no gradient of bias on a cpu"):
             get_attention("flash")(q, q, q, bias=torch.zeros(5, 5, requires_grad=True))
 

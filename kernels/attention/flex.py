@@ -49,7 +49,7 @@ def flex(
     Raises:
         ValueError: what `refusal` names.
     """
-    if reason := refusal(q, k, v, bias):
+    if reason := refusal(q, k, v, bias, score_mod=score_mod):
         raise ValueError(f"attention 'flex' {reason}")
     for name, fn in (("score_mod", score_mod), ("mask_mod", mask_mod)):
         if fn is not None and not (callable(fn) and isinstance(fn, Hashable)):
@@ -119,6 +119,13 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **optio
         return f"runs on cuda and cpu, not on {device}"
     if q.dtype not in _DTYPES:
         return f"runs in float32, bfloat16 or float16, not in {q.dtype}"
-    if device == "cpu" and torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias)):
+    learning = (x is not None and x.requires_grad for x in (q, k, v, bias, *_held(options.get("score_mod"))))
+    if device == "cpu" and torch.is_grad_enabled() and any(learning):
         return "has no backward pass on a cpu: call the model under torch.no_grad()"
     return None
+
+
+def _held(fn: object) -> list[Tensor]:
+    """The tensors that a function has from where it was written."""
+    cells = getattr(fn, "__closure__", None) or ()
+    return [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, Tensor)]

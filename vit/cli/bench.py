@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         calls, refused = prepare(model, cases(args, model), device)
         peaks = {
             (kind, threads): timing.peak_flops(kind, threads, device)
-            for kind, threads in dict.fromkeys((loading.optimized(model) or case.dtype, case.threads) for case in calls)
+            for kind, threads in dict.fromkeys((computed(model, case), case.threads) for case in calls)
         }
         bar = partial(tqdm, unit="call", leave=False, disable=True if args.json else None)
         times = timing.race(calls, args.rounds, device, bar) if calls else {}
@@ -106,8 +106,7 @@ def run(args: argparse.Namespace) -> int:
                 row["profile"] = timing.profile_kinds(call, device)
     finally:
         torch.set_num_threads(before)
-    optimize = {"optimize": loading.optimized(model)}
-    show(args, model, rows + [vars(case) | optimize | {"refused": why} for case, why in refused.items()])
+    show(args, model, rows + [named(model, case) | {"refused": why} for case, why in refused.items()])
     if args.plot is not None:
         plot(rows, args.plot)
     return 0
@@ -156,15 +155,25 @@ def prepare(
     return calls, refused
 
 
+def computed(model: ViT, case: Case) -> str:
+    """The dtype that a model computes a case in."""
+    return loading.optimized(model) or case.dtype
+
+
+def named(model: ViT, case: Case) -> dict[str, Any]:
+    """What a row says of its case."""
+    return vars(case) | {"dtype": computed(model, case), "optimize": loading.optimized(model)}
+
+
 def measured(
     model: ViT, case: Case, times: list[float], call: Callable[[], Tensor], peaks: dict, device: torch.device
 ) -> dict[str, Any]:
     """One row of the table."""
     low, median, high = timing.spread(times)
     speed = timing.flops(model.config, case.size) * case.batch / median
-    peak = peaks[loading.optimized(model) or case.dtype, case.threads]
-    return vars(case) | {
-        "optimize": loading.optimized(model), "ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high,
+    peak = peaks[computed(model, case), case.threads]
+    return named(model, case) | {
+        "ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high,
         "images_per_s": case.batch / median, "gflops": speed / 1e9,
         "share_of_peak": speed / peak, "peak_gflops": peak / 1e9,
         "peak_mib": timing.peak_memory(call, device), "rounds": len(times),
@@ -186,7 +195,7 @@ def show(args: argparse.Namespace, model: ViT, rows: list[dict[str, Any]]) -> No
         for kind, share in row.get("profile", {}).items():
             print(f"    {kind:18} {share:6.1%}")
     timed = [row for row in rows if "peak_gflops" in row]
-    peaks = {(row["optimize"] or row["dtype"], row["threads"]): row["peak_gflops"] for row in timed}
+    peaks = {(row["dtype"], row["threads"]): row["peak_gflops"] for row in timed}
     for (kind, threads), peak in peaks.items():
         product = f"{timing.PEAK_SIDE.get(args.device.type, 4096)}^3 product"
         print(f"peak: {peak:.0f} GFLOP/s, a {product} in {kind} with {threads} thread{'s' * (threads > 1)}")
@@ -195,8 +204,7 @@ def show(args: argparse.Namespace, model: ViT, rows: list[dict[str, Any]]) -> No
 def line(row: dict[str, Any]) -> str:
     """A row as text."""
     height, width = row["size"]
-    kind = row["optimize"] or row["dtype"]
-    what = f"{f'{height}x{width}':11} {row['batch']:5}  {kind:9} {row['attention']:10} {row['threads']:6}"
+    what = f"{f'{height}x{width}':11} {row['batch']:5}  {row['dtype']:9} {row['attention']:10} {row['threads']:6}"
     if "refused" in row:
         return f"{what}   refused: {row['refused']}"
     quartiles = f"{row['low']:.1f} to {row['high']:.1f}"
@@ -211,7 +219,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         height, width = row["size"]
-        name = f"{height}x{width}, {row['optimize'] or row['dtype']}, {row['attention']}, {row['threads']} threads"
+        name = f"{height}x{width}, {row['dtype']}, {row['attention']}, {row['threads']} threads"
         lines.setdefault(name, []).append((row["batch"], row["images_per_s"]))
     figure = figure_class()(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
