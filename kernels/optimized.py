@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vit.attend import Attend
 from vit.checks import unknown
 from vit.config import ViTConfig
 from vit.model import ViT
@@ -29,6 +30,7 @@ class OptimizedViT(ViT):
     optimized: str  # the dtype it computes in, as `optimize` calls it
     mode: str
     _positions: dict[tuple[int, int], Tensor]
+    _listed: tuple[list[nn.Module], list[Attend]] | None
 
     def __init__(self, config: ViTConfig, dtype: str, tensors: Mapping[str, Tensor], mode: str) -> None:
         """An empty model, whose parts its kind takes from `tensors`."""
@@ -36,6 +38,7 @@ class OptimizedViT(ViT):
             super().__init__(config)
         self.optimized, self.mode = dtype, mode
         self._positions = {}
+        self._listed = None
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -58,6 +61,17 @@ class OptimizedViT(ViT):
                 self._positions.pop(old, None)
             self._positions[grid] = positions
         return positions
+
+    def listed(self) -> tuple[list[nn.Module], list[Attend]]:
+        """All modules, and where attention is called. To find them takes as long as a small model on a GPU."""
+        if self._listed is None:
+            self._listed = list(self.modules()), self.attends
+        return self._listed
+
+    def set_attention(self, *args: Any, **keywords: Any) -> None:
+        """As `ViT.set_attention`."""
+        super().set_attention(*args, **keywords)
+        self._listed = None  # a factory's modules are others now
 
     def train(self, mode: bool = True) -> OptimizedViT:
         """ValueError for training."""
@@ -96,8 +110,13 @@ class OptimizedViT(ViT):
 
 def is_watched(model: ViT) -> bool:
     """Does anybody look inside?"""
-    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    return hooks or any(attend.patched for attend in model.attends)
+    modules, attends = model.listed() if isinstance(model, OptimizedViT) else (model.modules(), model.attends)
+    return is_hooked(modules) or any(attend.patched for attend in attends)
+
+
+def is_hooked(modules: Iterable[nn.Module]) -> bool:
+    """Does anybody look at one of them?"""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def check_mode(mode: str) -> None:

@@ -49,7 +49,7 @@ def optimize(
             size: logits come from torch.compile, which takes 12 seconds (float32) or 20 (int8) for each of the first
             eight shapes of a batch, and 4 in later processes, since PyTorch remembers on disk what it compiled. It
             needs a C++ compiler; without one it warns, and runs as "latency" does. On a GPU "latency" records logits of
-            small batches as a CUDA graph for each of the last 16 shapes.
+            small batches as a CUDA graph, at the third call of a shape and for the last 16 of them.
 
     Returns:
         A model that is called as `model` is.

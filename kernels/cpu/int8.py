@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vit.attend import Attend, Grid
 from vit.config import ViTConfig
 
-from ..optimized import frozen
+from ..optimized import frozen, is_hooked
 from .float32 import epilogue
 from .numbered import NumberedLayer
 
@@ -222,7 +222,7 @@ class Int8Block(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid | list[Grid] | None = None, lengths: list[int] | None = None) -> Tensor:
         """As `vit.model.Block.forward`."""
-        if self.attention._forward_hooks or self.mlp._forward_hooks:  # which are to see what the model's would
+        if is_hooked((self.attention, self.mlp)):  # which are to see what the model's would
             x = x + self.attention(self.norm1(x), None, grid, lengths)  # [B, T, D]
             return x + self.mlp(self.norm2(x), None)  # [B, T, D]
         x = self.attention(self.norm1(x), x, grid, lengths)  # [B, T, D]

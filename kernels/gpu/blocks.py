@@ -12,7 +12,7 @@ from vit.attention import sdpa
 from vit.config import ViTConfig
 from vit.model import ViT
 
-from ..optimized import Kinds, float_tensors
+from ..optimized import Kinds, float_tensors, is_hooked
 from . import fused, plain
 from .tiles import Tile
 from .tuning import fastest
@@ -79,6 +79,13 @@ class FusedLinear(nn.Module):
         return f"in_features={K}, out_features={N}, norm={self.sums is not None}, gelu={self.gelu or None}"
 
 
+def add_to(residual: Tensor | None, layer: FusedLinear, x: Tensor) -> Tensor:
+    """residual + layer(x), in one kernel unless somebody is to see what the layer gives."""
+    if residual is not None and is_hooked([layer]):
+        return residual + layer(x)
+    return layer(x, residual)
+
+
 class FusedAttention(nn.Module):
     """`vit.model.Attention` with the norm before it and the residual's sum after it."""
 
@@ -99,7 +106,7 @@ class FusedAttention(nn.Module):
         """[B, T, D] -> [B, T, D], residual + attention(norm(x)); without the residual what is to be added to it."""
         q, k, v = self.split(self.qkv(x))
         out = self.attend(q, k, v, grid, lengths)  # [B, A, T, d]
-        return self.proj(out.transpose(1, 2).reshape(x.shape), residual)  # [B, T, D]
+        return add_to(residual, self.proj, out.transpose(1, 2).reshape(x.shape))  # [B, T, D]
 
     def first(self, x: Tensor, n: int) -> Tensor:
         """[B, T, D] -> [B, n, D], for the first n tokens; the others are keys and values only."""
@@ -127,13 +134,13 @@ class FusedMLP(nn.Module):
 
         def call(tile: Tile | None) -> Tensor:
             if tile is None:
-                return fc2(fc1(x), residual)
+                return add_to(residual, fc2, fc1(x))
             assert fc1.sums is not None
             first, second = (fc1.weight, fc1.bias, fc1.sums), (fc2.weight, fc2.bias)
             return fused.mlp(x, *first, *second, fc1.eps, fc1.gelu, residual is not None, tile)
 
         H, D = fc1.weight.shape
-        if D not in fused.THIRDS or is_watched_within(self):
+        if D not in fused.THIRDS or is_hooked(self.children()):
             return call(None)
         return fastest("mlp", f"{[H, D]}", x, x.shape[:-1].numel(), call)
 
@@ -150,7 +157,7 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid | list[Grid] | None = None, lengths: list[int] | None = None) -> Tensor:
         """As `vit.model.Block.forward`."""
-        if self.attention._forward_hooks or self.mlp._forward_hooks:  # which are to see what the model's would
+        if is_hooked((self.attention, self.mlp)):  # which are to see what the model's would
             x = x + self.attention(x, None, grid, lengths)  # [B, T, D]
             return x + self.mlp(x, None)  # [B, T, D]
         x = self.attention(x, x, grid, lengths)  # [B, T, D]
@@ -160,8 +167,3 @@ class FusedBlock(nn.Module):
         """[B, T, D] -> [B, n, D], what the block makes of the first n tokens."""
         x = self.attention.first(x, n)  # [B, n, D]
         return self.mlp(x, x)  # [B, n, D]
-
-
-def is_watched_within(module: nn.Module) -> bool:
-    """Does anybody look at its parts, which a kernel for all of it does not have?"""
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.children())

@@ -32,12 +32,14 @@ def linear(
     from . import triton_kernels as kernels
 
     (N, K), M = weight.shape, x.shape[:-1].numel()
-    check("linear", x, weight, *([] if residual is None else [residual]))
-    if x.shape[-1] != K or (residual is not None and residual.shape != (*x.shape[:-1], N)):
+    out = x.new_empty((*x.shape[:-1], N))  # [..., N]
+    check("linear", x, weight, out, *([] if residual is None else [residual]))
+    if x.shape[-1] != K or (residual is not None and residual.shape != out.shape):
         found = list(x.shape), None if residual is None else list(residual.shape)
         raise ValueError(f"linear [{N}, {K}] expected [..., {K}] and [..., {N}], not {found[0]} and {found[1]}")
+    if M == 0:
+        return out
     R, C, E, warps, stages, _ = tile = tile or default("linear", M, x)
-    out = x.new_empty((*x.shape[:-1], N))  # [..., N]
     added = None if residual is None else matrix(residual, R, C)
     with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another
         kernels.linear_kernel[tile.programs(cdiv(M, R) * cdiv(N, C), x),](
@@ -66,8 +68,10 @@ def mlp(
     check("mlp", x, weight1, weight2)
     if D not in THIRDS:
         raise ValueError(f"mlp takes tokens {', '.join(map(str, THIRDS))} wide, not {D}")
-    R, C, _, warps, stages, _ = tile = tile or default("mlp", M, x)
     E, out = D // 3, torch.empty_like(x, memory_format=torch.contiguous_format)  # [..., D]
+    if M == 0:
+        return out
+    R, C, _, warps, stages, _ = tile = tile or default("mlp", M, x)
     with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another
         kernels.mlp_kernel[tile.programs(cdiv(M, R), x),](
             matrix(x, R, E), matrix(weight1, C, E), bias1, sums1, matrix(weight2, E, C), bias2, matrix(out, R, E),
@@ -83,15 +87,18 @@ def patches(
     from . import triton_kernels as kernels
 
     (D, chans, p, _), (B, _, H, W) = weight.shape, images.shape
-    check("patches", out)
     h, w, K = H // p, W // p, chans * p * p
-    weight = F.pad(weight.flatten(1), (0, -K % (16 // weight.itemsize)))  # rows of a multiple of 16 bytes
+    weight = weight.flatten(1)  # [D, K]
+    if short := -K % (16 // weight.itemsize):  # of a row of a multiple of 16 bytes
+        weight = F.pad(weight, (0, short))
     check("patches", out, weight)
+    if B * h * w == 0:
+        return
     R, C, E, warps, stages, _ = tile = tile or default("patches", B * h * w, out)
     with torch.cuda.device_of(out):  # Triton launches on the current device, which may be another
         kernels.patches_kernel[tile.programs(cdiv(B * h * w, R) * cdiv(D, C), out),](
             images, matrix(weight, C, E), bias, positions, out, *images.stride(), out.stride(0),
-            B, h, w, first, p, K, D, R, C, E, num_warps=warps, num_stages=stages,
+            B, h, w, first, p, K, D, images.dtype == torch.uint8, R, C, E, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
 
@@ -108,10 +115,10 @@ def matrix(x: Tensor, rows: int, columns: int) -> Any:
     """[..., K] as a matrix, for a kernel that reads or writes it in such tiles."""
     from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-untyped]
 
-    x = x.contiguous()
+    x, K = x.contiguous(), x.shape[-1]
     if x.data_ptr() % 16:  # where Hopper's copy engine cannot begin
         x = x.clone()
-    return TensorDescriptor.from_tensor(x.flatten(0, -2), [rows, columns])
+    return TensorDescriptor(x, [x.numel() // K, K], [K, 1], [rows, columns])
 
 
 def check(name: str, x: Tensor, *others: Tensor) -> None:
@@ -124,7 +131,7 @@ def check(name: str, x: Tensor, *others: Tensor) -> None:
         if other.dtype != x.dtype or other.device != x.device:
             found = f"{x.dtype} on {x.device} and {other.dtype} on {other.device}"
             raise ValueError(f"{name} takes tensors of one dtype on one device, not {found}")
-        if other[0].numel() * other.itemsize % 16:
+        if other.shape[-1] * other.itemsize % 16:
             raise ValueError(f"{name} takes rows of a multiple of 16 bytes, not {list(other.shape)} in {other.dtype}")
 
 

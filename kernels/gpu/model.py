@@ -23,6 +23,7 @@ from .tuning import fastest
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 GRAPHED = 65536  # tokens in a batch, up to which launching its kernels one by one could take longer than they do
+CAPTURED = ("sdpa", "reference", "bmm", "math", "flash", "efficient", "cudnn", "triton")  # ask the GPU for nothing back
 
 
 class CUDAViT(OptimizedViT):
@@ -58,7 +59,7 @@ class CUDAViT(OptimizedViT):
         images = self.accept(images, ragged)
         h, w = self.grid_of(images)
         few = len(images) * (self.config.num_prefix_tokens + h * w) <= GRAPHED
-        if self._graphs is None or not few or not images.is_cuda or not all(map(is_plain, self.attends)):
+        if self._graphs is None or not few or not images.is_cuda or not all(map(is_captured, self.listed()[1])):
             return self._logits(images)
         return self._graphs(images, self.preprocessing)
 
@@ -113,7 +114,7 @@ class CUDAViT(OptimizedViT):
         return prefix if self.register_tokens is None else torch.cat([prefix, self.register_tokens], dim=1)
 
     def _patch_weights(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The convolution's weight [D, chans, p, p] and bias [D]; for bytes with the normalisation folded in."""
+        """The convolution's weight [D, chans, p, p] and bias [D]; for bytes, as 256ths, with the normalisation in."""
         weight, bias = self.patch_embed.proj.weight, self.patch_embed.proj.bias
         assert bias is not None
         if images.dtype != torch.uint8:
@@ -121,9 +122,18 @@ class CUDAViT(OptimizedViT):
         if self.preprocessing not in self._of_bytes:
             mean, std = (weight.new_tensor(x, dtype=torch.float32) for x in
                          (self.preprocessing.mean, self.preprocessing.std))  # fmt: skip
-            folded = (weight.float() / (255 * std[:, None, None])).to(weight.dtype)  # [D, chans, p, p]
-            self._of_bytes[self.preprocessing] = folded, bias - folded.float().sum((2, 3)) @ (255 * mean)
+            folded = (weight.float() * 256 / (255 * std[:, None, None])).to(weight.dtype)  # [D, chans, p, p]
+            self._of_bytes[self.preprocessing] = folded, bias - folded.float().sum((2, 3)) @ (255 / 256 * mean)
+            finish_stream(weight)
         return self._of_bytes[self.preprocessing]
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """As `OptimizedViT.positions`."""
+        is_new = grid not in self._positions
+        positions = super().positions(grid)
+        if is_new:
+            finish_stream(positions)
+        return positions
 
     def _read_besides(self) -> list[Tensor]:
         """What a graph reads and `positions` may forget."""
@@ -133,7 +143,7 @@ class CUDAViT(OptimizedViT):
         """As `ViT.set_attention`."""
         super().set_attention(*args, **keywords)
         if self._graphs is not None:
-            self._graphs = Graphs(self._logits, self._read_besides)
+            self._graphs.forget()
 
     def tensors(self) -> dict[str, Tensor]:
         """What it was made of."""
@@ -144,6 +154,17 @@ class CUDAViT(OptimizedViT):
 def is_plain(attend: Attend) -> bool:
     """Does it give what `sdpa` gives, and does nobody check it, which asks the GPU for an answer meanwhile?"""
     return attend.exact and not attend.check
+
+
+def is_captured(attend: Attend) -> bool:
+    """Can it be a part of a CUDA graph?"""
+    return is_plain(attend) and attend.name in CAPTURED
+
+
+def finish_stream(x: Tensor) -> None:
+    """Wait until what was just made and will be kept is there: another stream may be the next to read it."""
+    if x.is_cuda:
+        torch.cuda.current_stream(x.device).synchronize()
 
 
 def missing(dtype: str, device: torch.device) -> str | None:

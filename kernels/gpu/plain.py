@@ -5,6 +5,7 @@ They are what the kernels are tested against, and on a GPU where cuBLAS measures
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -56,11 +57,14 @@ def patches(images: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, out
     """Embed patches: images [B, chans, h p, w p] into rows `first` to `first` + h w of out [B, T, D].
 
     Args:
-        images: in any dtype.
+        images: in any dtype; unsigned bytes count as 256ths, so that weights for them are no smaller than others.
         weight: [D, chans, p, p], and bias [D] in float32.
         positions: [h w, D].
         out: what is written to.
         first: how many tokens come before those of the patches.
     """
-    x = F.conv2d(images.to(weight.dtype), weight, bias.to(weight.dtype), stride=weight.shape[-1])  # [B, D, h, w]
+    pixels = images.to(weight.dtype)
+    if images.dtype == torch.uint8:
+        pixels = pixels / 256
+    x = F.conv2d(pixels, weight, bias.to(weight.dtype), stride=weight.shape[-1])  # [B, D, h, w]
     out[:, first:] = x.flatten(2).transpose(1, 2) + positions  # [B, h w, D]

@@ -145,12 +145,12 @@ def patches_kernel(
     images, weight, bias, positions, out,
     image_stride, channel_stride, line_stride, pixel_stride, out_stride,
     B, h, w, first, p: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-    R: tl.constexpr, C: tl.constexpr, E: tl.constexpr,
+    BYTES: tl.constexpr, R: tl.constexpr, C: tl.constexpr, E: tl.constexpr,
 ):  # fmt: skip
     """out [B, T, D], rows `first` and on = the patches of images [B, chans, h p, w p] times W [D, K], + positions.
 
     K = chans p p, in the order of the convolution's weights; bias [D], positions [h w, D]. Pixels are read where they
-    lie, in any dtype: a patch is never copied.
+    lie, in any dtype, BYTES as 256ths: a patch is never copied.
     """
     across: tl.constexpr = (D + C - 1) // C
     N = h * w
@@ -166,6 +166,8 @@ def patches_kernel(
             pixel = k // (p * p) * channel_stride + k // p % p * line_stride + k % p * pixel_stride
             pixels = tl.load(images + corner[:, None] + pixel[None, :], mask=there[:, None] & (k < K)[None, :], other=0)
             w_tile = weight.load([column, start])  # [C, E]
+            if BYTES:
+                pixels = pixels.to(tl.float32) * (1.0 / 256)  # exact in every dtype
             product = tl.dot(pixels.to(w_tile.dtype), tl.trans(w_tile), product, input_precision="ieee")  # [R, C]
         columns = column + tl.arange(0, C)
         mask = there[:, None] & (columns < D)[None, :]

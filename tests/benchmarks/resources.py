@@ -2,9 +2,9 @@
 
     python tests/benchmarks/resources.py [--width 384] [--json out.json]
 
-For each kernel and each layout in `vit.kernels.gpu.tiles`: registers of a thread (255 at most), bytes a thread spills
-out of them, shared memory of a program (227 KiB at most), whether products go through Hopper's own instruction (wgmma),
-and how many of it are in the code.
+For each use of a kernel and each layout in `vit.kernels.gpu.tiles`: registers of a thread (255 at most), bytes a thread
+spills out of them, shared memory of a program (227 KiB at most), how many programs fit a multiprocessor by these two,
+and how many of Hopper's own products (wgmma) are in the code.
 """
 
 from __future__ import annotations
@@ -26,25 +26,43 @@ from vit.kernels.gpu import triton_kernels
 from vit.kernels.gpu.tiles import TILES, Tile
 
 POINTERS = {
-    **dict.fromkeys(("bias", "sums", "bias1", "sums1", "bias2", "lse"), "*fp32"), "images": "*u8",
+    **dict.fromkeys(("bias", "sums", "bias1", "sums1", "bias2", "lse"), "*fp32"),
     **dict.fromkeys(("q", "k", "v", "out", "positions"), "*bf16"),
 }  # fmt: skip
 
 
-def known(kernel: str, width: int, tile: Tile) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    """In a ViT of this width, the values that a kernel is compiled for, and the tiles in which it moves matrices."""
+Use = tuple[dict[str, Any], dict[str, list[int]], dict[str, str]]  # constants, tiles of matrices, other pointers
+
+
+def uses(kernel: str, width: int, tile: Tile) -> dict[str, Use]:
+    """What a kernel is compiled for in a ViT of this width: values that are known, and tiles in which matrices move."""
     R, C, E = tile.R, tile.C, tile.E
     if kernel == "linear":
-        values = {"E": E, "N": 3 * width, "K": width, "GELU": "", "residual": None}
-        return {"R": R, "C": C, **values}, {"x": [R, E], "weight": [C, E], "out": [R, C]}
+        norm, add = {"GELU": "", "residual": None}, {"GELU": "", "sums": None}
+        values = {
+            "qkv": {"N": 3 * width, "K": width, **norm}, "proj": {"N": width, "K": width, **add},
+            "fc1": {"N": 4 * width, "K": width, **norm, "GELU": "erf"}, "fc2": {"N": width, "K": 4 * width, **add},
+        }  # fmt: skip
+        matrices = {"x": [R, E], "weight": [C, E], "out": [R, C]}
+        return {
+            use: ({"R": R, "C": C, "E": E, **known}, matrices | ({"residual": [R, C]} if "sums" in known else {}), {})
+            for use, known in values.items()
+        }
     if kernel == "mlp":
-        E, values = width // 3, {"H": 4 * width, "D": width, "GELU": "erf", "RESIDUAL": True}
-        return {"R": R, "C": C, **values}, {"x": [R, E], "weight1": [C, E], "weight2": [E, C], "out": [R, E]}
-    return {"R": R, "C": C, "E": E, "p": 16, "K": 768, "D": width}, {"weight": [C, E]}
+        E, known = width // 3, {"H": 4 * width, "D": width, "GELU": "erf", "RESIDUAL": True}
+        matrices = {"x": [R, E], "weight1": [C, E], "weight2": [E, C], "out": [R, E]}
+        return {"mlp": ({"R": R, "C": C, **known}, matrices, {})}
+    known = {"R": R, "C": C, "E": E, "p": 16, "K": 768, "D": width}
+    return {
+        "patches of bytes": ({**known, "BYTES": True}, {"weight": [C, E]}, {"images": "*u8"}),
+        "patches of floats": ({**known, "BYTES": False}, {"weight": [C, E]}, {"images": "*fp32"}),
+    }
 
 
-def compiled(kernel: Any, constants: dict[str, Any], matrices: dict[str, list[int]], warps: int, stages: int) -> Any:
+def compiled(kernel: Any, use: Use, warps: int, stages: int) -> Any:
     """The machine code for compute capability 9.0 and bfloat16, with rows on multiples of 16 bytes."""
+    constants, matrices, others = use
+    pointers = POINTERS | others
     signature: dict[str, Any] = {}
     values: dict[tuple, Any] = {}
     attributes: dict[tuple, Any] = {}
@@ -57,37 +75,38 @@ def compiled(kernel: Any, constants: dict[str, Any], matrices: dict[str, list[in
             signature[name], values[i, 3] = ("i32", "i32", "i32", "constexpr"), 1
             attributes |= {(i, j): [["tt.divisibility", 16]] for j in range(3)}
         else:
-            signature[name] = POINTERS.get(name, "fp32" if name in ("eps", "scale") else "i32")
-            if name in POINTERS or name.endswith("stride"):
+            signature[name] = pointers.get(name, "fp32" if name in ("eps", "scale") else "i32")
+            if name in pointers or name.endswith("stride"):
                 attributes[i,] = [["tt.divisibility", 16]]
     options = {"num_warps": warps, "num_stages": stages}
     return triton.compile(ASTSource(kernel, signature, values, attributes), GPUTarget("cuda", 90, 32), options)
 
 
-def resources(code: Any) -> dict[str, Any]:
-    """What the compiler says of it."""
+def resources(code: Any, warps: int) -> dict[str, Any]:
+    """What the compiler says of it. A multiprocessor has 65,536 registers and 227 KiB; 1 KiB goes with each program."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(code.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    shared = code.metadata.shared
+    fits = min(65536 // (32 * warps * found["REG"]), 227 * 1024 // (shared + 1024))
     return {
-        "registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": code.metadata.shared,
+        "fits": fits, "registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": shared,
         "wgmma": len(re.findall(r"wgmma\.mma_async", code.asm["ptx"])),
     }  # fmt: skip
 
 
-Case = tuple[str, Any, dict[str, Any], dict[str, list[int]], Any]  # label, kernel, constants, matrices, layout
-
-
-def cases(width: int) -> list[Case]:
-    """Attention, and every layout of the others."""
+def cases(width: int) -> list[tuple[str, Any, Use, Any]]:
+    """Label, kernel, use and layout: attention, and every layout of the others."""
     tile = flash_kernels.launch(64, flash_kernels.torch.bfloat16)
-    constants = {"d": 64, "E": 64, "R": tile.R, "C": tile.C, "bias": None}
-    found: list[Case] = [("attention", flash_kernels.forward_kernel, constants, {}, tile)]
+    attention: Use = {"d": 64, "E": 64, "R": tile.R, "C": tile.C, "bias": None}, {}, {}
+    found: list[tuple[str, Any, Use, Any]] = [("attention", flash_kernels.forward_kernel, attention, tile)]
     for (name, few), tiles in TILES.items():
-        kernel, label = getattr(triton_kernels, f"{name}_kernel"), f"{name}, few rows" if few else name
-        found += [(label, kernel, *known(name, width, tile), tile) for tile in tiles]
+        kernel = getattr(triton_kernels, f"{name}_kernel")
+        for tile in tiles:
+            parts = uses(name, width, tile).items()
+            found += [(f"{label}, few rows" if few else label, kernel, use, tile) for label, use in parts]
     return found
 
 
@@ -97,19 +116,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the table here too")
     args = parser.parse_args()
     rows = []
-    print(f"{'kernel':20} {'layout':44} {'registers':>9} {'spilled':>8} {'shared':>8} {'wgmma':>6}")
-    for label, kernel, constants, matrices, tile in cases(args.width):
+    print(f"{'kernel':28} {'layout':44} {'fits':>4} {'registers':>9} {'spilled':>8} {'shared':>8} {'wgmma':>6}")
+    for label, kernel, use, tile in cases(args.width):
         layout = ", ".join(f"{key} {value}" for key, value in tile._asdict().items())
         row = {"kernel": label, "layout": tile._asdict()}
         try:
-            row |= resources(compiled(kernel, constants, matrices, tile.warps, tile.stages))
-            print(
-                f"{label:20} {layout:44} {row['registers']:9} {row['spilled']:8} {row['shared']:8} {row['wgmma']:6}",
-                flush=True,
-            )
+            row |= resources(compiled(kernel, use, tile.warps, tile.stages), tile.warps)
+            columns = f"{row['fits']:4} {row['registers']:9} {row['spilled']:8} {row['shared']:8} {row['wgmma']:6}"
+            print(f"{label:28} {layout:44} {columns}", flush=True)
         except Exception as error:
             row["error"] = str(error).splitlines()[0] if str(error) else type(error).__name__
-            print(f"{label:20} {layout:44} {row['error']}", flush=True)
+            print(f"{label:28} {layout:44} {row['error']}", flush=True)
         rows.append(row)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2))
