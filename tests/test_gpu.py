@@ -527,5 +527,5 @@ def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
     for row in rows:
         assert row["fits"] > 0 or row["kernel"].startswith("mlp"), row
         assert (row["wgmma"] > 0) == (row["layout"]["R"] >= 64), row
-    good = {row["kernel"] for row in rows if row["spilled"] == 0 and row["fits"] >= row["layout"].get("each", 1)}
+    good = {row["kernel"] for row in rows if row["spilled"] <= 16 and row["fits"] >= row["layout"].get("each", 1)}
     assert {row["kernel"] for row in rows} - good <= {"mlp", "mlp, few rows"}  # which spills outside of its loop
