@@ -45,11 +45,6 @@ class NumberedLayer(nn.Module):
         raise NotImplementedError
 
 
-# Not `custom_op`, which takes 10 us a call, and there are 72 calls in 20 ms.
-_library = torch.library.Library("vit", "FRAGMENT")
-_library.define("numbered_layer(Tensor number, Tensor x, Tensor? residual, int width, ScalarType dtype) -> Tensor")
-
-
 def _run(number: Tensor, x: Tensor, residual: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
     return _layers[int(number)].compute(x, residual, dtype)
 
@@ -58,5 +53,9 @@ def _shape(number: Tensor, x: Tensor, residual: Tensor | None, width: int, dtype
     return x.new_empty(*x.shape[:-1], width, dtype=dtype)
 
 
-_library.impl("numbered_layer", _run, "CPU")
-torch.library.register_fake("vit::numbered_layer", _shape, lib=_library)
+# Not by `custom_op`, which takes 10 us a call, and there are 72 calls in 20 ms.
+_library = torch.library.Library("vit", "FRAGMENT")
+if __name__ == "vit.kernels.cpu.numbered":  # transformers may import the folder as a package `kernels`, besides
+    _library.define("numbered_layer(Tensor number, Tensor x, Tensor? residual, int width, ScalarType dtype) -> Tensor")
+    _library.impl("numbered_layer", _run, "CPU")
+    torch.library.register_fake("vit::numbered_layer", _shape, lib=_library)
