@@ -4,19 +4,19 @@ Importing this package registers the attention backends that it holds; `vit.atte
 a name that it does not know.
 """
 
-from vit.attention import register_attention
+if __name__ == "vit.kernels":  # transformers asks for a package `kernels`, and in a checkout finds this folder
+    from vit.attention import register_attention
 
-from .attention import flash, flex, products, pytorch, varlen
-from .attention.backends import available, explain
-from .optimized import OptimizedViT
-from .optimizing import optimize
-from .saved import load, save
+    from .attention import flash, flex, products, pytorch, varlen
+    from .attention.backends import available, explain
+    from .optimized import OptimizedViT
+    from .optimizing import optimize
+    from .saved import load, save
 
-__all__ = ["OptimizedViT", "available", "explain", "load", "optimize", "save"]
+    __all__ = ["OptimizedViT", "available", "explain", "load", "optimize", "save"]
 
-for _name, _fn in {
-    "math": pytorch.math, "flash": pytorch.flash, "efficient": pytorch.efficient, "cudnn": pytorch.cudnn,
-    "flex": flex.flex, "triton": flash.triton, "varlen": varlen.varlen, "bmm": products.bmm,
-}.items():  # fmt: skip
-    if __name__ == "vit.kernels":  # transformers asks for a package `kernels`, and in a checkout finds this folder
+    for _name, _fn in {
+        "math": pytorch.math, "flash": pytorch.flash, "efficient": pytorch.efficient, "cudnn": pytorch.cudnn,
+        "flex": flex.flex, "triton": flash.triton, "varlen": varlen.varlen, "bmm": products.bmm,
+    }.items():  # fmt: skip
         register_attention(_name, _fn, exact=True)

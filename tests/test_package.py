@@ -58,9 +58,9 @@ def test_an_installed_wheel_runs_outside_the_repository(wheel, tmp_path):
 
 def test_somebody_else_may_import_the_folder_kernels():
     """As transformers does, where its process stands in a checkout, in search of a package of that name."""
-    code = "import vit.kernels, kernels; print(kernels.__name__, 'sdpa' in vit.attention_names())"
+    code = "import vit.kernels, kernels, sys; print([name for name in sys.modules if name.startswith('kernels')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout.split() == ["kernels", "True"], done.stderr
+    assert done.stdout.strip() == "['kernels']", done.stderr
 
 
 def test_a_missing_vit_weights_says_how_to_install_it():

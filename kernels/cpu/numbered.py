@@ -55,7 +55,6 @@ def _shape(number: Tensor, x: Tensor, residual: Tensor | None, width: int, dtype
 
 # Not by `custom_op`, which takes 10 us a call, and there are 72 calls in 20 ms.
 _library = torch.library.Library("vit", "FRAGMENT")
-if __name__ == "vit.kernels.cpu.numbered":  # transformers may import the folder as a package `kernels`, besides
-    _library.define("numbered_layer(Tensor number, Tensor x, Tensor? residual, int width, ScalarType dtype) -> Tensor")
-    _library.impl("numbered_layer", _run, "CPU")
-    torch.library.register_fake("vit::numbered_layer", _shape, lib=_library)
+_library.define("numbered_layer(Tensor number, Tensor x, Tensor? residual, int width, ScalarType dtype) -> Tensor")
+_library.impl("numbered_layer", _run, "CPU")
+torch.library.register_fake("vit::numbered_layer", _shape, lib=_library)
