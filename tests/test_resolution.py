@@ -122,7 +122,7 @@ SINGLE = [(1, 13), (13, 1), (1, 1), (1, 14), (14, 1)]  # PyTorch makes graphs of
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.matrix)])
 def test_compiles_within_pytorchs_limit_for_twenty_grids(dynamic):
     model = randomize(vit.ViT(SMALL.override(depth=1, embed_dim=24))).eval()
     torch.compiler.reset()
