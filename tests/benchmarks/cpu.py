@@ -187,7 +187,7 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
-        self.answer()  # that it is ready
+        self.built = self.answer()["built"]  # seconds
 
     def answer(self) -> dict:
         """What it says next; RuntimeError where that is a failure."""
@@ -200,7 +200,7 @@ class Worker:
         raise RuntimeError(f"ended with {self.process.wait()}")
 
     def run(self, batch: int, calls: int) -> dict:
-        """Seconds of each of so many calls after one that is not timed, and the first image's logits."""
+        """Seconds of one call, and of each of so many after it, and the first image's logits."""
         print(json.dumps([batch, calls]), file=self.process.stdin, flush=True)
         return self.answer()
 
@@ -222,12 +222,14 @@ def work(name: str, size: int, threads: int) -> None:
         for line in sys.stdin:
             batch, calls = json.loads(line)
             x, seconds = noise(batch, size), []
+            start = time.perf_counter()
             logits = call(x)
+            first = time.perf_counter() - start
             for _ in range(calls):
                 start = time.perf_counter()
                 call(x)
                 seconds.append(time.perf_counter() - start)
-            print(json.dumps({"seconds": seconds, "logits": logits[0].tolist()}), flush=True)
+            print(json.dumps({"first": first, "seconds": seconds, "logits": logits[0].tolist()}), flush=True)
     except Exception as error:
         line = (str(error).splitlines() or [""])[0]
         print(json.dumps({"error": f"{type(error).__name__}: {line[:120]}"}), flush=True)
@@ -246,9 +248,11 @@ def race(names: list[str], batches: list[int], size: int, threads: int, seconds:
     for batch in batches:
         found: dict[str, list[float]] = {name: [] for name in workers}
         logits: dict[str, list[float]] = {}
-        for name, worker in list(workers.items()):  # one that may compile
+        ready: dict[str, float] = {}
+        for name, worker in list(workers.items()):
             try:
-                logits[name] = worker.run(batch, 1)["logits"]
+                answer = worker.run(batch, 1)
+                logits[name], ready[name] = answer["logits"], worker.built + answer["first"]
             except RuntimeError as error:
                 failed[name] = str(error)
                 workers.pop(name).end()
@@ -258,7 +262,9 @@ def race(names: list[str], batches: list[int], size: int, threads: int, seconds:
         for i in tqdm(range(rounds), f"batch {batch}", leave=False, disable=None):
             for name in list(workers) if i % 2 else reversed(workers):
                 found[name] += workers[name].run(batch, 2)["seconds"]
-        rows += [row(name, batch, size, threads, found[name], found[REFERENCE], logits) for name in found]
+        for name in found:
+            entry = row(name, batch, size, threads, found[name], found[REFERENCE], logits)
+            rows.append(entry | {"ready": ready[name]})
     for worker in workers.values():
         worker.end()
     return rows + [{"name": name, "size": size, "threads": threads, "failed": why} for name, why in failed.items()]
@@ -280,12 +286,13 @@ def show(rows: list[dict]) -> None:
     """A table for each size, number of threads and batch."""
     for size, threads, batch in dict.fromkeys((r["size"], r["threads"], r["batch"]) for r in rows if "ms" in r):
         print(f"\n{size} px, {threads} thread(s), batch {batch}")
-        print("| | ms per image | quartiles | times as fast as timm | error of the logits |\n|---|---|---|---|---|")
+        print("| | ms per image | quartiles | times as fast as timm | error of the logits | s until its first answer |")
+        print("|---|---|---|---|---|---|")
         for r in rows:
             if "ms" in r and (r["size"], r["threads"], r["batch"]) == (size, threads, batch):
                 error = "" if r["difference"] is None else f"{r['difference']:.1e}"
                 ends = f"{r['low']:.1f}-{r['high']:.1f}"
-                print(f"| {r['name']} | {r['ms']:.1f} | {ends} | {r['ratio']:.2f} | {error} |")
+                print(f"| {r['name']} | {r['ms']:.1f} | {ends} | {r['ratio']:.2f} | {error} | {r['ready']:.0f} |")
     for r in rows:
         if "failed" in r:
             print(f"{r['name']}, {r['size']} px, {r['threads']} thread(s): did not run: {r['failed']}")
