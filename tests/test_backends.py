@@ -8,6 +8,7 @@ import torch
 from helpers import FLOAT32, difference, images, randomize
 from matrix import BACKWARD, DEVICE, DTYPES, FORWARD, Cell, Found, cells, check_kernel, run, table
 from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch.nn.attention.flex_attention import flex_attention
 
 import vit
 import vit.kernels.attention.flex as flex_module
@@ -174,14 +175,36 @@ def test_a_mask_is_the_same_for_all_images():
 @pytest.mark.matrix
 @torch.no_grad()
 def test_flex_multiplies_rows_of_queries_together(monkeypatch):
+    """Whatever was compiled before and is found on disk."""
+
+    def doubled(score, b, h, i, j):
+        return 2 * score
+
     q = images(1, 2, 150, 32)
-    for rows in (flex_module._ROWS, 3):
-        monkeypatch.setattr(flex_module, "_ROWS", rows)
+    with fresh_cache():
         torch._dynamo.reset()
-        with fresh_cache():
-            found, code = run_and_get_code(flex, q, q, q, score_mod=lambda score, b, h, i, j: 2 * score)
-        assert f"std::min<int64_t>(M - m, {rows})" in "".join(code)
-        assert difference(found, reference(2 * q, q, q)) <= FLOAT32
+        _, code = run_and_get_code(torch.compile(flex_attention, dynamic=False), q, q, q, score_mod=doubled)
+        assert "std::min<int64_t>(M - m, 1)" in "".join(code)
+        for rows in (flex_module._ROWS, 3):
+            monkeypatch.setattr(flex_module, "_ROWS", rows)
+            torch._dynamo.reset()
+            found, code = run_and_get_code(flex, q, q, q, score_mod=doubled)
+            assert f"std::min<int64_t>(M - m, {rows})" in "".join(code)
+            assert difference(found, reference(2 * q, q, q)) <= FLOAT32
+
+
+@CPU_ONLY
+def test_flex_refuses_what_is_trained_within_a_score_mod():
+    q, table, scale = images(1, 2, 20, 32), torch.nn.Linear(1, 1), images(1)
+
+    def late(score, b, h, i, j):
+        return score + unknown
+
+    with pytest.raises(ValueError, match="'flex' has no backward pass on a cpu"):
+        flex(q, q, q, score_mod=lambda score, b, h, i, j: score * table.weight[0, 0])
+    assert flex_module._held(late) == []
+    unknown = scale
+    assert flex_module._held(late) == [unknown]
 
 
 # What the machine has, and what would run
@@ -222,5 +245,9 @@ def test_explain(capsys):
     assert lines[:2] == [
         "q, k and v: [2, 2, 61, 32] torch.bfloat16 on cpu, without gradients", "blocks 0 to 2: 'math': runs",
     ]  # fmt: skip
+    scale = torch.ones(1, requires_grad=True)
+    model.requires_grad_(False).set_attention("flex", score_mod=lambda score, b, h, i, j: score * scale[0])
+    vit.kernels.explain(model, images(2, 3, 24, 40))
+    assert "'flex', score_mod=" in (out := capsys.readouterr().out) and "refused: has no backward pass" in out
     with pytest.raises(ValueError, match="got 30 x 32"):
         vit.kernels.explain(model, images(1, 3, 30, 32))

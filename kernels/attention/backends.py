@@ -114,7 +114,8 @@ def _what_runs(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> str:
     if refusal is None:
         return "runs as it is: no backend of vit.kernels"
     options: dict[str, Any] = attend.options
-    if reason := refusal(q, k, v, options.get("bias")):
+    asked = {name: options[name] for name in ("bias", "score_mod") if name in options}
+    if reason := refusal(q, k, v, **asked):
         return f"refused: {reason}"
     if attend.name == "sdpa":
         return f"PyTorch takes {SDPBackend(torch._fused_sdp_choice(q, k, v, options.get('bias'))).name}"

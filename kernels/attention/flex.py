@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, cast
 from unittest.mock import patch
@@ -19,6 +20,7 @@ MaskMod = Callable[..., Tensor]
 _FUNCTIONS = 256  # that may be compiled in one process, each for each dtype: PyTorch stops at eight
 _ROWS = 8  # of queries that are multiplied with keys at a time, on a CPU
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NO_BACKWARD = "has no backward pass on a cpu: call the model under torch.no_grad()"
 
 
 def flex(
@@ -60,8 +62,13 @@ def flex(
         k, v = k.contiguous(), v.contiguous()
     if torch.compiler.is_compiling():  # a part of what is compiled
         return cast(Tensor, flex_attention(q, k, v, score_mod=score_mod, block_mask=mask))
-    with torch._dynamo.config.patch(recompile_limit=_FUNCTIONS):
-        return cast(Tensor, _compiled(q.device.type)(q, k, v, score_mod=score_mod, block_mask=mask))
+    try:
+        with torch._dynamo.config.patch(recompile_limit=_FUNCTIONS):
+            return cast(Tensor, _compiled(q.device.type)(q, k, v, score_mod=score_mod, block_mask=mask))
+    except torch._inductor.exc.InductorError as error:  # as if there were no output, where something wants a gradient
+        if q.device.type == "cpu" and torch.is_grad_enabled() and "tuple index out of range" in str(error):
+            raise ValueError(f"attention 'flex' {_NO_BACKWARD} (score_mod holds what is trained)") from error
+        raise
 
 
 def _add(bias: Tensor | None, score_mod: ScoreMod | None, q: Tensor, k: Tensor) -> ScoreMod | None:
@@ -98,7 +105,7 @@ def _compiled(device: str) -> Callable[..., Any]:
 
 def _inductor_with_wider_tiles(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
     """Inductor, whose C++ multiplies queries by keys one row at a time otherwise: two thirds of all the time."""
-    import torch._inductor.lowering  # noqa: F401  before the others, which import each other
+    import torch._inductor.lowering  # before the others, which import each other
     from torch._inductor.codegen import cpp_flex_attention_template as template
     from torch._inductor.compile_fx import compile_fx
 
@@ -106,7 +113,10 @@ def _inductor_with_wider_tiles(graph: torch.fx.GraphModule, inputs: list[Tensor]
         return blocking(_ROWS, *others)
 
     blocking: Any = getattr(template, "GemmBlocking", None)  # PyTorch's own, no promise: without it it is just slower
-    with patch.object(template, "GemmBlocking", wider, create=True):
+    # What inductor keeps on disk it finds by the graph, which does not tell how it was compiled.
+    tag = f"{torch.compiler.config.cache_key_tag}, vit flex by {_ROWS} rows"
+    tagged = torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
+    with tagged, patch.object(template, "GemmBlocking", wider, create=True):
         return cast(Callable[..., Any], compile_fx(graph, inputs))
 
 
@@ -121,11 +131,14 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **optio
         return f"runs in float32, bfloat16 or float16, not in {q.dtype}"
     learning = (x is not None and x.requires_grad for x in (q, k, v, bias, *_held(options.get("score_mod"))))
     if device == "cpu" and torch.is_grad_enabled() and any(learning):
-        return "has no backward pass on a cpu: call the model under torch.no_grad()"
+        return _NO_BACKWARD
     return None
 
 
 def _held(fn: object) -> list[Tensor]:
-    """The tensors that a function has from where it was written."""
-    cells = getattr(fn, "__closure__", None) or ()
-    return [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, Tensor)]
+    """The tensors that a function has from where it was written; those deeper within show when it is compiled."""
+    found = []
+    for cell in getattr(fn, "__closure__", None) or ():
+        with suppress(ValueError):  # nothing in it yet
+            found.append(cell.cell_contents)
+    return [x for x in found if isinstance(x, Tensor)]
