@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vit.attend import Attend
 from vit.checks import unknown
 from vit.config import ViTConfig
 from vit.model import ViT
@@ -30,7 +31,7 @@ class OptimizedViT(ViT):
     optimized: str  # the dtype it computes in, as `optimize` calls it
     mode: str
     _positions: dict[tuple[int, int], Tensor]
-    _listed: tuple[list[nn.Module], list[Attend]] | None
+    _listed: Listing | None
 
     def __init__(self, config: ViTConfig, dtype: str, tensors: Mapping[str, Tensor], mode: str) -> None:
         """An empty model, whose parts its kind takes from `tensors`."""
@@ -62,16 +63,22 @@ class OptimizedViT(ViT):
             self._positions[grid] = positions
         return positions
 
-    def listed(self) -> tuple[list[nn.Module], list[Attend]]:
-        """All modules, and where attention is called. To find them takes as long as a small model on a GPU."""
-        if self._listed is None:
-            self._listed = list(self.modules()), self.attends
+    def listed(self) -> Listing:
+        """Its parts. Where some are no longer those that it had, what was kept of them is dropped."""
+        if self._listed is None or not self._listed.holds():
+            if self._listed is not None:
+                self.forget()
+            self._listed = Listing(self)
         return self._listed
+
+    def forget(self) -> None:
+        """Drop what was computed once, and recorded."""
+        self._positions.clear()
 
     def set_attention(self, *args: Any, **keywords: Any) -> None:
         """As `ViT.set_attention`."""
         super().set_attention(*args, **keywords)
-        self._listed = None  # a factory's modules are others now
+        self.forget()
 
     def train(self, mode: bool = True) -> OptimizedViT:
         """ValueError for training."""
@@ -108,9 +115,35 @@ class OptimizedViT(ViT):
         return self
 
 
+class Listing:
+    """What a model has in it, which to find takes as long as a small model on a GPU; not the model, to let that go."""
+
+    def __init__(self, model: ViT) -> None:
+        self.modules, self.attends = [module for module in model.modules() if module is not model], model.attends
+        owners = (model, *self.modules)
+        places = (place for one in owners for place in (one._modules, one._parameters, one._buffers))
+        self.places: list[dict[str, Any]] = [place for place in places if place]
+        self.parts = self._found()
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # copies list their own
+
+    def holds(self) -> bool:
+        """Are modules, parameters and buffers the same as when they were listed?"""
+        found = self._found()
+        return len(found) == len(self.parts) and all(map(is_, found, self.parts))
+
+    def _found(self) -> list[object]:
+        return list(chain.from_iterable(map(dict.values, self.places)))
+
+
 def is_watched(model: ViT) -> bool:
     """Does anybody look inside?"""
-    modules, attends = model.listed() if isinstance(model, OptimizedViT) else (model.modules(), model.attends)
+    if isinstance(model, OptimizedViT) and not torch.compiler.is_compiling():
+        parts = model.listed()
+        modules, attends = [model, *parts.modules], parts.attends
+    else:
+        modules, attends = list(model.modules()), model.attends
     return is_hooked(modules) or any(attend.patched for attend in attends)
 
 

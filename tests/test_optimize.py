@@ -1,8 +1,10 @@
 """Optimized models: the same answers, by other kernels, and nothing that they cannot do done wrongly."""
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -374,6 +376,50 @@ def test_other_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         vit.kernels.optimize(model())
 
 
+@torch.inference_mode()
+def test_parts_that_were_replaced() -> None:
+    fast, seen = vit.kernels.optimize(model()), []
+    x = images(2, 3, 64, 64)
+    fast(x)
+    fast.blocks[-1].mlp = torch.nn.Sequential(fast.blocks[-1].mlp)
+    fast.blocks[-1].mlp.register_forward_hook(lambda module, given, out: seen.append(out.shape))
+    fast(x)
+    assert seen == [(2, 17, 64)]  # of all tokens, where somebody looks
+    before = fast(x)
+    fast.position_embedding = torch.nn.Parameter(torch.zeros_like(fast.position_embedding), requires_grad=False)
+    assert difference(fast(x), before) > 0.01
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("mode", ["latency", "throughput"])
+@torch.inference_mode()
+def test_compiled_by_others(mode: str, dtype: str) -> None:
+    """As one graph, which heeds hooks that are set later."""
+    if missing(dtype):
+        pytest.skip(missing(dtype))
+    fast = vit.kernels.optimize(model(depth=2), dtype, images(32, 3, 64, 64) if dtype == "int8" else None, mode=mode)
+    torch._dynamo.reset()  # it compiles one function eight times at most
+    together, seen = torch.compile(fast, fullgraph=True, dynamic=False), []
+    for batch in (2, 1):
+        x = images(batch, 3, 64, 64)
+        assert difference(together(x), fast(x)) <= (FLOAT32 if dtype == "float32" else 0.05)
+    fast.blocks[0].register_forward_hook(lambda module, given, out: seen.append(out.shape))
+    together(x)
+    assert len(seen) == 1
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attribute")  # about what is kept, before it is refused
+def test_an_optimized_model_is_not_exported() -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match="export the model that it was made of"):
+        torch.export.export(vit.kernels.optimize(model()), (images(1, 3, 64, 64),), strict=False)
+
+
+def test_a_compiled_model_without_its_layers() -> None:
+    with pytest.raises(RuntimeError, match="the optimized model that this was compiled from is gone"):
+        torch.ops.vit.numbered_layer(torch.tensor(-1), images(1, 4), None, 4, torch.float32)
+
+
 def test_what_an_optimized_model_refuses(tmp_path: Path) -> None:
     fast = vit.kernels.optimize(model())
     x = images(1, 3, 64, 64)
@@ -426,6 +472,23 @@ def test_throughput_compiles_each_shape(dtype: str, tmp_path: Path, monkeypatch:
     assert difference(fast(x), by_hand(x)) <= bar
     again = copy.deepcopy(fast)
     assert difference(again(x), by_hand(x)) <= bar
+    fast.head, by_hand.head = torch.nn.Identity(), torch.nn.Identity()
+    assert difference(fast(x), by_hand(x)) <= bar
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("mode", ["latency", "throughput"])
+@torch.inference_mode()
+def test_memory_is_given_back_at_once(mode: str) -> None:
+    fast = vit.kernels.optimize(model(depth=2), mode=mode)
+    fast(images(1, 3, 64, 64))
+    alive = weakref.ref(fast)
+    gc.disable()
+    try:
+        del fast
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.matrix

@@ -38,7 +38,7 @@ class CPUViT(OptimizedViT):
         """
         super().__init__(config, dtype, tensors, mode)
         check_tensors(tensors, expected(self, dtype))
-        self._compiled = Compiled(self._through) if mode == "throughput" else None
+        self._compiled = Compiled(CPUViT._through) if mode == "throughput" else None
         for i in range(config.depth):
             prefix = f"blocks.{i}."
             own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
@@ -75,7 +75,8 @@ class CPUViT(OptimizedViT):
         if not all(self._is_plain(block) for block in cut_or_compiled):
             return super().forward_features(images)
         n = PREFIX.get(self.config.global_pool)
-        return (self._compiled or self._through)(self.embed(images), self.grid_of(images), n)
+        through = self._compiled or CPUViT._through
+        return through(self, self.embed(images), self.grid_of(images), n)
 
     def _through(self, x: Tensor, grid: tuple[int, int], n: int | None) -> Tensor:
         """The blocks and the norm after them: [B, T, D] -> [B, n, D] of the first n tokens, or of all."""

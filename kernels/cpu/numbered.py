@@ -32,6 +32,8 @@ class NumberedLayer(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """[..., K] -> [..., N], of `dtype`."""
+        if torch.compiler.is_exporting():
+            raise ValueError("an optimized model cannot be exported: export the model that it was made of")
         if torch.compiler.is_compiling():
             return torch.ops.vit.numbered_layer(self.number, x, residual, self.out_features, self.dtype(dtype))
         return self.compute(x, residual, dtype)
@@ -46,7 +48,10 @@ class NumberedLayer(nn.Module):
 
 
 def _run(number: Tensor, x: Tensor, residual: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
-    return _layers[int(number)].compute(x, residual, dtype)
+    layer = _layers.get(int(number))
+    if layer is None:
+        raise RuntimeError("the optimized model that this was compiled from is gone")
+    return layer.compute(x, residual, dtype)
 
 
 def _shape(number: Tensor, x: Tensor, residual: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:
