@@ -111,7 +111,7 @@ def launched(monkeypatch):
 CASES = [
     (1, 32, None), (1, 128, None), (2, 64, BATT),
     (17, 32, KEYS), (17, 48, BATT), (17, 64, TT), (17, 80, None), (17, 96, ATT), (17, 100, None), (50, 128, BATT),
-    (50, 128, None), (197, 64, None), (197, 32, BATT), (197, 48, ATT), (100, 64, TT), (197, 64, KEYS),
+    (50, 128, None), (197, 64, None), (197, 32, BATT), (100, 48, ATT), (100, 64, TT), (197, 64, KEYS),
 ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from threading import Lock
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from vit.checks import warn
 
+from . import capture
+
 SHAPES = 16  # whose graphs are kept
 CALLS = 3  # of a shape until it is recorded: to record takes as long as several calls, and some shapes come once
 COUNTED = 4096  # shapes whose calls are counted
-
-_recording = Lock()  # PyTorch records one graph at a time
 
 
 class Recorded(NamedTuple):
@@ -29,96 +29,109 @@ class Recorded(NamedTuple):
 
 
 class Graphs:
-    """`fn(images)` by CUDA graphs (https://docs.nvidia.com/cuda/cuda-c-programming-guide, CUDA Graphs).
+    """A function of images by CUDA graphs (https://docs.nvidia.com/cuda/cuda-c-programming-guide, CUDA Graphs).
 
-    All of them work in the same memory, one after another, whatever streams they are called from: what a graph leaves
-    there is copied before the next one begins.
+    All graphs of a GPU run one after another, whatever streams they are called from: what one leaves in memory is
+    copied before the next one begins. So those of one function work in the same memory.
     """
 
-    def __init__(self, fn: Callable[[Tensor], Tensor], besides: Callable[[], list[Tensor]]) -> None:
-        """`fn`: computes on a GPU alone. `besides`: what it reads that could be freed while a graph lives."""
-        self.fn, self.besides = fn, besides
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.kept: dict[tuple, Recorded] = {}  # the one used last is the last
         self.calls: Counter[tuple] = Counter()
+        self.dropped: Counter[tuple] = Counter()
         self.broken = False
-        self.lock = Lock()
-        self.free: torch.cuda.Event | None = None  # passes when no graph runs
         self.pool: Any = None  # a handle of their memory
 
     def __reduce__(self) -> tuple:  # copies record for themselves
-        return Graphs, (self.fn, self.besides)
+        return Graphs, (self.device,)
 
-    def __call__(self, images: Tensor, what: object) -> Tensor:
+    def __call__(
+        self, fn: Callable[[Tensor], Tensor], images: Tensor, what: object, besides: Callable[[], list[Tensor]]
+    ) -> Tensor:
         """What `fn` gives. The third call for a shape and dtype records, and so does another `what` it rests on.
 
         Warns once where it cannot be recorded, and launches its kernels one by one from then on.
+
+        Args:
+            fn: computes on a GPU alone; the same at each call.
+            images: what it computes on.
+            what: besides shape and dtype, what makes it another function.
+            besides: what it reads that could be freed while a graph lives.
         """
         key = (*images.shape, images.dtype, what)
-        with self.lock, torch.cuda.device_of(images):
-            if (recorded := self.find(key, images)) is not None:
-                return self.replay(recorded, images)
-        return self.fn(images)
+        with capture.lock, torch.cuda.device_of(images):
+            if self.is_recorded(key) or (self.is_due(key) and self.add(key, fn, images, besides)):
+                return self.replay(key, images)
+        return fn(images)
 
-    def find(self, key: tuple, images: Tensor) -> Recorded | None:
-        """The graph for a shape, recorded if it is time to; None where there is none."""
+    def is_recorded(self, key: tuple) -> bool:
+        """Is there a graph? It counts as used now."""
         if key in self.kept:
             self.kept[key] = self.kept.pop(key)
-            return self.kept[key]
+        return key in self.kept
+
+    def is_due(self, key: tuple) -> bool:
+        """Count a call. Is it time to record? Twice as late after each time that others took its place."""
         if len(self.calls) >= COUNTED:
             self.calls.clear()
+            self.dropped.clear()
         self.calls[key] += 1
-        if self.broken or self.calls[key] < CALLS:
-            return None
+        return not self.broken and self.calls[key] >= CALLS << self.dropped[key]
+
+    def add(
+        self, key: tuple, fn: Callable[[Tensor], Tensor], images: Tensor, besides: Callable[[], list[Tensor]]
+    ) -> bool:
+        """Record a graph, for the one that was not used for longest if there are many. Could it be recorded?"""
         if len(self.kept) >= SHAPES:
             self.wait()
-            self.kept.pop(next(iter(self.kept)))
+            oldest = next(iter(self.kept))
+            del self.kept[oldest], self.calls[oldest]
+            self.dropped[oldest] += 1
         try:
-            self.kept[key] = self.record(images)
+            self.kept[key] = self.record(fn, images, besides)
         except RuntimeError as error:
             self.broken = True
             warn(f"kernels are launched one by one, which is slower for small batches; no CUDA graph because: {error}")
-            return None
-        return self.kept[key]
-
-    def replay(self, recorded: Recorded, images: Tensor) -> Tensor:
-        """What a graph gives for images."""
-        stream = torch.cuda.current_stream(images.device)
-        if self.free is None:
-            self.free = torch.cuda.Event()
-        stream.wait_event(self.free)  # another stream may be in the middle of one
-        recorded.images.copy_(images)
-        recorded.graph.replay()
-        result = recorded.result.clone()
-        self.free.record(stream)
-        return result
+        return not self.broken
 
     @torch.inference_mode(False)  # whose tensors could not be written to outside of it, at another call
     @torch.no_grad()
-    def record(self, images: Tensor) -> Recorded:
-        """A graph of `fn` on images like these, which `fn` has been called with before."""
-        given = images.clone()
-        here, apart = torch.cuda.current_stream(images.device), torch.cuda.Stream(images.device)
-        apart.wait_stream(here)
-        with torch.cuda.stream(apart):  # what libraries set up for a stream must not be recorded
-            self.fn(given)
-        here.wait_stream(apart)
+    def record(self, fn: Callable[[Tensor], Tensor], images: Tensor, besides: Callable[[], list[Tensor]]) -> Recorded:
+        """A graph of `fn` on images like these."""
         self.wait()
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile, as those that load images do.
-        with _recording, torch.cuda.graph(graph, self.pool, stream=apart, capture_error_mode="thread_local"):
-            result = self.fn(given)
-        return Recorded(graph, given, result, self.besides())
+        given = images.clone()
+        graph, result = capture.record(partial(fn, given), self.device, self.pool)
+        return Recorded(graph, given, result, besides())
+
+    def replay(self, key: tuple, images: Tensor) -> Tensor:
+        """What a graph gives for images."""
+        recorded, stream, free = self.kept[key], torch.cuda.current_stream(self.device), free_event(self.device)
+        stream.wait_event(free)  # another stream may be in the middle of one
+        recorded.images.copy_(images)
+        recorded.graph.replay()
+        result = recorded.result.clone()
+        free.record(stream)
+        return result
 
     def forget(self) -> None:
         """Drop all graphs, once none of them runs."""
-        with self.lock:
+        with capture.lock:
             self.wait()
             self.kept.clear()
             self.calls.clear()
+            self.dropped.clear()
+            self.pool = None
 
     def wait(self) -> None:
         """Until no graph runs."""
-        if self.free is not None:
-            self.free.synchronize()
+        if self.device.type == "cuda":
+            free_event(self.device).synchronize()
+
+
+@cache
+def free_event(device: torch.device) -> torch.cuda.Event:
+    """It passes when no graph runs on a GPU."""
+    return torch.cuda.Event()

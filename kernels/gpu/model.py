@@ -41,7 +41,7 @@ class CUDAViT(OptimizedViT):
         """
         super().__init__(config, dtype, tensors, mode)
         check_tensors(tensors, expected(self, DTYPES[dtype]))
-        self._graphs = Graphs(self._logits, self._read_besides) if mode == "latency" else None
+        self._graphs = Graphs(tensors["class_token"].device) if mode == "latency" else None
         self._of_bytes: dict[Preprocessing, tuple[Tensor, Tensor]] = {}
         for i in range(config.depth):
             prefix = f"blocks.{i}."
@@ -57,11 +57,16 @@ class CUDAViT(OptimizedViT):
         if is_watched(self):
             return super().forward(images, ragged)
         images = self.accept(images, ragged)
+        if self._graphs is None or not self._is_recordable(images):
+            return self._logits(images)
+        return self._graphs(self._logits, images, self.preprocessing, self._read_besides)
+
+    def _is_recordable(self, images: Tensor) -> bool:
+        """Can a CUDA graph of this be recorded, and is it likely to be faster?"""
         h, w = self.grid_of(images)
         few = len(images) * (self.config.num_prefix_tokens + h * w) <= GRAPHED
-        if self._graphs is None or not few or not images.is_cuda or not all(map(is_captured, self.listed()[1])):
-            return self._logits(images)
-        return self._graphs(images, self.preprocessing)
+        parts = self._listed or self.listed()  # as `is_watched` has just seen them
+        return few and images.is_cuda and not torch.compiler.is_compiling() and all(map(is_captured, parts.attends))
 
     def _logits(self, images: Tensor) -> Tensor:
         """[B, num_classes] of images that were accepted."""
@@ -139,11 +144,12 @@ class CUDAViT(OptimizedViT):
         """What a graph reads and `positions` may forget."""
         return list(self._positions.values())
 
-    def set_attention(self, *args: Any, **keywords: Any) -> None:
-        """As `ViT.set_attention`."""
-        super().set_attention(*args, **keywords)
+    def forget(self) -> None:
+        """As `OptimizedViT.forget`."""
         if self._graphs is not None:
             self._graphs.forget()
+        super().forget()
+        self._of_bytes.clear()
 
     def tensors(self) -> dict[str, Tensor]:
         """What it was made of."""

@@ -36,7 +36,7 @@ TILES: dict[tuple[str, bool], list[Tile]] = {
     ("linear", True): [Tile(32, 64, 128, 4, 3, 2), Tile(16, 64, 128, 4, 3, 2), Tile(64, 64, 64, 4, 4, 2)],
     ("mlp", False): [Tile(128, 32, 0, 8, 2), Tile(64, 64, 0, 8, 1), Tile(64, 32, 0, 4, 2), Tile(128, 64, 0, 16, 1)],
     ("mlp", True): [Tile(32, 64, 0, 8, 1), Tile(16, 64, 0, 8, 1)],
-    ("patches", False): [Tile(128, 128, 64, 8, 3, 2), Tile(64, 128, 64, 4, 3, 2)],
+    ("patches", False): [Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3, 2)],
     ("patches", True): [Tile(32, 64, 64, 4, 3, 2)],
 }  # fmt: skip
 INTERPRETER = Tile(32, 64, 32, 1, 1)  # a step takes as long for any size; oblong, so that a tile read sideways shows

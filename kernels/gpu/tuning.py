@@ -7,7 +7,9 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from hashlib import sha256
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import torch
@@ -15,11 +17,13 @@ from torch import Tensor
 
 from vit.checks import warn
 
+from . import capture
 from .tiles import FEW, INTERPRETER, TILES, Tile
 
 Result = TypeVar("Result")
 Choice = TypeVar("Choice", bound="Tile | str | None")
-MILLISECONDS = 2  # of runs in one measurement, of which there are ten
+MILLISECONDS = 2  # of runs in one measurement
+MEASUREMENTS = 10
 MOST = 65536  # rows; more are measured as so many
 
 
@@ -49,45 +53,83 @@ def bucket(rows: int) -> int:
 
 
 def choose(what: str, x: Tensor, calls: Mapping[Choice, Callable[[], object]]) -> Choice:
-    """The key of the fastest of these calls, which work on x: measured, or remembered."""
+    """The key of the fastest of these calls, which work on x: measured, or remembered.
+
+    RuntimeError where none of them runs, or where somebody records a CUDA graph, in which nothing can be measured.
+    """
     key, known = f"{name_of(x.device)}, {x.dtype}: {what}", remembered()
     if key not in known or known[key] not in calls:
-        with torch.cuda.device_of(x):  # whose clock and stream they are measured by
-            known[key] = measure(calls)
-        remember(known)
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"which kernel is the fastest for {what} is not known: run it once before it is recorded"
+            )
+        with capture.lock, torch.cuda.device_of(x):  # whose clock and stream they are measured by
+            known[key], lasts = measure(calls, x.device)
+        if lasts:
+            remember({key: known[key]})
     return known[key]
 
 
 @cache
 def name_of(device: torch.device) -> str:
-    """Of a GPU, and of what makes code for it."""
+    """Of a GPU, of what makes code for it, and of what the code is made of."""
     import triton  # type: ignore[import-untyped]
 
-    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}"
+    here = Path(__file__).parent
+    sources = [here / "triton_kernels.py", here.parent / "attention" / "flash_kernels.py"]
+    digest = sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
+    gpu = torch.cuda.get_device_name(device)
+    return f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, kernels {digest}"
 
 
-def measure(calls: Mapping[Choice, Callable[[], object]]) -> Choice:
-    """The key of the fastest, by the median. RuntimeError where none of them runs."""
-    from triton import TritonError
-
+def measure(calls: Mapping[Choice, Callable[[], object]], device: torch.device) -> tuple[Choice, bool]:
+    """The key of the fastest, by the median, and whether another time would have the same to choose from."""
     times: dict[Choice, float] = {}
+    lasts = True
     for choice, call in calls.items():
         try:
-            times[choice] = milliseconds(call)
-        except (TritonError, RuntimeError) as error:  # one that needs more than this GPU has, or does not compile
+            times[choice] = milliseconds(call, device)
+        except Exception as error:
+            if not isinstance(error, RuntimeError) and not is_tritons(error):
+                raise
             why = (str(error).splitlines() or [type(error).__name__])[0]
             warn(f"{choice or 'plain PyTorch'} does not run here and is left out: {why}")
+            lasts = lasts and is_tritons(error)
     if not times:
         raise RuntimeError("no layout of a kernel runs here; the warnings say why")
-    return min(times, key=lambda choice: times[choice])
+    return min(times, key=lambda choice: times[choice]), lasts
 
 
-def milliseconds(run: Callable[[], object]) -> float:
-    """The median on the current GPU, launched as a CUDA graph, so that Python's part is not measured."""
-    from triton.testing import do_bench_cudagraph  # type: ignore[import-untyped]
+def is_tritons(error: Exception) -> bool:
+    """Does a layout need more than this GPU has, or not compile for it? Memory may be lacking for once only."""
+    from triton import TritonError
 
-    torch.cuda.synchronize()  # it works on a stream of its own
-    return do_bench_cudagraph(run, rep=MILLISECONDS, return_mode="median")
+    return isinstance(error, TritonError) or "PassManager" in str(error)
+
+
+def milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    """The median on a GPU, launched as a CUDA graph, so that Python's part is not measured."""
+
+    def repeat(times: int) -> None:
+        for _ in range(times):
+            run()
+
+    once = replayed(capture.record(partial(repeat, 1), device)[0], device)
+    times = max(1, int(MILLISECONDS / max(once, 1e-3)))
+    return replayed(capture.record(partial(repeat, times), device)[0], device) / times
+
+
+def replayed(graph: torch.cuda.CUDAGraph, device: torch.device) -> float:
+    """The median of a graph's time in milliseconds."""
+    measured = []
+    for _ in range(MEASUREMENTS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize(device)
+        measured.append(begin.elapsed_time(end))
+    return median(measured)
 
 
 @cache
@@ -99,8 +141,7 @@ def remembered() -> dict[str, Any]:
 def read() -> dict[str, Any]:
     """What the file holds, where JSON keeps a `Tile` as a list; nothing where there is none."""
     try:
-        found = json.loads(path().read_text())
-        return {key: Tile(*value) if isinstance(value, list) else value for key, value in found.items()}
+        return {key: choice_of(value) for key, value in json.loads(path().read_text()).items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -108,11 +149,20 @@ def read() -> dict[str, Any]:
         return {}
 
 
-def remember(known: dict[str, Any]) -> None:
+def choice_of(value: object) -> Tile | str | None:
+    """What a value in the file stands for. TypeError or ValueError for what no process wrote."""
+    if isinstance(value, list) and all(isinstance(number, int) for number in value):
+        return Tile(*value)
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError(f"expected whole numbers, a name or null, not {value}")
+
+
+def remember(new: dict[str, Any]) -> None:
     """Write it for the next process; a folder that cannot be written to costs only the time to measure again."""
     file = path()
     temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    together = read() | known  # another process may have measured meanwhile
+    together = read() | new  # another process may have measured meanwhile
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(together, indent=1, sort_keys=True))

@@ -26,8 +26,8 @@ from vit.kernels.gpu import triton_kernels
 from vit.kernels.gpu.tiles import TILES, Tile
 
 POINTERS = {
-    **dict.fromkeys(("bias", "sums", "bias1", "sums1", "bias2", "lse"), "*fp32"),
-    **dict.fromkeys(("q", "k", "v", "out", "positions"), "*bf16"),
+    **dict.fromkeys(("bias", "sums", "bias1", "sums1", "bias2", "lse", "positions"), "*fp32"),
+    **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
 }  # fmt: skip
 
 
