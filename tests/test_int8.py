@@ -236,6 +236,7 @@ def test_looking_inside() -> None:
             assert difference(fast(x), plain(x)) <= LOSS
 
 
+@needs
 def test_images_that_do_not_look_normalised_are_warned_of() -> None:
     pixels = torch.rand(40, 3, 64, 64)
     for given, text in ((pixels, "all above their mean"), (255 * pixels - 1, "where pixels are from -1 to 1")):
@@ -244,8 +245,6 @@ def test_images_that_do_not_look_normalised_are_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vit.kernels.optimize(model(), "int8", 2 * pixels - 1)
-    with pytest.raises(ValueError, match="expected a dtype's name, float32, int8, .*, not Tensor"):
-        vit.kernels.optimize(model(), pixels)
 
 
 def bad(change: Callable[[Tensor], object]) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import FLOAT32, difference, images, randomize
 from torch.func import functional_call, vmap
+from torch.torch_version import TorchVersion
 
 import vit
 from vit.config import NAMED_MODELS, ViTConfig
@@ -284,8 +285,11 @@ def test_autocast_leaves_positions_in_float32():
 def test_compiles_as_one_graph_and_trains():
     tiny = randomize(vit.ViT(TINY.override(depth=1))).eval()
     compiled = torch.compile(tiny, fullgraph=True)
-    for size in ((2, 3, 32, 32), (2, 3, 24, 40), (2, 3, 48, 12), (2, 3, 20, 20)):  # native, then changing sizes
-        x = images(*size)
+    sizes = [(32, 32), (24, 40), (48, 12), (20, 20)]  # native, then changing
+    if torch.__version__ < TorchVersion("2.15"):  # which breaks there for nn.Conv2d alone, too
+        sizes.remove((20, 20))
+    for size in sizes:
+        x = images(2, 3, *size)
         tiny.zero_grad()
         expected = tiny(x)
         expected.square().sum().backward()

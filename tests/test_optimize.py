@@ -369,6 +369,8 @@ def test_models_that_are_refused(make: Callable[[], vit.ViT], text: str) -> None
 def test_other_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="unknown dtype 'int4'. Did you mean 'int8'"):
         vit.kernels.optimize(model(), "int4")
+    with pytest.raises(ValueError, match="expected a dtype's name, float32, int8, .*, not Tensor"):
+        vit.kernels.optimize(model(), images(32, 3, 64, 64))
     with pytest.raises(ValueError, match="float32 needs none"):
         vit.kernels.optimize(model(), images=images(32, 3, 64, 64))
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
