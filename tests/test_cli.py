@@ -38,6 +38,18 @@ def run(*args: object, **env: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.fixture
+def call(capsys):
+    """As `run`, in this process, which need not start."""
+
+    def call(*args: object) -> subprocess.CompletedProcess:
+        capsys.readouterr()
+        code = main([str(arg) for arg in args])
+        return subprocess.CompletedProcess(args, code, *capsys.readouterr())
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Twelve digits as PNG files, one of them in a folder below, beside a text file."""
@@ -69,8 +81,10 @@ def test_predict_a_folder(folder):
     assert all(float(first) >= float(second) for _, first, _, second, _ in blocks)
 
 
-def test_predict_equals_the_library(folder):
-    result = run("predict", folder / "*.png", "--model", DIGITS, "--json", "-b", "5", "--img-size", "40x48", "-k", "10")
+def test_predict_equals_the_library(folder, call):
+    result = call(
+        "predict", folder / "*.png", "--model", DIGITS, "--json", "-b", "5", "--img-size", "40x48", "-k", "10"
+    )
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["path"] for line in lines] == sorted(str(path) for path in folder.glob("*.png"))
@@ -85,21 +99,21 @@ def test_predict_equals_the_library(folder):
             assert abs(answer["probability"] - expected[answer["class"]].item()) < 1e-5
 
 
-def test_predict_names_imagenets_classes(folder, imagenet_file):
-    result = run("predict", next(folder.glob("*.png")), "--model", imagenet_file, "--json", "--img-size", "64")
+def test_predict_names_imagenets_classes(folder, imagenet_file, call):
+    result = call("predict", next(folder.glob("*.png")), "--model", imagenet_file, "--json", "--img-size", "64")
     (line,) = result.stdout.splitlines()
     for answer in json.loads(line)["predictions"]:
         assert answer["synset"] == imagenet_synsets()[answer["class"]]
         assert isinstance(answer["label"], str)
-    table = run("predict", next(folder.glob("*.png")), "--model", imagenet_file, "--img-size", "64").stdout
+    table = call("predict", next(folder.glob("*.png")), "--model", imagenet_file, "--img-size", "64").stdout
     assert re.search(r"%  n\d{8}  \w", table)
 
 
-def test_predict_native_sizes(tmp_path, folder):
+def test_predict_native_sizes(tmp_path, folder, call):
     images, _ = digit_images()
     images[0].resize((30, 50)).save(tmp_path / "a.png")
     images[1].resize((61, 33)).save(tmp_path / "b.png")
-    result = run("predict", tmp_path, "--model", DIGITS, "--img-size", "native", "--json")
+    result = call("predict", tmp_path, "--model", DIGITS, "--img-size", "native", "--json")
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 2
     model = vit.load_pretrained(DIGITS)
     transform = vit.create_transform(model, mode="native")
@@ -108,10 +122,10 @@ def test_predict_native_sizes(tmp_path, folder):
             expected = model(transform(vit.load_image(tmp_path / name))[None]).softmax(dim=-1)[0]
         for answer in json.loads(line)["predictions"]:
             assert abs(answer["probability"] - expected[answer["class"]].item()) < 1e-5
-    result = run("predict", tmp_path, "--model", DIGITS, "--img-size", "native", "--max-tokens", "110")
+    result = call("predict", tmp_path, "--model", DIGITS, "--img-size", "native", "--max-tokens", "110")
     assert result.returncode == 1 and "makes 120 patches at 32 x 60, more than max_tokens=110" in result.stderr
     assert "a.png" in result.stdout and "b.png" not in result.stdout
-    refused = run("predict", tmp_path, "--model", DIGITS, "--img-size", "native", "--mode", "squash")
+    refused = call("predict", tmp_path, "--model", DIGITS, "--img-size", "native", "--mode", "squash")
     assert refused.returncode == 2 and "--mode squash cannot go with it" in refused.stderr
 
 
@@ -239,20 +253,20 @@ def test_without_a_network_the_default_model_says_how_to_go_on(folder, tmp_path)
         assert part in result.stderr
 
 
-def test_inspect(tmp_path, imagenet_file):
-    shown = run("inspect", imagenet_file).stdout
+def test_inspect(tmp_path, imagenet_file, call):
+    shown = call("inspect", imagenet_file).stdout
     for part in ("blocks.0.attn.qkv.weight", "1152x384", "layout", "timm", "num_heads = 6", "crop_pct = 0.9", "sha256"):
         assert part in shown
-    facts = json.loads(run("inspect", imagenet_file, "--json").stdout)
+    facts = json.loads(call("inspect", imagenet_file, "--json").stdout)
     assert facts["layout"] == "timm" and facts["config"]["depth"] == {"value": 1, "from": "config.json"}
     assert facts["parameters"] == sum(p.numel() for p in vit.load_pretrained(imagenet_file).parameters())
 
 
-def test_inspect_shows_a_checkpoint_that_cannot_be_loaded(tmp_path):
+def test_inspect_shows_a_checkpoint_that_cannot_be_loaded(tmp_path, call):
     from safetensors.torch import save_file
 
     save_file({"conv1.weight": torch.ones(3, 4)}, tmp_path / "m.safetensors")
-    result = run("inspect", tmp_path / "m.safetensors")
+    result = call("inspect", tmp_path / "m.safetensors")
     assert result.returncode == 2
     assert "conv1.weight" in result.stdout and "3x4" in result.stdout
     assert (
@@ -262,9 +276,9 @@ def test_inspect_shows_a_checkpoint_that_cannot_be_loaded(tmp_path):
     )
 
 
-def test_convert_there_and_back(tmp_path):
+def test_convert_there_and_back(tmp_path, call):
     assert run("convert", DIGITS, tmp_path / "ours.safetensors", "--to", "vit").returncode == 0
-    result = run("convert", tmp_path / "ours.safetensors", tmp_path / "theirs", "--to", "timm")
+    result = call("convert", tmp_path / "ours.safetensors", tmp_path / "theirs", "--to", "timm")
     assert (
         result.returncode == 0 and "vit -> timm" in result.stdout and "every tensor equal to the bit" in result.stdout
     )
@@ -274,10 +288,10 @@ def test_convert_there_and_back(tmp_path):
     assert back.config == original.config and back.categories == original.categories
 
     before = (tmp_path / "ours.safetensors").read_bytes()
-    refused = run("convert", DIGITS, tmp_path / "ours.safetensors", "--to", "vit")
+    refused = call("convert", DIGITS, tmp_path / "ours.safetensors", "--to", "vit")
     assert refused.returncode == 2 and "--force replaces" in refused.stderr
     assert (tmp_path / "ours.safetensors").read_bytes() == before
-    assert run("convert", DIGITS, tmp_path / "ours.safetensors", "--to", "vit", "--force").returncode == 0
+    assert call("convert", DIGITS, tmp_path / "ours.safetensors", "--to", "vit", "--force").returncode == 0
 
 
 def test_demo(tmp_path):

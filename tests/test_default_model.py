@@ -99,7 +99,9 @@ def test_a_config_without_a_license_in_it(start, default_hub, default_checkpoint
     assert load(start, DEFAULT)["provenance"]["license"] == "apache-2.0"
 
 
-@pytest.mark.parametrize("command", ["predict", "inspect", "convert"])
+@pytest.mark.parametrize(
+    "command", [*(pytest.param(name, marks=pytest.mark.matrix) for name in ("predict", "inspect")), "convert"]
+)
 def test_a_damaged_download_is_refused(start, default_hub, default_checkpoint, command, tmp_path):
     content = bytearray((default_checkpoint / "model.safetensors").read_bytes())
     content[-100] ^= 1  # still a checkpoint, but not the one that was promised

@@ -111,7 +111,8 @@ def launched(monkeypatch):
 CASES = [
     (1, 32, None), (1, 128, None), (2, 64, BATT),
     (17, 32, KEYS), (17, 48, BATT), (17, 64, TT), (17, 80, None), (17, 96, ATT), (17, 100, None), (50, 128, BATT),
-    (50, 128, None), (197, 64, None), (197, 32, BATT), (100, 48, ATT), (100, 64, TT), (197, 64, KEYS),
+    (50, 128, None), (197, 64, None), (197, 32, BATT), (100, 48, ATT), (100, 64, TT),
+    pytest.param(197, 64, KEYS, marks=pytest.mark.matrix),
 ]  # fmt: skip
 
 
@@ -307,7 +308,9 @@ def test_a_model_takes_it(launched):
 
 
 @needs_triton
-@pytest.mark.parametrize(("backend", "bias"), [("aot_eager", None), ("aot_eager", ATT), ("inductor", TT)])
+@pytest.mark.parametrize(("backend", "bias"), [
+    ("aot_eager", None), ("aot_eager", ATT), pytest.param("inductor", TT, marks=pytest.mark.matrix),
+])  # fmt: skip
 def test_compiled_it_is_one_graph_with_the_same_numbers(backend, bias, launched):
     given = inputs(20, 48, bias)
     torch._dynamo.reset()

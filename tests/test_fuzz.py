@@ -102,7 +102,12 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+SLOW = ("no sha256", "objects are unpickled", "written in place", "code is run")
+
+
+@pytest.mark.parametrize(
+    "broken", [pytest.param(BROKEN[name], id=name, marks=[pytest.mark.matrix] * (name in SLOW)) for name in BROKEN]
+)
 def test_the_fuzzer_sees_a_broken_reader(tmp_path, monkeypatch, broken):
     where, name, other, kind, what = broken
     monkeypatch.chdir(tmp_path)
