@@ -58,10 +58,16 @@ class OptimizedViT(ViT):
         positions = self._positions.get(grid)
         if positions is None:
             positions = super().positions(grid)
+            if not self.is_there(positions):
+                return positions
             for old in list(self._positions)[: 1 - GRIDS]:
                 self._positions.pop(old, None)
             self._positions[grid] = positions
         return positions
+
+    def is_there(self, x: Tensor) -> bool:
+        """Is it computed, so that it can be kept for other calls?"""
+        return True
 
     def listed(self) -> Listing:
         """Its parts. Where some are no longer those that it had, what was kept of them is dropped."""

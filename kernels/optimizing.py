@@ -13,19 +13,15 @@ from vit.attention import get_attention, sdpa
 from vit.checks import unknown
 from vit.model import ViT
 
+from . import gpu
 from .attention import flash
 from .cpu import int8
 from .cpu import model as cpu
 from .cpu.calibrate import int8_tensors
 from .cpu.images import batches, photographs
-from .gpu import model as gpu
-from .gpu.blocks import half_tensors
-from .gpu.tuning import choose
 from .optimized import OptimizedViT, check_mode, float_tensors, is_watched
 
-MODELS: dict[str, type[OptimizedViT]] = {
-    **dict.fromkeys(cpu.BLOCKS, cpu.CPUViT), **dict.fromkeys(gpu.DTYPES, gpu.CUDAViT),
-}  # fmt: skip
+DTYPES = (*cpu.BLOCKS, *gpu.DTYPES)  # what a model can be optimized to, by name
 
 
 def optimize(
@@ -63,7 +59,7 @@ def optimize(
     if dtype != "int8" and images is not None:
         raise ValueError(f"images are to calibrate int8 on: {dtype} needs none")
     with torch.no_grad():
-        fast = MODELS[dtype](model.config, dtype, tensors_for(model, dtype, images), mode)
+        fast = kind(dtype)(model.config, dtype, tensors_for(model, dtype, images), mode)
         better = faster_attention(model, dtype)
     fast.preprocessing, fast.categories, fast.provenance = model.preprocessing, model.categories, model.provenance
     for block, attend in zip(fast.select_blocks(), model.attends):
@@ -73,12 +69,23 @@ def optimize(
     return fast
 
 
+def kind(dtype: str) -> type[OptimizedViT]:
+    """What kind of model computes in a dtype."""
+    if dtype in cpu.BLOCKS:
+        return cpu.CPUViT
+    from .gpu.model import CUDAViT
+
+    return CUDAViT
+
+
 def tensors_for(model: ViT, dtype: str, images: Tensor | Sequence[Tensor] | None) -> dict[str, Tensor]:
     """What the optimized model is made of."""
     if dtype == "float32":
         return float_tensors(model)
     if dtype == "int8":
         return int8_tensors(model, batches(model, photographs(model) if images is None else images))
+    from .gpu.blocks import half_tensors
+
     return half_tensors(model, gpu.DTYPES[dtype])
 
 
@@ -90,11 +97,15 @@ def faster_attention(model: ViT, dtype: str) -> str:
         return "sdpa"
     (h, w), A, d = model.config.grid, model.config.num_heads, model.config.embed_dim // model.config.num_heads
     T, weights = model.config.num_prefix_tokens + h * w, model.class_token
-    q, k, v = torch.randn(16, T, 3, A, d, dtype=gpu.DTYPES[dtype], device=weights.device).permute(2, 0, 3, 1, 4)
+    random = torch.Generator(weights.device).manual_seed(0)  # nobody else's numbers change
+    qkv = torch.randn(16, T, 3, A, d, dtype=gpu.DTYPES[dtype], device=weights.device, generator=random)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [16, A, T, d]
     if flash.refusal(q, k, v) is not None:
         return "sdpa"
     if not weights.is_cuda:
         return "triton"
+    from .gpu.tuning import choose
+
     return choose(
         f"attention {[T, A, d]}", q, {name: partial(get_attention(name), q, k, v) for name in ("triton", "sdpa")}
     )
@@ -103,9 +114,9 @@ def faster_attention(model: ViT, dtype: str) -> str:
 def check(model: object, dtype: str) -> None:
     """ValueError for what `optimize` does not take."""
     if not isinstance(dtype, str):
-        raise ValueError(f"expected a dtype's name, {', '.join(MODELS)}, not {type(dtype).__name__}")
-    if dtype not in MODELS:
-        raise ValueError(unknown("dtype", dtype, MODELS))
+        raise ValueError(f"expected a dtype's name, {', '.join(DTYPES)}, not {type(dtype).__name__}")
+    if dtype not in DTYPES:
+        raise ValueError(unknown("dtype", dtype, DTYPES))
     if not isinstance(model, ViT):
         raise ValueError(f"expected a vit.ViT, not {type(model).__name__}: optimize a model as it was before compiling")
     if isinstance(model, OptimizedViT):
@@ -113,6 +124,8 @@ def check(model: object, dtype: str) -> None:
     if model.training:
         raise ValueError("the model is in training mode, and what is optimized only infers: call model.eval() before")
     device = machine(dtype)
+    if torch.is_autocast_enabled(device):
+        raise ValueError("autocast would round what the optimized model is made of: leave it first")
     for name, parameter in model.named_parameters():
         if parameter.device.type != device or parameter.dtype != torch.float32:
             found = f"{parameter.dtype} on {parameter.device}"

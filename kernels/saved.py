@@ -20,7 +20,7 @@ from vit.config import ViTConfig
 from vit.metadata import Preprocessing, Provenance
 
 from .optimized import OptimizedViT, check_mode
-from .optimizing import MODELS, machine, missing
+from .optimizing import DTYPES, kind, machine, missing
 
 _HEADER = "vit.optimized"
 _PARTS = {"sha256", "dtype", "config", "preprocessing", "categories", "provenance", "attention"}
@@ -98,7 +98,7 @@ def load(path: str | Path, mode: str = "latency") -> OptimizedViT:
 
 
 def _assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> OptimizedViT:
-    if header.keys() != _PARTS or header["dtype"] not in MODELS:
+    if header.keys() != _PARTS or header["dtype"] not in DTYPES:
         found = f"{sorted(header)} and dtype {header.get('dtype')!r}"
         raise ValueError(f"the header has {found}, expected {sorted(_PARTS)}")
     attention, depth = header["attention"], header["config"]["depth"]
@@ -111,7 +111,7 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> 
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has values that are not finite")
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-    model = MODELS[header["dtype"]](ViTConfig(**header["config"]), header["dtype"], tensors, mode)
+    model = kind(header["dtype"])(ViTConfig(**header["config"]), header["dtype"], tensors, mode)
     if header["sha256"] != sha256(tensors):
         raise ValueError("the file is damaged: its tensors are not those that were written")
     model.preprocessing = Preprocessing(**header["preprocessing"])

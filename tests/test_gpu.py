@@ -14,9 +14,11 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import warnings
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ from vit.kernels.gpu import model as gpu_model
 from vit.kernels.gpu.model import CUDAViT
 from vit.kernels.gpu.tiles import Tile
 
+torch.backends.cudnn.allow_tf32 = False  # in the convolution of the models before
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float16, torch.bfloat16] if CUDA else [torch.float32, torch.float16]
@@ -499,6 +502,23 @@ def test_what_does_not_run_is_left_out(tmp_path: Path, monkeypatch: pytest.Monke
         tuning.measure({None: lambda: torch.no_such_thing}, torch.device("cpu"))
 
 
+def test_threads_measure_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[object] = []
+
+    def measure(calls: dict, device: torch.device) -> tuple[object, bool]:
+        measured.append(device)
+        time.sleep(0.05)
+        return next(iter(calls)), False
+
+    known: dict = {}
+    monkeypatch.setattr(tuning, "measure", measure)
+    monkeypatch.setattr(tuning, "remembered", lambda: known)
+    monkeypatch.setattr(tuning, "name_of", lambda device: "a GPU")
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda i: tuning.choose("a", torch.empty(0), {None: print}), range(4)))
+    assert found == [None] * 4 and len(measured) == 1
+
+
 def test_batches_of_one_power_of_two_are_measured_once() -> None:
     found = {rows: tuning.bucket(rows) for rows in (1, 64, 65, 197, 256, 257, 50432, 10**6)}
     assert found == {1: 64, 64: 64, 65: 128, 197: 256, 256: 256, 257: 512, 50432: 65536, 10**6: 65536}
@@ -507,8 +527,9 @@ def test_batches_of_one_power_of_two_are_measured_once() -> None:
 def test_when_graphs_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     """The third call of a shape; the one not used for longest is forgotten; a failure is told once. On any machine."""
     recorded, replayed, eager = [], [], []
-    made = graphs.Graphs(torch.device("cpu"))
+    made = graphs.Graphs()
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(made, "wait", lambda: None)
     monkeypatch.setattr(graphs, "SHAPES", 2)
     monkeypatch.setattr(made, "record", lambda fn, x, besides: recorded.append(len(x)))
     monkeypatch.setattr(made, "replay", lambda key, x: replayed.append(key[0]))
@@ -532,16 +553,28 @@ def test_when_graphs_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert eager == [1]
 
     def broken(fn: object, x: Tensor, besides: object) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
+        try:
+            raise failure
+        finally:
+            raise RuntimeError("failed due to a previous error")  # as torch.cuda.graph says of every error
 
     monkeypatch.setattr(made, "record", broken)
-    call(1)
+    failure = torch.OutOfMemoryError("CUDA out of memory")
+    for calls in (2, 6, 12):  # tried again, after twice as many calls
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(*[1] * (calls - 1))
+        with pytest.warns(UserWarning, match="launched one by one.* because: CUDA out of memory"):
+            call(1)
+    failure = RuntimeError("operation not permitted when stream is capturing")
+    call(7, 7)
     with pytest.warns(UserWarning, match="launched one by one.* because: operation not permitted"):
-        call(1)
+        call(7)
+    eager.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        call(1)
-    assert eager == [1] * 4
+        call(*[1] * 50, *[8] * 50)
+    assert eager == [1] * 50 + [8] * 50
 
 
 class Wrapped(torch.nn.Module):
@@ -560,6 +593,7 @@ def test_graphs_of_parts_that_were_replaced_are_dropped(monkeypatch: pytest.Monk
         monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
         monkeypatch.setattr(CUDAViT, "_is_recordable", lambda self, x: True)
         monkeypatch.setattr(graphs.Graphs, "record", lambda self, fn, x, besides: fn(x))
+        monkeypatch.setattr(graphs.Graphs, "wait", lambda self: None)
         monkeypatch.setattr(graphs.Graphs, "replay", lambda self, key, x: self.kept[key].clone())
     fast = vit.kernels.optimize(model(), NAMES[0])
     x = images(2, 3, 64, 64).to(DEVICE)
@@ -626,6 +660,101 @@ def test_graphs_of_two_models_on_two_streams() -> None:
     for ours, theirs in zip(found, expected, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert difference(a, b) <= loss(NAMES[0])
+
+
+@needs_cuda
+@torch.inference_mode()
+def test_a_graph_keeps_its_memory() -> None:
+    """Whatever is recorded, dropped and given back after it: cuBLAS's workspace is the graph's own."""
+    slow = model()
+    fast = vit.kernels.optimize(slow, NAMES[0])
+    x = images(1, 3, 224, 224).to(DEVICE)
+    for _ in range(4):
+        fast(x)
+    assert len(fast._graphs.kept) == 1
+    device = torch.device("cuda", torch.cuda.current_device())
+    for n in (64, 1024):  # recorded and dropped, as the tuner does it
+        a = torch.randn(n, n, device=device, dtype=torch.bfloat16)
+        tuning.milliseconds(lambda a=a: a @ a, device)
+    torch.cuda.empty_cache()
+    torch.full((2**28,), torch.nan, device=device)
+    for seed in (1, 2, 3):
+        x = images(1, 3, 224, 224, seed=seed).to(DEVICE)
+        assert difference(fast(x), slow(x)) <= loss(NAMES[0])
+
+
+class Asking(torch.nn.Module):
+    """A head that asks the GPU for a number, which no graph can hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x.sum().item()
+
+
+@needs_cuda
+@torch.inference_mode()
+def test_what_cannot_be_recorded_leaves_nothing_behind() -> None:
+    fast = vit.kernels.optimize(model(), NAMES[0])
+    head, fast.head = fast.head, Asking()
+    x, stream = images(1, 3, 64, 64).to(DEVICE), torch.cuda.current_stream()
+    fast(x), fast(x)
+    with pytest.warns(UserWarning, match="launched one by one"):
+        fast(x)
+    assert torch.cuda.current_stream() == stream and torch.rand(3, device=DEVICE).isfinite().all()
+    fast.head = head
+    for _ in range(4):
+        fast(x)
+    assert len(fast._graphs.kept) == 1
+
+
+@needs_cuda
+@torch.inference_mode()
+def test_recorded_by_others() -> None:
+    """In a graph of somebody else's there is none of ours, before or after one of ours was recorded."""
+    for warm_ups in (2, 4):
+        slow = model()
+        fast = vit.kernels.optimize(slow, NAMES[0])
+        given = images(1, 3, 64, 64).to(DEVICE)
+        for _ in range(warm_ups):
+            fast(given)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = fast(given)
+        given.copy_(images(1, 3, 64, 64, seed=9))
+        graph.replay()
+        assert difference(found, slow(given)) <= loss(NAMES[0])
+
+
+@torch.inference_mode()
+def test_what_is_only_recorded_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions, and weights for bytes, that a graph of somebody else's is to compute. On any machine."""
+    fast = vit.kernels.optimize(model(), NAMES[0])
+    pixels = (128 + 40 * images(1, 3, 32, 64)).clamp(0, 255).to(DEVICE, torch.uint8)
+    monkeypatch.setattr(gpu_model, "is_recording", lambda: True)
+    before = fast(pixels)
+    assert not fast._positions and not fast._of_bytes
+    monkeypatch.undo()
+    assert torch.equal(fast(pixels), before) and fast._positions and fast._of_bytes
+
+
+@torch.inference_mode()
+def test_compiling_leaves_it_out() -> None:
+    fast = vit.kernels.optimize(model(), NAMES[0])
+    x = images(1, 3, 64, 64).to(DEVICE)
+    for call in (lambda x: 2 * fast(x), lambda x: fast.forward_features(x)[0], lambda x: fast.forward_packed([*x])):
+        torch._dynamo.reset()
+        assert difference(torch.compile(call, backend="eager")(x), call(x)) <= loss(NAMES[0])
+        torch._dynamo.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=blocks.OPAQUE):
+            torch.compile(call, backend="eager", fullgraph=True)(x)
+
+
+def test_optimizing_leaves_random_numbers_alone() -> None:
+    plain = model()
+    torch.manual_seed(3)
+    expected = torch.rand(3), torch.rand(3, device=DEVICE)
+    torch.manual_seed(3)
+    vit.kernels.optimize(plain, NAMES[0])
+    assert all(map(torch.equal, (torch.rand(3), torch.rand(3, device=DEVICE)), expected))
 
 
 @needs_cuda

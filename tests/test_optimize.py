@@ -373,6 +373,8 @@ def test_other_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
         vit.kernels.optimize(model(), images(32, 3, 64, 64))
     with pytest.raises(ValueError, match="float32 needs none"):
         vit.kernels.optimize(model(), images=images(32, 3, 64, 64))
+    with torch.autocast("cpu"), pytest.raises(ValueError, match="autocast would round what .* leave it first"):
+        vit.kernels.optimize(model())
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     with pytest.raises(ValueError, match="cannot compute in float32 so: PyTorch was built without oneDNN"):
         vit.kernels.optimize(model())

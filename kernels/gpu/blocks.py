@@ -18,6 +18,7 @@ from .tiles import Tile
 from .tuning import fastest
 
 LAYERS = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2")  # of a block
+OPAQUE = "a block of Triton kernels, chosen by measurement, is fused already"  # to torch.compile, which leaves it out
 NORMS = {"attention.qkv": "norm1", "mlp.fc1": "norm2"}  # which are folded into them
 
 
@@ -155,6 +156,7 @@ class FusedBlock(nn.Module):
         self.attention = FusedAttention(config, block, tensors)
         self.mlp = FusedMLP(config, tensors)
 
+    @torch.compiler.disable(reason=OPAQUE)
     def forward(self, x: Tensor, grid: Grid | list[Grid] | None = None, lengths: list[int] | None = None) -> Tensor:
         """As `vit.model.Block.forward`."""
         if is_hooked((self.attention, self.mlp)):  # which are to see what the model's would

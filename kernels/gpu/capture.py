@@ -17,7 +17,7 @@ lock = RLock()  # held by whoever records or replays
 
 @cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """On which all graphs are recorded: memory that a stream was given is not used again on another."""
+    """The stream on which all graphs are recorded: the allocator does not reuse one stream's memory on another."""
     return torch.cuda.Stream(device)
 
 
@@ -25,20 +25,26 @@ def record(run: Callable[[], Result], device: torch.device, pool: Any = None) ->
     """A graph of `run`, and what that gave while it was recorded, which a replay fills; call it with `lock` held.
 
     `run` is called once before, since what kernels and libraries set up at their first call must not be recorded.
+    cuBLAS keeps a workspace for each stream. It is dropped before and after, so that the graph's lies in memory of the
+    graph's own: elsewhere it would be freed as soon as another graph of this stream is.
     """
-    here, apart = torch.cuda.current_stream(device), side_stream(device)
-    apart.wait_stream(here)
-    with torch.cuda.stream(apart):
+    graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+    torch.cuda.synchronize(device)  # a graph that still runs may use what the call before is going to
+    with torch.cuda.stream(side_stream(device)):  # torch.cuda.graph does not leave it when recording fails
         run()
-    here.wait_stream(apart)
-    graph = torch.cuda.CUDAGraph()
-    collects = gc.isenabled()
-    gc.disable()  # a kernel that is thrown away meanwhile would break it off
-    try:
-        # Other threads may use the GPU meanwhile, as those that load images do.
-        with torch.cuda.graph(graph, pool, stream=apart, capture_error_mode="thread_local"):
-            result = run()
-    finally:
-        if collects:
-            gc.enable()
+        torch._C._cuda_clearCublasWorkspaces()
+        gc.disable()  # unloading a kernel meanwhile would invalidate the recording
+        try:
+            # Other threads may use the GPU meanwhile, as those that load images do.
+            with torch.cuda.graph(graph, pool, stream=side_stream(device), capture_error_mode="thread_local"):
+                result = run()
+        finally:
+            if collects:
+                gc.enable()
+            torch._C._cuda_clearCublasWorkspaces()
     return graph, result
+
+
+def is_recording() -> bool:
+    """Is what this thread launches on a GPU recorded by somebody, and not run?"""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

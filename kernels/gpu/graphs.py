@@ -35,8 +35,7 @@ class Graphs:
     copied before the next one begins. So those of one function work in the same memory.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.kept: dict[tuple, Recorded] = {}  # the one used last is the last
         self.calls: Counter[tuple] = Counter()
         self.dropped: Counter[tuple] = Counter()
@@ -44,14 +43,15 @@ class Graphs:
         self.pool: Any = None  # a handle of their memory
 
     def __reduce__(self) -> tuple:  # copies record for themselves
-        return Graphs, (self.device,)
+        return Graphs, ()
 
     def __call__(
         self, fn: Callable[[Tensor], Tensor], images: Tensor, what: object, besides: Callable[[], list[Tensor]]
     ) -> Tensor:
-        """What `fn` gives. The third call for a shape and dtype records, and so does another `what` it rests on.
+        """What `fn` gives. The third call with the same shape, dtype and `what` records a graph.
 
-        Warns once where it cannot be recorded, and launches its kernels one by one from then on.
+        Warns where it cannot be recorded, and launches its kernels one by one from then on; if memory was lacking, it
+        is tried again after twice as many calls.
 
         Args:
             fn: computes on a GPU alone; the same at each call.
@@ -82,7 +82,7 @@ class Graphs:
     def add(
         self, key: tuple, fn: Callable[[Tensor], Tensor], images: Tensor, besides: Callable[[], list[Tensor]]
     ) -> bool:
-        """Record a graph, for the one that was not used for longest if there are many. Could it be recorded?"""
+        """Record a graph, which replaces the least recently used one if there are many. Could it be recorded?"""
         if len(self.kept) >= SHAPES:
             self.wait()
             oldest = next(iter(self.kept))
@@ -91,24 +91,28 @@ class Graphs:
         try:
             self.kept[key] = self.record(fn, images, besides)
         except RuntimeError as error:
-            self.broken = True
-            warn(f"kernels are launched one by one, which is slower for small batches; no CUDA graph because: {error}")
-        return not self.broken
+            why = error.__context__ or error  # that recording ended too early says less
+            if isinstance(why, torch.OutOfMemoryError):
+                self.calls[key] = 0
+                self.dropped[key] += 1
+            else:
+                self.broken = True
+            warn(f"kernels are launched one by one, which is slower for small batches; no CUDA graph because: {why}")
+        return key in self.kept
 
     @torch.inference_mode(False)  # whose tensors could not be written to outside of it, at another call
     @torch.no_grad()
     def record(self, fn: Callable[[Tensor], Tensor], images: Tensor, besides: Callable[[], list[Tensor]]) -> Recorded:
         """A graph of `fn` on images like these."""
-        self.wait()
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
         given = images.clone()
-        graph, result = capture.record(partial(fn, given), self.device, self.pool)
+        graph, result = capture.record(partial(fn, given), images.device, self.pool)
         return Recorded(graph, given, result, besides())
 
     def replay(self, key: tuple, images: Tensor) -> Tensor:
         """What a graph gives for images."""
-        recorded, stream, free = self.kept[key], torch.cuda.current_stream(self.device), free_event(self.device)
+        recorded, stream, free = self.kept[key], torch.cuda.current_stream(images.device), free_event(images.device)
         stream.wait_event(free)  # another stream may be in the middle of one
         recorded.images.copy_(images)
         recorded.graph.replay()
@@ -123,12 +127,13 @@ class Graphs:
             self.kept.clear()
             self.calls.clear()
             self.dropped.clear()
+            self.broken = False
             self.pool = None
 
     def wait(self) -> None:
-        """Until no graph runs."""
-        if self.device.type == "cuda":
-            free_event(self.device).synchronize()
+        """Until none of its graphs runs."""
+        for device in {recorded.images.device for recorded in self.kept.values()}:
+            free_event(device).synchronize()
 
 
 @cache

@@ -13,15 +13,14 @@ from vit.config import ViTConfig
 from vit.metadata import Preprocessing
 from vit.ragged import complete_patches
 
-from ..attention.flash import wrong_machine
 from ..optimized import PREFIX, OptimizedViT, check_tensors, frozen, is_watched
-from . import fused, plain
-from .blocks import FusedBlock, expected
+from . import DTYPES, fused, plain
+from .blocks import OPAQUE, FusedBlock, expected
+from .capture import is_recording
 from .graphs import Graphs
 from .tiles import Tile
 from .tuning import fastest
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 GRAPHED = 65536  # tokens in a batch, up to which launching its kernels one by one could take longer than they do
 CAPTURED = ("sdpa", "reference", "bmm", "math", "flash", "efficient", "cudnn", "triton")  # ask the GPU for nothing back
 
@@ -41,7 +40,7 @@ class CUDAViT(OptimizedViT):
         """
         super().__init__(config, dtype, tensors, mode)
         check_tensors(tensors, expected(self, DTYPES[dtype]))
-        self._graphs = Graphs(tensors["class_token"].device) if mode == "latency" else None
+        self._graphs = Graphs() if mode == "latency" else None
         self._of_bytes: dict[Preprocessing, tuple[Tensor, Tensor]] = {}
         for i in range(config.depth):
             prefix = f"blocks.{i}."
@@ -52,6 +51,7 @@ class CUDAViT(OptimizedViT):
             setattr(self.get_submodule(owner), part, frozen(tensors[name]))
         self.eval()
 
+    @torch.compiler.disable(reason=OPAQUE)
     def forward(self, images: Tensor, ragged: str = "error") -> Tensor:
         """As `ViT.forward`; of the last block only what the head reads is computed, where nobody looks inside."""
         if is_watched(self):
@@ -62,11 +62,11 @@ class CUDAViT(OptimizedViT):
         return self._graphs(self._logits, images, self.preprocessing, self._read_besides)
 
     def _is_recordable(self, images: Tensor) -> bool:
-        """Can a CUDA graph of this be recorded, and is it likely to be faster?"""
+        """Can a CUDA graph of this be recorded, and is it likely to be faster? Not within somebody else's."""
         h, w = self.grid_of(images)
         few = len(images) * (self.config.num_prefix_tokens + h * w) <= GRAPHED
         parts = self._listed or self.listed()  # as `is_watched` has just seen them
-        return few and images.is_cuda and not torch.compiler.is_compiling() and all(map(is_captured, parts.attends))
+        return few and images.is_cuda and not is_recording() and all(map(is_captured, parts.attends))
 
     def _logits(self, images: Tensor) -> Tensor:
         """[B, num_classes] of images that were accepted."""
@@ -91,6 +91,7 @@ class CUDAViT(OptimizedViT):
         super().accept(like.expand(images.shape), "error")
         return images
 
+    @torch.compiler.disable(reason=OPAQUE)
     def embed(self, images: Tensor, ragged: str = "error") -> Tensor:
         """As `ViT.embed`, in one kernel that writes where the blocks read."""
         images = self.accept(images, ragged)
@@ -128,21 +129,27 @@ class CUDAViT(OptimizedViT):
             mean, std = (weight.new_tensor(x, dtype=torch.float32) for x in
                          (self.preprocessing.mean, self.preprocessing.std))  # fmt: skip
             folded = (weight.float() * 256 / (255 * std[:, None, None])).to(weight.dtype)  # [D, chans, p, p]
-            self._of_bytes[self.preprocessing] = folded, bias - folded.float().sum((2, 3)) @ (255 / 256 * mean)
-            finish_stream(weight)
+            made = folded, bias - folded.float().sum((2, 3)) @ (255 / 256 * mean)
+            if not self.is_there(folded):
+                return made
+            self._of_bytes[self.preprocessing] = made
         return self._of_bytes[self.preprocessing]
 
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        """As `OptimizedViT.positions`."""
-        is_new = grid not in self._positions
-        positions = super().positions(grid)
-        if is_new:
-            finish_stream(positions)
-        return positions
+    def is_there(self, x: Tensor) -> bool:
+        """Wait until it is computed, since another stream may read it next; False while it is only recorded.
+
+        By then nothing runs that may read what it takes the place of.
+        """
+        if is_recording():
+            return False
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        return True
 
     def _read_besides(self) -> list[Tensor]:
-        """What a graph reads and `positions` may forget."""
-        return list(self._positions.values())
+        """All that a graph reads, some of which may be replaced or forgotten while it lives."""
+        folded = [x for pair in self._of_bytes.values() for x in pair]
+        return [*self._positions.values(), *folded, *self.parameters(), *self.buffers()]
 
     def forget(self) -> None:
         """As `OptimizedViT.forget`."""
@@ -165,16 +172,3 @@ def is_plain(attend: Attend) -> bool:
 def is_captured(attend: Attend) -> bool:
     """Can it be a part of a CUDA graph?"""
     return is_plain(attend) and attend.name in CAPTURED
-
-
-def finish_stream(x: Tensor) -> None:
-    """Wait until what was just made and will be kept is there: another stream may be the next to read it."""
-    if x.is_cuda:
-        torch.cuda.current_stream(x.device).synchronize()
-
-
-def missing(dtype: str, device: torch.device) -> str | None:
-    """What a machine lacks for a dtype; None where it lacks nothing."""
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return "PyTorch finds no NVIDIA GPU here"
-    return wrong_machine(torch.empty(0, dtype=DTYPES[dtype], device=device))

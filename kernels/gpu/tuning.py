@@ -24,11 +24,12 @@ Result = TypeVar("Result")
 Choice = TypeVar("Choice", bound="Tile | str | None")
 MILLISECONDS = 2  # of runs in one measurement
 MEASUREMENTS = 10
-MOST = 65536  # rows; more are measured as so many
+missing = object()  # what is known of what was never measured: None is plain PyTorch
+MOST = 65536  # rows; larger numbers share one entry
 
 
 def fastest(kernel: str, what: str, x: Tensor, rows: int, call: Callable[[Tile | None], Result]) -> Result:
-    """What `call` gives with the layout that is the fastest, or with None, by which it is to take plain PyTorch.
+    """What `call` gives with the layout that is the fastest; None stands for plain PyTorch.
 
     Measured on a GPU at the first call for a kernel, what it computes and each power of two of rows, so that most other
     batch sizes need nothing. While a graph is recorded nothing can be measured: run it once before. Triton's
@@ -58,15 +59,16 @@ def choose(what: str, x: Tensor, calls: Mapping[Choice, Callable[[], object]]) -
     RuntimeError where none of them runs, or where somebody records a CUDA graph, in which nothing can be measured.
     """
     key, known = f"{name_of(x.device)}, {x.dtype}: {what}", remembered()
-    if key not in known or known[key] not in calls:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if known.get(key, missing) not in calls:
+        if capture.is_recording():
             raise RuntimeError(
                 f"which kernel is the fastest for {what} is not known: run it once before it is recorded"
             )
         with capture.lock, torch.cuda.device_of(x):  # whose clock and stream they are measured by
-            known[key], lasts = measure(calls, x.device)
-        if lasts:
-            remember({key: known[key]})
+            if known.get(key, missing) not in calls:  # nor has another thread measured meanwhile
+                known[key], lasts = measure(calls, x.device)
+                if lasts:
+                    remember({key: known[key]})
     return known[key]
 
 

@@ -92,13 +92,13 @@ def ours_int8(size: int, mode: str = "latency") -> Call:
     return vit.kernels.optimize(our_model(size), "int8", noise(CALIBRATION, size, seed=2), mode)
 
 
-def to_onnx(size: int, folder: str) -> str:
-    """The file that timm's model is exported to, for any batch."""
+def to_onnx(model: nn.Module, size: int, folder: str) -> str:
+    """The file that a model is exported to, for any batch."""
     file = f"{folder}/model.onnx"
     batch = {0: torch.export.Dim("batch", min=1, max=1024)}
     torch.onnx.export(
-        timm_model(size),
-        (noise(2, size),),
+        model,
+        (noise(2, size).to(next(model.parameters()).dtype),),
         file,
         dynamo=True,
         dynamic_shapes=(batch,),
@@ -113,7 +113,7 @@ def onnxruntime(size: int, quantize: str | None = None) -> Call:
     from onnxruntime import quantization
 
     with tempfile.TemporaryDirectory() as folder:
-        file = to_onnx(size, folder)
+        file = to_onnx(timm_model(size), size, folder)
         if quantize is not None:
             quantization.quant_pre_process(file, f"{folder}/prepared.onnx", skip_symbolic_shape=True)
             source, file = f"{folder}/prepared.onnx", f"{folder}/int8.onnx"

@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--photographs", type=int, default=6, help="how many; default: %(default)s")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False  # in the convolution of the reference
     model = trained().to(args.device)
     transform = vit.create_transform(model, size=224)
     photographs = list(pictures().values())[: args.photographs]
