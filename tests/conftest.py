@@ -4,6 +4,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of as many as there are cores: of the processes that it starts, too
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import timm
 import torch

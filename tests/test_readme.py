@@ -60,8 +60,8 @@ def test_commands_are_commands(line):
 def test_the_two_commands_are_those_of_ci():
     ci = (ROOT / ".ci" / "run").read_text()
     first, second = (re.sub(r" +#.*", "", line) for line in SHELL[0].splitlines())
-    assert first == "pip install -e . && vit demo" and second == 'pip install -e ".[test]" && pytest'
-    for part in ("-e . && vit demo", '-e ".[test]" && pytest'):
+    assert first == "pip install -e . && vit demo" and second == 'pip install -e ".[test]" && pytest -n auto'
+    for part in ("-e . && vit demo", '-e ".[test]" && pytest -n auto'):
         assert part in ci
 
 
