@@ -7,6 +7,8 @@ max|timm|, on logits and on tokens; beside it timm against itself, fused attenti
 rows: root mean square of the difference from timm's float32 logits, over theirs, ours beside timm's own.
 """
 
+from collections.abc import Iterator
+
 import torch
 from helpers import FLOAT32, difference, images, ours_from, timm_twin
 from torch import Tensor, nn
@@ -28,12 +30,11 @@ def fuse(twin: nn.Module, fused: bool) -> None:
 
 
 @torch.no_grad()
-def rows(sizes: tuple = SIZES, batch: int = 2) -> list[tuple[str, str, str, float, float, float]]:
-    """(size, dtype, attention, our error, the peer's own, the bar) for each row."""
+def rows(sizes: tuple = SIZES, batch: int = 2) -> Iterator[tuple[str, str, str, float, float, float]]:
+    """(size, dtype, attention, our error, the peer's own, the bar) for each row, as soon as it is known."""
     config = NAMED_MODELS["vit_small_patch16_224"].config
     twin = timm_twin(config)
     model = ours_from(twin, config)
-    table = []
     for height, width in sizes:
         size = f"{height} x {width}"
         x = images(batch, 3, height, width)
@@ -44,15 +45,14 @@ def rows(sizes: tuple = SIZES, batch: int = 2) -> list[tuple[str, str, str, floa
         for attention in ("sdpa", "reference"):
             model.set_attention(attention)
             ours = max(difference(model.forward_features(x), tokens), difference(model(x), logits))
-            table.append((size, "float32", attention, ours, peer, FLOAT32))
+            yield size, "float32", attention, ours, peer, FLOAT32
         for dtype in (torch.bfloat16, torch.float16):
             half_twin, half = timm_twin(config).to(dtype), ours_from(timm_twin(config), config).to(dtype)
             peer = rms(half_twin(x.to(dtype)), logits)
             for attention in ("sdpa", "reference"):
                 half.set_attention(attention)
                 name = str(dtype).removeprefix("torch.")
-                table.append((size, name, attention, rms(half(x.to(dtype)), logits), peer, 1.5 * peer))
-    return table
+                yield size, name, attention, rms(half(x.to(dtype)), logits), peer, 1.5 * peer
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
     print("| size | dtype | attention | our error | timm's own | bar |")
     print("|---|---|---|---|---|---|")
     for size, dtype, attention, ours, peer, bar in rows():
-        print(f"| {size} | {dtype} | {attention} | {ours:.1e} | {peer:.1e} | {bar:.1e} |")
+        print(f"| {size} | {dtype} | {attention} | {ours:.1e} | {peer:.1e} | {bar:.1e} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,8 @@ def test_options(tiny):
         (Scaled(TINY, 0), {}, "is a module: give its class or a factory"),
         (lambda config, block: 5, {}, "block 0: factory '<lambda>' returned int, expected an nn.Module"),
         (lambda config, block: nn.Linear(2, 2), {}, r"must be callable as fn\(q, k, v"),
+        (nn.Identity, {}, "'Identity' is a class: its first two parameters must be named config and block"),
+        (lambda c, i: Scaled(c, i), {}, r"must be callable as fn\(q, k, v, .*or a factory as fn\(config, block\)"),
     ],
 )
 def test_what_cannot_be_called_so_is_refused(tiny, fn, options, message):

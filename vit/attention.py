@@ -127,8 +127,10 @@ def check_callable(fn: object, name: str, options: dict[str, object] | None = No
         raise ValueError(f"attention must be a registered name or a function, not {fn!r}")
     if taken := [option for option in options or {} if option in ("q", "k", "v", "config", *GIVEN)]:
         raise ValueError(f"attention {name!r} is given {', '.join(taken)} by the model: call the option otherwise")
-    factory = is_factory(fn) or inspect.isclass(fn)
-    how = "fn(config, block)" if factory else "fn(q, k, v, *, bias=None)"
+    factory = is_factory(fn)
+    if inspect.isclass(fn) and not factory:
+        raise ValueError(f"attention {name!r} is a class: its first two parameters must be named config and block")
+    how = "fn(config, block)" if factory else "fn(q, k, v, *, bias=None), or a factory as fn(config, block)"
     arguments = {} if factory else {"bias": None, **dict.fromkeys(given(fn))}
     signature = inspect.signature(fn) if _parameters(fn) else inspect.Signature()
     bind = signature.bind_partial if options is None else signature.bind  # an option may be required

@@ -110,8 +110,8 @@ def _default_heads(layout: Layout, width: int) -> int:
     heads = layout.heads or (width // layout.head_width if layout.head_width and width % layout.head_width == 0 else 0)
     if not heads:
         raise CheckpointError(
-            f"nothing says how many heads share the width {width}: state num_heads "
-            f"(num_heads=... in Python, --set num_heads=... on the command line)"
+            f"nothing says how many heads share the width {width}: state num_heads"
+            " (load_pretrained(..., num_heads=...), convert(..., config={'num_heads': ...}), or --set num_heads=...)"
         )
     return heads
 

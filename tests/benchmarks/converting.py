@@ -2,9 +2,10 @@
 
 Each case runs in fresh processes, in turn, so that neither caches nor the machine's moods favour one. Converting is
 held against reading a file and writing it again, both to a file that was not there; loading a foreign layout against
-loading our own. The foreign files are as their own libraries write them.
+loading our own. The foreign files are as their own libraries write them. Some five minutes.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 import vit
 
@@ -73,6 +75,7 @@ def measure(job: str, source: Path, tiny: Path, watched: bool = False) -> float:
 
 def main() -> None:
     """Print the table, and the same as JSON."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     warnings.simplefilter("ignore")  # as above
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -89,7 +92,7 @@ def main() -> None:
             **{f"load {layout}": ("load_pretrained(source)", file) for layout, file in files.items()},
         }
         times: dict[str, list[float]] = {job: [] for job in jobs}
-        for _ in range(ROUNDS):
+        for _ in tqdm(range(ROUNDS), "rounds", leave=False, disable=None):
             for job, case in jobs.items():
                 times[job].append(measure(*case, tiny))
         medians = {job: statistics.median(values) for job, values in times.items()}
