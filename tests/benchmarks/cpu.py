@@ -295,7 +295,7 @@ def show(rows: list[dict]) -> None:
                 print(f"| {r['name']} | {r['ms']:.1f} | {ends} | {r['ratio']:.2f} | {error} | {r['ready']:.0f} |")
     for r in rows:
         if "failed" in r:
-            print(f"{r['name']}, {r['size']} px, {r['threads']} thread(s): did not run: {r['failed']}")
+            print(f"{r['name']}, {r['size']} px, {r['threads']} thread(s): did not run: {r['failed']}", flush=True)
 
 
 def main() -> None:
@@ -314,14 +314,15 @@ def main() -> None:
     from harness import environment, write_json
 
     names = list(dict.fromkeys([REFERENCE, *args.only]))
+    where = environment() | {"versions": versions()}
+    print(where)
     rows = []
     for size in args.img_size:
         for threads in args.threads:
-            rows += race(names, args.batch, size, threads, args.seconds)
-    where = environment() | {"versions": versions()}
-    print(where)
-    show(rows)
-    write_json(args.json, {"environment": where, "rows": rows})
+            found = race(names, args.batch, size, threads, args.seconds)
+            show(found)
+            rows += found
+            write_json(args.json, {"environment": where, "rows": rows})  # so far, should it be interrupted
     return None
 
 
