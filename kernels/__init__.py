@@ -7,16 +7,12 @@ a name that it does not know.
 if __name__ == "vit.kernels":  # transformers asks for a package `kernels`, and in a checkout finds this folder
     from vit.attention import register_attention
 
-    from .attention import flash, flex, products, pytorch, varlen
-    from .attention.backends import available, explain
+    from .attention.backends import BACKENDS, available, explain
     from .optimized import OptimizedViT
     from .optimizing import optimize
     from .saved import load, save
 
     __all__ = ["OptimizedViT", "available", "explain", "load", "optimize", "save"]
 
-    for _name, _fn in {
-        "math": pytorch.math, "flash": pytorch.flash, "efficient": pytorch.efficient, "cudnn": pytorch.cudnn,
-        "flex": flex.flex, "triton": flash.triton, "varlen": varlen.varlen, "bmm": products.bmm,
-    }.items():  # fmt: skip
+    for _name, _fn in BACKENDS.items():
         register_attention(_name, _fn, exact=True)

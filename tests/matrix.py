@@ -162,7 +162,7 @@ def rms(x: Tensor) -> float:
 
 
 def check_kernel(cell: Cell, events: set[str]) -> None:
-    """Did that backend run, and no other?"""
+    """Did that backend run?"""
     wanted, plain = SEEN[cell.backend], cell.backend in _PLAIN
     if cell.compiled and (plain or cell.backend == "sdpa"):
         wanted = "Torch-Compiled Region"

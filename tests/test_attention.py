@@ -116,17 +116,22 @@ def test_options(tiny):
     assert difference(tiny(x), plain) > 1e-3 and tiny(x).isfinite().all()
 
 
+def checked(q, k, v, *, bias=None, check=False):
+    return v
+
+
 @pytest.mark.parametrize(
     ("fn", "options", "message"),
     [
         (sharp, {"powr": 1.0}, r"'sharp' must be callable as .* with options powr: .*powr"),
         ("sdpa", {"window": 3}, "'sdpa' must be callable as .* with options window"),
         (widened, {}, "'widened' must be callable as .*power"),
-        (sharp, {"block": 1}, "'sharp' is given block by the model: call the option otherwise"),
+        (sharp, {"block": 1}, "'sharp' is given block by the model: give the option another name"),
         (Scaled, {"strat": 1.0}, r"'Scaled' must be callable as fn\(config, block\) with options strat"),
         (Scaled(TINY, 0), {}, "is a module: give its class or a factory"),
         (lambda config, block: 5, {}, "block 0: factory '<lambda>' returned int, expected an nn.Module"),
         (lambda config, block: nn.Linear(2, 2), {}, r"must be callable as fn\(q, k, v"),
+        (checked, {"check": True}, "'checked': set_attention takes check: give the option another name"),
         (nn.Identity, {}, "'Identity' is a class: its first two parameters must be named config and block"),
         (lambda c, i: Scaled(c, i), {}, r"must be callable as fn\(q, k, v, .*or a factory as fn\(config, block\)"),
     ],

@@ -3,6 +3,8 @@
 `python tests/matrix.py` runs all of it; `pytest -m matrix` runs what compiles for long.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from helpers import FLOAT32, difference, images, randomize
@@ -14,7 +16,7 @@ import vit
 import vit.kernels.attention.flex as flex_module
 from vit.attention import get_attention, reference
 from vit.kernels.attention.backends import REFUSALS
-from vit.kernels.attention.flex import block_mask, flex
+from vit.kernels.attention.flex import flex, remembered_mask
 
 TINY = vit.ViTConfig(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=2, num_classes=7)
 BACKENDS = [name for name in REFUSALS if name != "flex"]  # which compiles for seven seconds, for each case
@@ -136,11 +138,11 @@ def test_flex_with_both_modifications():
     for head in range(2):
         mask[:, head].masked_fill_(distance > 2 + head, float("-inf"))
     expected = reference(q, k, v, bias=mask - 0.1 * distance)
-    block_mask.cache_clear()
+    remembered_mask.cache_clear()
     for _ in range(2):
         found = flex(q, k, v, score_mod=lambda s, b, h, i, j: s - 0.1 * (i - j).abs(), mask_mod=near)
         assert difference(found, expected) <= FLOAT32
-    assert block_mask.cache_info()[:2] == (1, 1)  # it was made once
+    assert remembered_mask.cache_info()[:2] == (1, 1)  # it was made once
     assert difference(found, reference(q, k, v)) > 1e-2
 
 
@@ -251,3 +253,53 @@ def test_explain(capsys):
     assert "'flex', score_mod=" in (out := capsys.readouterr().out) and "refused: has no backward pass" in out
     with pytest.raises(ValueError, match="got 30 x 32"):
         vit.kernels.explain(model, images(1, 3, 30, 32))
+
+
+def test_explain_tells_of_biases_and_of_what_took_a_name_over(capsys):
+    model = randomize(vit.create_model("vit_digits_patch4_32", reg_tokens=1)).eval()
+    x = images(1, 3, 32, 32)
+
+    def told():
+        vit.kernels.explain(model, x)
+        return capsys.readouterr().out
+
+    for bias in (torch.zeros(66), torch.zeros(1, 66, 66)):
+        model.set_attention("sdpa", bias=bias)
+        model(x)
+        assert "PyTorch takes FLASH_ATTENTION" in told()
+    model.set_attention("flash", bias=torch.zeros(66))
+    model.set_attention("flash", [1], bias=torch.zeros(66, requires_grad=True))
+    assert "block 1: 'flash'" in told() and "refused: has no gradient of bias" in told()
+    model.set_attention("flex", score_mod=5)
+    assert "refused: takes a hashable function as score_mod, not 5" in told()
+    model.requires_grad_(False)
+    model.register_tokens.requires_grad_(True)
+    model.set_attention("flex")
+    assert "refused: has no backward pass" in told()
+    own, flash = lambda q, k, v, *, bias=None: v, get_attention("flash")
+    vit.register_attention("flash", own, overwrite=True)
+    try:
+        model.set_attention("flash")
+        assert "runs as it is: no backend" in told()
+    finally:
+        vit.register_attention("flash", flash, exact=True, overwrite=True)
+
+
+@torch.no_grad()
+def test_a_mask_without_values_is_not_kept():
+    model = randomize(vit.create_model("vit_digits_patch4_32")).eval()
+    model.set_attention("flex", [1], mask_mod=near)
+    remembered_mask.cache_clear()
+    torch.export.export(model, (images(1, 3, 32, 32),), strict=False)
+    assert remembered_mask.cache_info().currsize == 0
+    with torch.inference_mode():
+        assert not remembered_mask(near, 1, 5, 5, torch.device("cpu")).kv_indices.is_inference()
+
+
+def test_threads_that_insist_on_kernels_leave_pytorch_as_it_was():
+    flags = torch.backends.cuda
+    before = flags.flash_sdp_enabled(), flags.math_sdp_enabled(), flags.mem_efficient_sdp_enabled()
+    q = images(1, 1, 5, 32)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda i: [get_attention(("math", "flash")[i % 2])(q, q, q) for _ in range(300)], range(4)))
+    assert (flags.flash_sdp_enabled(), flags.math_sdp_enabled(), flags.mem_efficient_sdp_enabled()) == before

@@ -343,6 +343,13 @@ def test_pytorch_finds_the_operators_well_formed():
 
 
 @needs_triton
+def test_there_is_no_forward_mode_derivative():
+    q, k, v = torch.randn(3, 1, 1, 5, 32)
+    with pytest.raises(ValueError, match="attention 'triton' has no forward-mode derivative"):
+        torch.func.jvp(lambda q: triton(q, k, v), (q,), (q,))
+
+
+@needs_triton
 def test_there_is_no_second_derivative():
     q, k, v = (x.detach().requires_grad_() for x in inputs(5, 32)[0].permute(2, 0, 3, 1, 4))
     (gradient,) = torch.autograd.grad(triton(q, k, v).square().sum(), q, create_graph=True)

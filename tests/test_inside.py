@@ -1,5 +1,6 @@
 """Reading and changing activations: each place holds what it says, and leaves no trace."""
 
+import copy
 import math
 
 import pytest
@@ -183,7 +184,7 @@ def test_patches_that_do_not_nest(tiny):
     tiny.set_attention("reference")
 
 
-def test_what_would_pass_hooks_by(tiny):
+def test_what_would_bypass_hooks(tiny):
     checkpointed = vit.ViT(TINY.override(grad_checkpointing=True))
     with pytest.raises(ValueError, match="gradient checkpointing runs blocks once more"):
         vit.record(checkpointed, X, "head")
@@ -196,3 +197,35 @@ def test_what_would_pass_hooks_by(tiny):
         pass
     with pytest.raises(ValueError, match="blocks are numbered from 0"):
         vit.record(tiny, X, "blocks.-1.attention.q")
+
+
+def test_what_changes_q_in_place_does_not_change_the_record(tiny):
+    def wiped(q, k, v, *, bias=None):
+        q *= 0
+        return sdpa(q, k, v, bias=bias)
+
+    x = images(1, 3, 24, 32)
+    with torch.no_grad():
+        expected = vit.record(tiny, x, "blocks.0.attention.q")["blocks.0.attention.q"]
+        tiny.set_attention(wiped)
+        assert torch.equal(vit.record(tiny, x, "blocks.0.attention.q")["blocks.0.attention.q"], expected)
+    assert expected.abs().max() > 0
+
+
+def test_copies_and_maps_while_patched(tiny):
+    x = images(1, 3, 24, 32)
+    with (
+        vit.patch(tiny, {"blocks.1.attention.weights": lambda w: w}),
+        pytest.raises(ValueError, match="block 1 is patch"),
+    ):
+        copy.deepcopy(tiny)
+    tiny(x)
+    with vit.patch(tiny, {"blocks.1.attention.q": torch.zeros_like}), pytest.warns(UserWarning, match="do not see"):
+        vit.attention_maps(tiny, x, blocks=[1])
+        tiny(x)
+    with pytest.raises(ValueError, match="blocks.1 is changed by a function or to a tensor, not float"), \
+         vit.patch(tiny, {"blocks.1": 0.0}):  # fmt: skip
+        pass
+    for names in (None, [3]):
+        with pytest.raises(ValueError, match="names must be a text or several"):
+            vit.record(tiny, x, names)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import check_callable, get_attention, given, is_exact, is_factory, registered, sdpa
+from .attention import check_callable, get_attention, given, is_exact, is_factory, parameters, registered, sdpa
 from .config import ViTConfig
 
 Grid = tuple[int, int]
@@ -26,7 +26,7 @@ class Attend(nn.Module):
         super().__init__()
         self.block = block
         self.prefix = config.num_prefix_tokens
-        self.patched = 0  # how many of `vit.patch` hold it
+        self.patched = 0  # how many active `vit.patch` contexts hold it
         self.set(sdpa, "sdpa", {})
 
     def set(
@@ -89,7 +89,7 @@ class Attend(nn.Module):
     def call(
         self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | list[Grid] | None, lengths: list[int] | None = None
     ) -> Tensor:
-        """What the function gives, held against what it must give."""
+        """Call the function and check its result."""
         keywords = self.keywords
         if "grid" in self.given:
             if grid is None:
@@ -120,6 +120,8 @@ class Attend(nn.Module):
         return ", ".join([self.called, *(f"{key}={value}" for key, value in options.items())])
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.patched:
+            raise ValueError(f"block {self.block} is patched, and a copy would stay so: leave vit.patch first")
         state = self.__dict__.copy()
         if registered(self.name) is self.source:
             for key in ("fn", "source"):
@@ -147,6 +149,8 @@ def choose(fn: Callable, name: str | None, config: ViTConfig, options: dict[str,
     """
     called = name or str(getattr(fn, "__name__", fn))
     check_callable(fn, called, options)
+    if taken := [option for option in ("name_or_fn", "blocks", "check") if option in parameters(fn)]:
+        raise ValueError(f"attention {called!r}: set_attention takes {', '.join(taken)}: give the option another name")
     if not is_factory(fn):
         return lambda block: fn
 

@@ -111,12 +111,12 @@ def name_of(fn: Callable) -> str | None:
 
 def is_factory(fn: Callable) -> bool:
     """Whether it makes attention modules: its first two parameters are `config` and `block`."""
-    return list(_parameters(fn))[:2] == ["config", "block"]
+    return list(parameters(fn))[:2] == ["config", "block"]
 
 
 def given(fn: Callable) -> tuple[str, ...]:
     """The keywords that the model fills in for this function."""
-    return tuple(keyword for keyword in GIVEN if keyword in _parameters(fn))
+    return tuple(keyword for keyword in GIVEN if keyword in parameters(fn))
 
 
 def check_callable(fn: object, name: str, options: dict[str, object] | None = None) -> None:
@@ -126,13 +126,13 @@ def check_callable(fn: object, name: str, options: dict[str, object] | None = No
     if not callable(fn):
         raise ValueError(f"attention must be a registered name or a function, not {fn!r}")
     if taken := [option for option in options or {} if option in ("q", "k", "v", "config", *GIVEN)]:
-        raise ValueError(f"attention {name!r} is given {', '.join(taken)} by the model: call the option otherwise")
+        raise ValueError(f"attention {name!r} is given {', '.join(taken)} by the model: give the option another name")
     factory = is_factory(fn)
     if inspect.isclass(fn) and not factory:
         raise ValueError(f"attention {name!r} is a class: its first two parameters must be named config and block")
     how = "fn(config, block)" if factory else "fn(q, k, v, *, bias=None), or a factory as fn(config, block)"
     arguments = {} if factory else {"bias": None, **dict.fromkeys(given(fn))}
-    signature = inspect.signature(fn) if _parameters(fn) else inspect.Signature()
+    signature = inspect.signature(fn) if parameters(fn) else inspect.Signature()
     bind = signature.bind_partial if options is None else signature.bind  # an option may be required
     try:
         bind(*(("config", "block") if factory else "qkv"), **{**arguments, **(options or {})})
@@ -143,7 +143,7 @@ def check_callable(fn: object, name: str, options: dict[str, object] | None = No
         raise ValueError(f"attention {name!r} must be callable as {how}{also}: {error}{hint}") from None
 
 
-def _parameters(fn: Callable) -> tuple[str, ...]:
+def parameters(fn: Callable) -> tuple[str, ...]:
     with suppress(TypeError, ValueError):  # some builtins have no signature
         return tuple(inspect.signature(fn).parameters)
     return ()

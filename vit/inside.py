@@ -36,7 +36,7 @@ _PARTS = (*_INPUTS, "scores", "weights", "heads", "out")  # of attention
 
 
 def record(model: ViT, images: Tensor, names: str | Iterable[str]) -> Any:
-    """Run the model and keep what the named places hold.
+    """Run the model and keep what the named places hold. One thread at a time: hooks see every call of the model.
 
     Args:
         model: the model as it was before compiling.
@@ -47,10 +47,12 @@ def record(model: ViT, images: Tensor, names: str | Iterable[str]) -> Any:
         name -> tensor, in the order of `names`; a part of the autograd graph where gradients are on. Or the list.
 
     Raises:
-        ValueError: an unknown name (the nearest one is named), or a compiled model, which passes hooks by.
+        ValueError: an unknown name (the nearest one is named), or a compiled model, which bypasses hooks.
     """
     if names == "?":
         return _all_names(_check_model(model))
+    if not isinstance(names, str) and not (isinstance(names, Iterable) and all(isinstance(x, str) for x in names)):
+        raise ValueError(f"names must be a text or several, not {names!r}")
     wanted = [names] if isinstance(names, str) else list(names)
     kept: dict[str, Tensor] = {}
     with ExitStack() as stack:
@@ -64,7 +66,7 @@ def record(model: ViT, images: Tensor, names: str | Iterable[str]) -> Any:
 
 @contextmanager
 def patch(model: ViT, changes: Mapping[str, Change | Tensor]) -> Iterator[ViT]:
-    """Change what the named places hold, for as long as the block lasts; afterwards the model is as it was.
+    """Change what the named places hold, inside the `with`; afterwards the model is as it was.
 
     Args:
         model: the model as it was before compiling.
@@ -79,15 +81,18 @@ def patch(model: ViT, changes: Mapping[str, Change | Tensor]) -> Iterator[ViT]:
     reached: set[str] = set()
     with ExitStack() as stack:
         for name, change in changes.items():
+            if not isinstance(change, Tensor) and not callable(change):
+                raise ValueError(f"{name} is changed by a function or to a tensor, not {type(change).__name__}")
             see = partial(_replace, reached, name, change)
             stack.enter_context(_watch(_check_model(model), name, see, changes=True))
         yield model
-    if missed := [name for name in changes if name not in reached]:  # a compiled copy of the model passes hooks by
+    if missed := [name for name in changes if name not in reached]:  # a compiled copy of the model bypasses hooks
         warn(f"{', '.join(missed)}: never reached while patched")
 
 
 def _keep(kept: dict[str, Tensor], name: str, tensor: Tensor) -> Tensor:
-    kept[name] = tensor
+    view = name.rpartition(".")[2] in _INPUTS  # of all three, which a function may change in place
+    kept[name] = tensor.clone() if view else tensor
     return tensor
 
 
@@ -198,7 +203,7 @@ def _check_model(model: ViT) -> ViT:
     if not isinstance(model, ViT):
         raise ValueError(f"expected a vit.ViT as it was before compiling, not {type(model).__name__}")
     if any(module._compiled_call_impl is not None for module in model.modules()):
-        raise ValueError("parts of this model are compiled, and would pass hooks by: take it before .compile()")
+        raise ValueError("parts of this model are compiled, and would bypass hooks: take it before .compile()")
     if model.config.grad_checkpointing and torch.is_grad_enabled():
         raise ValueError("gradient checkpointing runs blocks once more when hooks are gone: under torch.no_grad() only")
     return model

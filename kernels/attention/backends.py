@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from vit.attend import Attend
-from vit.checks import bad_bias
+from vit.attention import reference, sdpa
+from vit.checks import bad_bias, fit_bias
 from vit.model import ViT
 
 from . import flash, flex, products, pytorch, varlen
@@ -22,7 +23,11 @@ def _bias_alone(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> 
     return None if bias is None else bad_bias(q, k, bias)
 
 
-# Name -> why it cannot run on q, k, v [B, A, T, d] and a bias; None where it can. In the order in which they are told.
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "math": pytorch.math, "flash": pytorch.flash, "efficient": pytorch.efficient, "cudnn": pytorch.cudnn,
+    "flex": flex.flex, "triton": flash.triton, "varlen": varlen.varlen, "bmm": products.bmm,
+}  # fmt: skip
+# Name -> why it cannot run on q, k, v [B, A, T, d] and a bias; None where it can. As they are listed.
 REFUSALS: dict[str, Refusal] = {
     "reference": _bias_alone, "sdpa": _bias_alone, "bmm": products.refusal, **pytorch.REFUSALS,
     "flex": flex.refusal, "triton": flash.refusal, "varlen": varlen.refusal,
@@ -89,7 +94,8 @@ def _what_attention_gets(model: ViT, images: Tensor) -> Tensor:
     dtype = getattr(model.blocks[0].attention, "dtype", dtype)  # that of an int8 model is its own
     T, A = model.config.num_prefix_tokens + h * w, model.config.num_heads
     qkv = torch.empty(len(images), T, 3, A, model.config.embed_dim // A, dtype=dtype, device=images.device)
-    before = (*model.patch_embed.parameters(), *model.blocks.parameters(), model.class_token, model.position_embedding)
+    tokens = [x for x in (model.class_token, model.dist_token, model.register_tokens) if x is not None]
+    before = (*model.patch_embed.parameters(), *model.blocks.parameters(), *tokens, model.position_embedding)
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (images, *before))
     return qkv.requires_grad_(trains).permute(2, 0, 3, 1, 4)
 
@@ -106,17 +112,22 @@ def _alike(attends: list[Attend]) -> list[tuple[int, int, Attend]]:
 
 
 def _same(a: Attend, b: Attend) -> bool:
-    return a.source is b.source and a.extra_repr() == b.extra_repr()
+    def trained(attend: Attend) -> list[bool]:  # which a bias does not show
+        return [x.requires_grad for x in attend.options.values() if isinstance(x, Tensor)]
+
+    return a.source is b.source and a.extra_repr() == b.extra_repr() and trained(a) == trained(b)
 
 
 def _what_runs(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> str:
     refusal = REFUSALS.get(attend.name or "")
-    if refusal is None:
+    ours = {"reference": reference, "sdpa": sdpa, **BACKENDS}
+    if refusal is None or attend.source is not ours[attend.name or ""]:
         return "runs as it is: no backend of vit.kernels"
     options: dict[str, Any] = attend.options
-    asked = {name: options[name] for name in ("bias", "score_mod") if name in options}
+    asked = {name: options[name] for name in ("bias", "score_mod", "mask_mod") if name in options}
     if reason := refusal(q, k, v, **asked):
         return f"refused: {reason}"
     if attend.name == "sdpa":
-        return f"PyTorch takes {SDPBackend(torch._fused_sdp_choice(q, k, v, options.get('bias'))).name}"
+        bias = None if options.get("bias") is None else fit_bias(q, k, options["bias"])
+        return f"PyTorch takes {SDPBackend(torch._fused_sdp_choice(q, k, v, bias)).name}"
     return "runs"

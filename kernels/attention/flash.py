@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from vit.checks import bad_bias, fit_bias
 
@@ -57,6 +58,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> str 
         return f"takes heads {WIDTHS[0]} to {WIDTHS[1]} wide, not {q.shape[3]}"
     if bias is not None and (reason := bad_bias(q, k, bias)):
         return f"cannot add this bias: {reason}"
+    if any(unpack_dual(x).tangent is not None for x in (q, k, v, bias) if x is not None):
+        return "has no forward-mode derivative"
     return None if torch.compiler.is_compiling() else wrong_machine(q)
 
 

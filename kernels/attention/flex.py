@@ -44,6 +44,7 @@ def flex(
             tokens are numbered as in the model, prefix first.
         mask_mod: (b, h, i, j) -> whether query i may look at key j. It is evaluated for every pair of tokens once per
             length and remembered with the function, which must not change what it holds; for all images alike: b is 0.
+            Within torch.compile it is evaluated in each pass.
 
     Returns:
         [B, A, T, d].
@@ -51,12 +52,11 @@ def flex(
     Raises:
         ValueError: what `refusal` names.
     """
-    if reason := refusal(q, k, v, bias, score_mod=score_mod):
+    if reason := refusal(q, k, v, bias, score_mod=score_mod, mask_mod=mask_mod):
         raise ValueError(f"attention 'flex' {reason}")
-    for name, fn in (("score_mod", score_mod), ("mask_mod", mask_mod)):
-        if fn is not None and not (callable(fn) and isinstance(fn, Hashable)):
-            raise ValueError(f"attention 'flex' takes a hashable function as {name}, not {fn!r}")
-    mask = None if mask_mod is None else block_mask(mask_mod, q.shape[1], q.shape[2], k.shape[2], q.device)
+    traced = torch.compiler.is_compiling() or type(q) is not Tensor  # by tensors without values, as torch.export does
+    make = block_mask if traced else remembered_mask
+    mask = None if mask_mod is None else make(mask_mod, q.shape[1], q.shape[2], k.shape[2], q.device)
     score_mod = _add(bias, score_mod, q, k)
     if q.device.type == "cpu":  # which goes through rows that lie apart, as those of one qkv tensor do, a sixth slower
         k, v = k.contiguous(), v.contiguous()
@@ -85,7 +85,6 @@ def _add(bias: Tensor | None, score_mod: ScoreMod | None, q: Tensor, k: Tensor) 
     return biased
 
 
-@lru_cache(maxsize=64)
 def block_mask(mask_mod: MaskMod, A: int, T: int, keys: int, device: torch.device) -> BlockMask:
     """Which blocks of 128 x 128 pairs a mask leaves anything of."""
 
@@ -93,6 +92,13 @@ def block_mask(mask_mod: MaskMod, A: int, T: int, keys: int, device: torch.devic
         return mask_mod(b * 0, h, i, j)
 
     return create_block_mask(alike, None, A, T, keys, device=device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # whose tensors no backward pass could use later
+def remembered_mask(mask_mod: MaskMod, A: int, T: int, keys: int, device: torch.device) -> BlockMask:
+    """The same, kept for the next call."""
+    return block_mask(mask_mod, A, T, keys, device)
 
 
 @lru_cache(maxsize=2)
@@ -125,6 +131,12 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **optio
     device = q.device.type
     if bias is not None and (reason := bad_bias(q, k, bias)):
         return reason
+    for name in ("score_mod", "mask_mod"):
+        fn = options.get(name)
+        if fn is not None and not (callable(fn) and isinstance(fn, Hashable)):
+            return f"takes a hashable function as {name}, not {fn!r}"
+    if not q.numel():
+        return f"takes no empty tensors, and q is {list(q.shape)}"
     if device not in ("cuda", "cpu"):
         return f"runs on cuda and cpu, not on {device}"
     if q.dtype not in _DTYPES:
@@ -136,7 +148,7 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **optio
 
 
 def _held(fn: object) -> list[Tensor]:
-    """The tensors that a function has from where it was written; those deeper within show when it is compiled."""
+    """The tensors that a function closes over; those deeper within show when it is compiled."""
     found = []
     for cell in getattr(fn, "__closure__", None) or ():
         with suppress(ValueError):  # nothing in it yet

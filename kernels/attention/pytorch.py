@@ -6,6 +6,7 @@ https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_pr
 from __future__ import annotations
 
 from functools import partial
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +42,7 @@ _KERNELS = {
     "math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }  # fmt: skip
+_one_at_a_time = Lock()  # what PyTorch sets to insist on a kernel holds for all threads, and two would leave it set
 
 
 def _insist(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -48,6 +50,13 @@ def _insist(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> 
     if reason := refusal(name, q, k, v, bias):
         raise ValueError(f"attention {name!r} {reason}")
     bias = None if bias is None else fit_bias(q, k, bias)
+    if torch.compiler.is_compiling():
+        return _by(name, q, k, v, bias)
+    with _one_at_a_time:
+        return _by(name, q, k, v, bias)
+
+
+def _by(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     with sdpa_kernel(_KERNELS[name]):  # PyTorch raises where its kernel refuses for a reason that is not known here
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
