@@ -53,14 +53,14 @@ def save(model: OptimizedViT, path: str | Path) -> Path:
             raise ValueError(f"block {attend.block}: attention {attend.called} cannot be named in a file")
     tensors = model.tensors()
     header = {
-        "sha256": sha256(tensors), "dtype": model.optimized, "config": model.config.to_dict(),
+        "dtype": model.optimized, "config": model.config.to_dict(),
         "preprocessing": asdict(model.preprocessing), "categories": model.categories,
         "attention": [attend.name for attend in model.attends],
         "provenance": None if model.provenance is None else asdict(model.provenance),
     }  # fmt: skip
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        save_file(tensors, temporary, {_HEADER: json.dumps(header)})
+        save_file(tensors, temporary, {_HEADER: json.dumps(header | {"sha256": sha256(tensors, header)})})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -112,20 +112,34 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> 
             raise ValueError(f"{name} has values that are not finite")
     tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
     model = kind(header["dtype"])(ViTConfig(**header["config"]), header["dtype"], tensors, mode)
-    if header["sha256"] != sha256(tensors):
-        raise ValueError("the file is damaged: its tensors are not those that were written")
+    check_described(model, header)
+    if header["sha256"] != sha256(tensors, header):
+        raise ValueError("the file is damaged: it does not hold what was written")
     model.preprocessing = Preprocessing(**header["preprocessing"])
     model.categories = header["categories"]
     model.provenance = None if header["provenance"] is None else Provenance.from_dict(header["provenance"])
     for i, name in enumerate(header["attention"]):
         if name != model.attends[i].name:
-            model.set_attention(name, [i])
+            OptimizedViT.set_attention(model, name, [i])  # which it was calibrated for
     return model
 
 
-def sha256(tensors: dict[str, Tensor]) -> str:
-    """Of tensors, by name: what they hold, and their shapes and dtypes."""
-    whole = hashlib.sha256()
+def check_described(model: OptimizedViT, header: dict[str, Any]) -> None:
+    """ValueError for names of classes, or a preprocessing, that are not this model's."""
+    names, classes, channels = header["categories"], model.config.num_classes, model.config.in_chans
+    if names is not None and not (
+        isinstance(names, list) and len(names) == classes and all(isinstance(name, str) for name in names)
+    ):
+        raise ValueError(f"categories must be {classes} texts or none, not {str(names)[:80]}")
+    for part in ("mean", "std"):
+        if len(header["preprocessing"][part]) != channels:
+            raise ValueError(f"{part} must be {channels} numbers, not {header['preprocessing'][part]}")
+
+
+def sha256(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:
+    """Of tensors, by name: what they hold, and their shapes and dtypes; and of the rest of the header."""
+    rest = {name: value for name, value in header.items() if name != "sha256"}
+    whole = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         whole.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -290,7 +290,12 @@ def test_files_that_are_not_loaded(tmp_path: Path) -> None:
         "expected torch.float32": whole.replace(b'\\"embed_dim\\": 64', b'\\"embed_dim\\": 32'),
         "no optimized model as vit": whole.replace(b'\\"embed_dim\\": 64', b'\\"embed_din\\": 64'),
         "expected 3 names": whole.replace(b'[\\"sdpa\\", ', b"[          "),
-        "unknown attention": whole.replace(b'\\"sdpa\\"', b'\\"sdpb\\"'),
+        "fast.safetensors: the file is damaged": whole.replace(b'\\"sdpa\\"', b'\\"sdpb\\"'),
+        "does not hold what was written": whole.replace(b'\\"num_heads\\": 2', b'\\"num_heads\\": 4'),
+        "categories must be 10 texts or none, not 4444": whole.replace(
+            b'\\"categories\\": null', b'\\"categories\\": 4444'
+        ),
+        "mean must be 3 numbers, not": whole.replace(b"[0.5, 0.5, 0.5]", b"[0.5, 0.5     ]", 1),
     }.items():
         assert content != whole
         file.write_bytes(content)

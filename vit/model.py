@@ -398,6 +398,8 @@ class ViT(nn.Module):
 
     def init_weights(self) -> None:
         """Random weights as timm draws them: truncated normals of std 0.02, a nearly zero class token."""
+        if self.class_token.is_meta:  # nothing to fill, and PyTorch would load its compiler for that, for two seconds
+            return
         nn.init.trunc_normal_(self.position_embedding, std=0.02)
         for token in (self.class_token, self.dist_token, self.register_tokens):
             if token is not None:

@@ -46,7 +46,10 @@ def int8_tensors(model: ViT, images: list[Tensor]) -> dict[str, Tensor]:
     for i in range(model.config.depth):
         block = f"blocks.{i}."
         of_block = {layer: seen[block + layer] for layer in MEASURED}
-        for layer in ("attention.qkv", "attention.proj", "mlp.fc1"):
+        smoothed = ["attention.qkv", "mlp.fc1"]
+        if model.attends[i].exact:  # any other function may mix the channels of v, or bend them
+            smoothed.append("attention.proj")
+        for layer in smoothed:
             of_block[layer] = smooth(tensors, block, layer, of_block[layer])
         set_wide_apart(tensors, block, of_block)
         for layer in LAYERS:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vit.attention import reference, sdpa
+from vit.checks import warn
 from vit.config import ViTConfig
 from vit.model import ViT
 
@@ -89,6 +90,12 @@ class CPUViT(OptimizedViT):
         """Does it attend by softmax, which takes fewer queries than keys, and without a bias, which has T rows?"""
         attend = block.attention.attend
         return attend.source in (sdpa, reference, bmm) and not attend.options
+
+    def set_attention(self, *args: Any, **keywords: Any) -> None:
+        """As `ViT.set_attention`; int8 warns of functions that it was not calibrated for."""
+        super().set_attention(*args, **keywords)
+        if self.optimized == "int8" and not all(attend.exact for attend in self.attends):
+            warn("int8 was calibrated for other attention: set it on the model before, and optimize again")
 
     def tensors(self) -> dict[str, Tensor]:
         """What it was made of."""

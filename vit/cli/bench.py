@@ -100,10 +100,12 @@ def run(args: argparse.Namespace) -> int:
         }
         bar = partial(tqdm, unit="call", leave=False, disable=True if args.json else None)
         times = timing.race(calls, args.rounds, device, bar) if calls else {}
-        rows = [measured(model, case, times[case], calls[case], peaks, device) for case in times]
-        if args.profile:
-            for row, call in zip(rows, calls.values()):
-                row["profile"] = timing.profile_kinds(call, device)
+        rows = []
+        for case, call in calls.items():
+            torch.set_num_threads(case.threads)
+            rows.append(measured(model, case, times[case], call, peaks, device))
+            if args.profile:
+                rows[-1]["profile"] = timing.profile_kinds(call, device)
     finally:
         torch.set_num_threads(before)
     show(args, model, rows + [named(model, case) | {"refused": why} for case, why in refused.items()])
@@ -197,7 +199,7 @@ def show(args: argparse.Namespace, model: ViT, rows: list[dict[str, Any]]) -> No
     timed = [row for row in rows if "peak_gflops" in row]
     peaks = {(row["dtype"], row["threads"]): row["peak_gflops"] for row in timed}
     for (kind, threads), peak in peaks.items():
-        product = f"{timing.PEAK_SIDE.get(args.device.type, 4096)}^3 product"
+        product = f"product of at most {timing.PEAK_SIDE.get(args.device.type, 4096)}^3"
         print(f"peak: {peak:.0f} GFLOP/s, a {product} in {kind} with {threads} thread{'s' * (threads > 1)}")
 
 

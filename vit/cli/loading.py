@@ -65,11 +65,15 @@ def title(args: argparse.Namespace, model: ViT) -> str:
 
 def check(args: argparse.Namespace, dtype: str) -> None:
     """ValueError for a --device or --dtype that cannot go with a model optimized to `dtype`."""
-    from vit.kernels.optimizing import machine
+    import torch
+
+    from vit.kernels.optimizing import machine, missing
 
     if args.device.type != machine(dtype):
         why = f"--device {args.device} cannot go with it"
         raise ValueError(f"a model optimized in {dtype} runs on {machine(dtype)}, so {why}")
+    if reason := missing(dtype, torch.device(machine(dtype))):
+        raise ValueError(f"this machine cannot compute in {dtype} so: {reason}")
     if others := [name for name in asked_dtypes(args) if name != "float32"]:
         raise ValueError(f"an optimized model takes images in float32, so --dtype {others[0]} cannot go with it")
 

@@ -22,6 +22,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler, some buil
 
 PEAK_SIDE = {"cpu": 4096, "cuda": 8192}  # of the square matrices whose product is taken for what a machine can do
 
+LONGEST = 10.0  # seconds
+
 
 @dataclass(frozen=True)
 class Case:
@@ -90,12 +92,19 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 def peak_flops(kind: str, threads: int, device: torch.device) -> float:
     """Operations per second of a large matrix product: the best of four, after one that warms up.
 
+    Of at most `PEAK_SIDE`; smaller where those would take longer than ten seconds, as in half precision on a processor
+    that has no instructions for it.
+
     Args:
         kind: "float32", "bfloat16" or "float16"; or "int8", multiplied as optimized models do it.
         threads: with so many.
         device: where.
     """
     side = PEAK_SIDE.get(device.type, 4096)
+    small = side // 8
+    once = min(seconds(product(kind, small, device), threads, device) for _ in range(2))
+    while side > small and 5 * once * (side / small) ** 3 > LONGEST:
+        side //= 2
     multiply = product(kind, side, device)
     return 2 * side**3 / min([seconds(multiply, threads, device) for _ in range(5)][1:])
 
