@@ -15,7 +15,7 @@ from torch import Tensor
 
 import vit
 from vit.kernels.cpu import calibrate, int8
-from vit.kernels.cpu.images import photographs
+from vit.kernels.cpu.images import batches, photographs
 from vit.kernels.cpu.model import CPUViT, missing
 from vit.kernels.optimized import OptimizedViT
 from vit.resources import digit_images
@@ -95,6 +95,32 @@ class Twin:
 def float32_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on processors that are slow in bfloat16."""
     monkeypatch.setattr(int8, "multiplies_bfloat16", lambda: False)
+
+
+def calibrated(plain: vit.ViT) -> dict[str, Tensor]:
+    """What an int8 model is made of, which any processor can find out."""
+    return calibrate.int8_tensors(plain, batches(plain, images(32, 3, 64, 64, seed=3)))
+
+
+@pytest.mark.parametrize("relative", RELATIVES)
+@torch.inference_mode()
+def test_calibration_keeps_what_a_model_means(relative: str) -> None:
+    """By the twin, on any processor; with one scale wrong it would not."""
+    plain = model(**RELATIVES[relative])
+    tensors, x = calibrated(plain), images(2, 3, 64, 64)
+    assert difference(Twin(CPUViT(plain.config, "int8", tensors))(x), plain(x)) <= LOSS / 2
+    tensors["blocks.0.attention.proj.weight_scale"] *= 2
+    assert difference(Twin(CPUViT(plain.config, "int8", tensors))(x), plain(x)) > LOSS / 2
+
+
+@torch.inference_mode()
+def test_v_is_not_smoothed_for_attention_that_may_bend_it() -> None:
+    plain = model(depth=1)
+    D, bias = plain.config.embed_dim, plain.blocks[0].attention.qkv.bias
+    for name, same in (("sdpa", False), (lambda q, k, v, *, bias=None: (v @ v.mT).softmax(-1) @ v, True)):
+        plain.set_attention(name)
+        found = calibrated(plain)["blocks.0.attention.qkv.bias"]
+        assert (difference(found[-D:], bias[-D:]) <= 0.05) == same
 
 
 @needs
