@@ -72,10 +72,10 @@ def check(args: argparse.Namespace, dtype: str) -> None:
     if args.device.type != machine(dtype):
         why = f"--device {args.device} cannot go with it"
         raise ValueError(f"a model optimized in {dtype} runs on {machine(dtype)}, so {why}")
-    if reason := missing(dtype, torch.device(machine(dtype))):
-        raise ValueError(f"this machine cannot compute in {dtype} so: {reason}")
     if others := [name for name in asked_dtypes(args) if name != "float32"]:
         raise ValueError(f"an optimized model takes images in float32, so --dtype {others[0]} cannot go with it")
+    if reason := missing(dtype, torch.device(machine(dtype))):
+        raise ValueError(f"this machine cannot compute in {dtype} so: {reason}")
 
 
 def asked_dtypes(args: argparse.Namespace) -> list[str]:
