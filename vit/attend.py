@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import check_callable, get_attention, given, is_exact, is_factory, parameters, registered, sdpa
+from .attention import check_callable, get_attention, given, is_exact, is_factory, registered, sdpa
+from .checks import parameters
 from .config import ViTConfig
 
 Grid = tuple[int, int]

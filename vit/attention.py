@@ -24,13 +24,12 @@ import importlib
 import inspect
 import math
 from collections.abc import Callable
-from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import fit_bias, unknown
+from .checks import fit_bias, parameters, unknown
 
 AttentionFunction = Callable[..., Tensor]
 AttentionFactory = Callable[..., nn.Module]
@@ -141,9 +140,3 @@ def check_callable(fn: object, name: str, options: dict[str, object] | None = No
         known = [p for p in signature.parameters if p not in ("q", "k", "v", "bias", "config", "block", "self", *GIVEN)]
         hint = f"; its options: {', '.join(known)}" if known else ""
         raise ValueError(f"attention {name!r} must be callable as {how}{also}: {error}{hint}") from None
-
-
-def parameters(fn: Callable) -> tuple[str, ...]:
-    with suppress(TypeError, ValueError):  # some builtins have no signature
-        return tuple(inspect.signature(fn).parameters)
-    return ()

@@ -1,14 +1,23 @@
 """Checks that several files share. Each raises one ValueError that names the value and what was expected."""
 
+import inspect
 import math
 import operator
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 
 import torch
 from torch import Tensor
+
+
+def parameters(fn: Callable) -> tuple[str, ...]:
+    """The names of a function's parameters; none for builtins that have no signature."""
+    with suppress(TypeError, ValueError):
+        return tuple(inspect.signature(fn).parameters)
+    return ()
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:

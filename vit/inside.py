@@ -51,9 +51,9 @@ def record(model: ViT, images: Tensor, names: str | Iterable[str]) -> Any:
     """
     if names == "?":
         return _all_names(_check_model(model))
-    if not isinstance(names, str) and not (isinstance(names, Iterable) and all(isinstance(x, str) for x in names)):
+    wanted = list(names) if isinstance(names, Iterable) and not isinstance(names, str) else [names]
+    if not all(isinstance(name, str) for name in wanted):
         raise ValueError(f"names must be a text or several, not {names!r}")
-    wanted = [names] if isinstance(names, str) else list(names)
     kept: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for name in dict.fromkeys(wanted):

@@ -46,7 +46,7 @@ def attention_maps(
     if not all(model.attends[i].exact for i in numbers):
         warn("these are softmax(q k^T / sqrt(d)), and a block here attends by another function")
     if any(model.attends[i]._forward_pre_hooks for i in numbers):
-        warn("q or k of a block is patched, which these maps do not see: vit.record gives its 'weights'")
+        warn("q, k or v of a block is patched, which these maps do not see: vit.record gives its 'weights'")
     if queries is None or (isinstance(queries, str) and queries not in ("class", "all")):
         raise ValueError(f"queries must be 'class', 'all' or a list of tokens' numbers, not {queries!r}")
     images = model.accept(images, ragged)

@@ -6,6 +6,7 @@ refused. A number it takes, in a tensor, so that all models of one shape share w
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from itertools import count
 from weakref import WeakValueDictionary
 
@@ -42,9 +43,9 @@ class NumberedLayer(nn.Module):
         """Of what `compute` gives."""
         return wanted
 
+    @abstractmethod
     def compute(self, x: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
         """What `forward` gives."""
-        raise NotImplementedError
 
 
 def _run(number: Tensor, x: Tensor, residual: Tensor | None, width: int, dtype: torch.dtype) -> Tensor:

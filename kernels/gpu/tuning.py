@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 Choice = TypeVar("Choice", bound="Tile | str | None")
 MILLISECONDS = 2  # of runs in one measurement
 MEASUREMENTS = 10
-missing = object()  # what is known of what was never measured: None is plain PyTorch
+UNMEASURED = object()  # None is plain PyTorch
 MOST = 65536  # rows; larger numbers share one entry
 
 
@@ -59,13 +59,13 @@ def choose(what: str, x: Tensor, calls: Mapping[Choice, Callable[[], object]]) -
     RuntimeError where none of them runs, or where somebody records a CUDA graph, in which nothing can be measured.
     """
     key, known = f"{name_of(x.device)}, {x.dtype}: {what}", remembered()
-    if known.get(key, missing) not in calls:
+    if known.get(key, UNMEASURED) not in calls:
         if capture.is_recording():
             raise RuntimeError(
                 f"which kernel is the fastest for {what} is not known: run it once before it is recorded"
             )
         with capture.lock, torch.cuda.device_of(x):  # whose clock and stream they are measured by
-            if known.get(key, missing) not in calls:  # nor has another thread measured meanwhile
+            if known.get(key, UNMEASURED) not in calls:  # nor has another thread measured meanwhile
                 known[key], lasts = measure(calls, x.device)
                 if lasts:
                     remember({key: known[key]})

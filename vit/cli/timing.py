@@ -21,8 +21,7 @@ from vit.config import ViTConfig
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler, some builds of which log each start and stop
 
 PEAK_SIDE = {"cpu": 4096, "cuda": 8192}  # of the square matrices whose product is taken for what a machine can do
-
-LONGEST = 10.0  # seconds
+LONGEST = 10.0  # seconds that these products may take
 
 
 @dataclass(frozen=True)
