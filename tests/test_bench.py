@@ -79,6 +79,26 @@ def test_spread():
     assert timing.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
 
 
+def test_memory_and_profile_are_those_of_a_rows_threads(monkeypatch):
+    seen = []
+    for name, result in (("peak_memory", 1.0), ("profile_kinds", {})):
+        monkeypatch.setattr(timing, name, lambda *_, result=result: seen.append(torch.get_num_threads()) or result)
+    before = torch.get_num_threads()
+    command = ["bench", "--model", "vit_digits_patch4_32", "-b", "1", "--rounds", "1", "--threads", "1,2", "--profile"]
+    assert main([*command, "--json"]) == 0
+    assert seen == [1, 1, 2, 2] and torch.get_num_threads() == before
+
+
+def test_the_peak_is_taken_from_smaller_products_where_large_ones_take_too_long(monkeypatch):
+    sides = []
+    monkeypatch.setattr(timing, "product", lambda kind, side, device: lambda: sides.append(side))
+    for side, took in ((64, 0.003), (16, 0.1), (8, 2.0)):
+        sides.clear()
+        monkeypatch.setattr(timing, "seconds", lambda call, *_, took=took: call() or took)
+        timing.peak_flops("bfloat16", 1, CPU)
+        assert sides == [8] * 2 + [side] * 5
+
+
 def test_rows(capsys, tmp_path):
     command = ["bench", "--model", "vit_digits_patch4_32", "-b", "1,4", "--img-size", "32,48x32", "--rounds", "3"]
     assert main([*command, "--attention", "sdpa,cudnn", "--json", "--profile", "--plot", str(tmp_path / "b.png")]) == 0

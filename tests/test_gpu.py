@@ -729,7 +729,7 @@ def test_what_is_only_recorded_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> N
     """Positions, and weights for bytes, that a graph of somebody else's is to compute. On any machine."""
     fast = vit.kernels.optimize(model(), NAMES[0])
     pixels = (128 + 40 * images(1, 3, 32, 64)).clamp(0, 255).to(DEVICE, torch.uint8)
-    monkeypatch.setattr(gpu_model, "is_recording", lambda: True)
+    monkeypatch.setattr(gpu_model, "is_recording", lambda x: True)
     before = fast(pixels)
     assert not fast._positions and not fast._of_bytes
     monkeypatch.undo()

@@ -123,6 +123,19 @@ def test_v_is_not_smoothed_for_attention_that_may_bend_it() -> None:
         assert (difference(found[-D:], bias[-D:]) <= 0.05) == same
 
 
+def test_attention_that_it_was_not_calibrated_for_is_warned_of() -> None:
+    """Of functions that give other numbers, in either order; not of those that give the same."""
+    plain = model(depth=1)
+    with torch.no_grad():
+        fast = CPUViT(plain.config, "int8", calibrated(plain))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast.set_attention("reference")
+    for name in (lambda q, k, v, *, bias=None: v, "sdpa"):
+        with pytest.warns(UserWarning, match="calibrated for other attention: set it on the model before"):
+            fast.set_attention(name)
+
+
 @needs
 @pytest.mark.usefixtures("float32_attention")
 @pytest.mark.parametrize("relative", RELATIVES)

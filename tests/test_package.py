@@ -74,6 +74,14 @@ def test_a_missing_vit_weights_says_how_to_install_it():
     assert "vit.weights is not installed: run `pip install -e .`" in done.stderr
 
 
+def test_loading_and_optimizing_leave_pytorchs_compiler_out():
+    """Which takes two seconds to import, at every start."""
+    code = "import sys, vit; vit.kernels.optimize(vit.load_pretrained('vit_digits_patch4_32'))"
+    code += "; print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_importing_vit_stays_light():
     code = "import sys, vit; print(' '.join(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()

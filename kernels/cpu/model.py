@@ -93,8 +93,9 @@ class CPUViT(OptimizedViT):
 
     def set_attention(self, *args: Any, **keywords: Any) -> None:
         """As `ViT.set_attention`; int8 warns of functions that it was not calibrated for."""
+        before = [attend.exact for attend in self.attends]
         super().set_attention(*args, **keywords)
-        if self.optimized == "int8" and not all(attend.exact for attend in self.attends):
+        if self.optimized == "int8" and not all(before + [attend.exact for attend in self.attends]):
             warn("int8 was calibrated for other attention: set it on the model before, and optimize again")
 
     def tensors(self) -> dict[str, Tensor]:

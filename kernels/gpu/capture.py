@@ -9,6 +9,7 @@ from threading import RLock
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -45,6 +46,6 @@ def record(run: Callable[[], Result], device: torch.device, pool: Any = None) ->
     return graph, result
 
 
-def is_recording() -> bool:
-    """Is what this thread launches on a GPU recorded by somebody, and not run?"""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def is_recording(x: Tensor) -> bool:
+    """Is what this thread does with a tensor on a GPU recorded by somebody, and not run?"""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -66,7 +66,7 @@ class CUDAViT(OptimizedViT):
         h, w = self.grid_of(images)
         few = len(images) * (self.config.num_prefix_tokens + h * w) <= GRAPHED
         parts = self._listed or self.listed()  # as `is_watched` has just seen them
-        return few and images.is_cuda and not is_recording() and all(map(is_captured, parts.attends))
+        return few and images.is_cuda and not is_recording(images) and all(map(is_captured, parts.attends))
 
     def _logits(self, images: Tensor) -> Tensor:
         """[B, num_classes] of images that were accepted."""
@@ -140,7 +140,7 @@ class CUDAViT(OptimizedViT):
 
         By then nothing runs that may read what it takes the place of.
         """
-        if is_recording():
+        if is_recording(x):
             return False
         if x.is_cuda:
             torch.cuda.synchronize(x.device)

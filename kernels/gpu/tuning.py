@@ -60,7 +60,7 @@ def choose(what: str, x: Tensor, calls: Mapping[Choice, Callable[[], object]]) -
     """
     key, known = f"{name_of(x.device)}, {x.dtype}: {what}", remembered()
     if known.get(key, UNMEASURED) not in calls:
-        if capture.is_recording():
+        if capture.is_recording(x):
             raise RuntimeError(
                 f"which kernel is the fastest for {what} is not known: run it once before it is recorded"
             )
