@@ -36,7 +36,7 @@ TINY = vit.ViTConfig(img_size=(24, 40), patch_size=4, embed_dim=64, depth=3, num
 
 def run(script: str, *args: object, folder: Path | None = None) -> str:
     command = [sys.executable, str(EXAMPLES / script), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
