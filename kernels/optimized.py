@@ -45,6 +45,10 @@ class OptimizedViT(ViT):
     def tensors(self) -> dict[str, Tensor]:
         """What it was made of, by name."""
 
+    @abstractmethod
+    def tokens_read(self) -> int | None:
+        """How many of the first tokens `forward` has the last block compute, where nobody looks inside; None: all."""
+
     def accept(self, images: Tensor, ragged: str) -> Tensor:
         """As `ViT.accept`; ValueError where a gradient would be wanted, or autocast another dtype."""
         if torch.is_grad_enabled() and isinstance(images, Tensor) and images.requires_grad:
@@ -82,8 +86,10 @@ class OptimizedViT(ViT):
         self._positions.clear()
 
     def set_attention(self, *args: Any, **keywords: Any) -> None:
-        """As `ViT.set_attention`."""
-        super().set_attention(*args, **keywords)
+        """As `ViT.set_attention`, of whose weights and options nothing is trained either."""
+        super().set_attention(*args, **{name: detached(value) for name, value in keywords.items()})
+        for attend in self.attends:
+            attend.requires_grad_(False)
         self.forget()
 
     def train(self, mode: bool = True) -> OptimizedViT:
@@ -162,6 +168,11 @@ def check_mode(mode: str) -> None:
     """ValueError for an unknown mode."""
     if mode not in MODES:
         raise ValueError(unknown("mode", mode, MODES))
+
+
+def detached(value: Any) -> Any:
+    """A tensor without its gradients; anything else as it is."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

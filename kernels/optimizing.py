@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit.attention import get_attention, sdpa
 from vit.checks import unknown
-from vit.model import ViT
+from vit.model import Residual, ViT
 
 from . import gpu
 from .attention import flash
@@ -35,9 +35,9 @@ def optimize(
     Args:
         model: in eval mode, in float32, on the CPU or on an NVIDIA GPU, as the dtype wants it. It stays as it is.
         dtype: on a CPU "float32", within the rounding errors of float32; or "int8", see `vit.kernels.cpu.int8`, which
-            needs a processor with VNNI; bytes know no NaN, and images that have some get numbers. On a GPU of compute
-            capability 8.0 "bfloat16" or "float16", by the fused kernels of `vit.kernels.gpu`; besides images in the
-            dtype it takes float32, and unsigned bytes as they come from a file.
+            needs a processor with VNNI; a byte is never NaN, so images with NaN get ordinary logits. On a GPU of
+            compute capability 8.0 "bfloat16" or "float16", by the fused kernels of `vit.kernels.gpu`; besides images in
+            the dtype it takes float32, and unsigned bytes as they come from a file.
         images: for int8, what to calibrate on: 32 to 512 images like those to come, normalised as
             `model.preprocessing` says, [n, C, H, W] or a list of [C, H, W].
             None: parts of seven photographs that ship with the package.
@@ -63,7 +63,8 @@ def optimize(
         better = faster_attention(model, dtype)
     fast.preprocessing, fast.categories, fast.provenance = model.preprocessing, model.categories, model.provenance
     for block, attend in zip(fast.select_blocks(), model.attends):
-        block.attention.attend = copy.deepcopy(attend).requires_grad_(False)
+        options = {id(x): x.detach().clone() for x in attend.options.values() if isinstance(x, Tensor)}
+        block.attention.attend = copy.deepcopy(attend, options).requires_grad_(False)  # options without gradients
         if attend.source is sdpa and not attend.options and better != "sdpa":
             block.attention.attend.set(get_attention(better), better, {}, attend.check)
     return fast
@@ -135,6 +136,8 @@ def check(model: object, dtype: str) -> None:
     check_parts(model)
     if reason := missing(dtype, model.class_token.device):
         raise ValueError(f"this machine cannot compute in {dtype} so: {reason}")
+    if dtype == "int8" and model.config.mlp_dim < 2:
+        raise ValueError("int8 is for models whose mlp_dim is at least 2, not 1: its channels are parted")
     widths = {"embed_dim": model.config.embed_dim, "mlp_dim": model.config.mlp_dim}
     for name, width in widths.items() if dtype in gpu.DTYPES else ():
         if width % 8:
@@ -159,10 +162,16 @@ def check_parts(model: ViT) -> None:
     for name, module in model.named_modules():
         if ".attend" in name:
             continue
-        kind, expected = type(module), type(parts.get(name))
+        called, kind, expected = name or "the model", type(module), type(parts.get(name))
         if kind is not expected:
-            raise ValueError(f"{name or 'the model'} is {kind.__name__}, expected {expected.__name__}")
-        if isinstance(module, nn.LayerNorm) and module.eps != model.config.eps:
-            raise ValueError(f"{name}.eps is {module.eps}, expected that of the config, {model.config.eps}")
+            raise ValueError(f"{called} is {kind.__name__}, expected {expected.__name__}")
+        if "forward" in vars(module):
+            raise ValueError(f"{called} has a forward of its own, which would be lost: make the model without it")
+        if isinstance(module, Residual):  # whose rate matters in training only
+            continue
+        for key, value in vars(parts[name]).items():  # eps, num_heads, stride ...
+            found = getattr(module, key, None)
+            if isinstance(value, (int, float, str, tuple)) and key[0] != "_" and key != "training" and found != value:
+                raise ValueError(f"{called}.{key} is {found!r}, expected {value!r}, as the config says")
     if is_watched(model):
         raise ValueError("the model has hooks, which would be lost: remove them, or leave vit.patch, first")

@@ -1,6 +1,7 @@
 """`vit bench`: what it counts, in which order it measures, what it prints and refuses."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -23,7 +24,14 @@ def small_peak(monkeypatch):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"reg_tokens": 4, "class_position": False}, {"num_classes": 0}, {"in_chans": 1, "mlp_ratio": 2}],
+    [
+        {},
+        {"reg_tokens": 4, "class_position": False},
+        {"num_classes": 0},
+        {"in_chans": 1, "mlp_ratio": 2},
+        {"dist_token": True, "global_pool": "dist"},
+        {"global_pool": "token_avg"},
+    ],
 )
 @pytest.mark.parametrize("size", [(224, 224), (64, 160)])
 def test_operations_are_those_that_pytorch_counts(fields, size):
@@ -34,6 +42,22 @@ def test_operations_are_those_that_pytorch_counts(fields, size):
         model(images)
     resampling = 0 if size == (224, 224) else counted_resampling(model, size)
     assert counter.get_total_flops() - resampling == 3 * timing.flops(model.config, size)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"dist_token": True, "global_pool": "dist"}, {"global_pool": "avg"}])
+def test_operations_of_an_optimized_model(fields, cut):
+    """Of the last block fewer, where it is cut."""
+    small = {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}
+    model = vit.create_model("vit_small_patch16_224", **small, **fields).eval()
+    model.set_attention("reference" if cut else lambda q, k, v, *, bias=None: vit.attention.reference(q, k, v))
+    fast = vit.kernels.optimize(model)
+    count = {torch.ops.mkldnn._linear_pointwise: lambda x, w, *_, **__: 2 * math.prod(x[:-1]) * w[0] * w[1]}
+    with FlopCounterMode(display=False, custom_mapping=count) as counter, torch.inference_mode():
+        fast(torch.randn(2, 3, 32, 32))
+    read = fast.tokens_read()
+    assert (read is None) == (not cut or "avg" in fields.values())
+    assert counter.get_total_flops() == 2 * timing.flops(model.config, (32, 32), read)
 
 
 def counted_resampling(model: vit.ViT, size: tuple[int, int]) -> int:
@@ -47,7 +71,7 @@ def counted_resampling(model: vit.ViT, size: tuple[int, int]) -> int:
 
 
 def test_cases_run_in_turn_and_backwards(monkeypatch):
-    a, b, c = cases = [Case((32, 32), batch, "float32", "sdpa", 1) for batch in (1, 2, 4)]
+    a, b, c = cases = [Case((32, 32), batch, None, "float32", "sdpa", 1) for batch in (1, 2, 4)]
     order = []
     monkeypatch.setattr(timing, "seconds", lambda call, threads, device: order.append(call()) or len(order))
     times = timing.race({case: lambda case=case: case for case in cases}, 3, CPU, lambda order: order)
@@ -61,7 +85,19 @@ def test_threads_are_set_and_set_back(capsys):
     timing.seconds(lambda: seen.append(torch.get_num_threads()), 1, CPU)
     torch.set_num_threads(before)
     assert seen == [1]
-    main(["bench", "--model", "vit_digits_patch4_32", "-b", "1", "--rounds", "1", "--threads", str(before + 1)])
+    main(
+        [
+            "bench",
+            "--model",
+            "vit_digits_patch4_32",
+            "-b",
+            "1",
+            "--rounds",
+            "1",
+            "--threads",
+            "1" if before > 1 else "2",
+        ]
+    )
     assert torch.get_num_threads() == before
 
 
@@ -129,27 +165,63 @@ def test_optimized(capsys, tmp_path, optimized_dtype):
     plot = tmp_path / "b.png"
     assert main([*command, "--model", "vit_tiny_patch16_224", "--set", "depth=1", "--plot", str(plot)]) == 0
     head, _, row, _ = capsys.readouterr().out.splitlines()
-    assert head.startswith(f"vit_tiny_patch16_224 optimized in {dtype} (random weights) on ")
-    assert row.startswith(f"224x224         1  {dtype}") and plot.exists()
+    assert head.startswith("vit_tiny_patch16_224 (random weights) on ")
+    assert row.startswith(f"224x224         1  yes       {dtype}") and plot.exists()
+
+
+def test_models_as_they_are_and_optimized_in_one_race(capsys):
+    command = ["bench", "--model", "vit_digits_patch4_32", "-b", "1,2", "--rounds", "2", "--json"]
+    assert main([*command, "--optimize", "none,float32", "--dtype", "float32,bfloat16"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    kinds = [(None, "float32"), (None, "bfloat16"), ("float32", "float32")]
+    assert [(row["batch"], row["optimize"], row["dtype"]) for row in rows] == [
+        (b, *one) for b in (1, 2) for one in kinds
+    ]
+    counted = [row["gflops"] / row["images_per_s"] for row in rows[:3]]
+    assert counted[0] == pytest.approx(counted[1]) and 0.7 < counted[2] / counted[0] < 0.95  # its last block is cut
+
+
+def test_what_there_is_no_memory_for_is_refused_by_itself(capsys, monkeypatch):
+    command = ["bench", "--model", "vit_digits_patch4_32", "--rounds", "1", "--json", "-b"]
+    assert main([*command, f"1,{10**10},{10**30}"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert "ms" in rows[0] and "more than any memory holds" in rows[2]["refused"]
+    assert "memory" in rows[1]["refused"]
+    forward = vit.ViT.forward
+    for text, code in (("DefaultCPUAllocator: can't allocate memory", 0), ("a bug", None)):
+
+        def fail(model, images, *args, text=text):
+            if len(images) == 7:
+                raise RuntimeError(text)
+            return forward(model, images, *args)
+
+        monkeypatch.setattr(vit.ViT, "forward", fail)
+        if code is None:
+            with pytest.raises(RuntimeError, match="a bug"):
+                main([*command, "1,7"])
+            continue
+        assert main([*command, "1,7"]) == code
+        rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert "ms" in rows[0] and rows[1]["refused"] == "not enough memory"
 
 
 def test_int8_is_timed_with_the_attention_that_it_takes():
     if reason := missing("int8"):
         pytest.skip(reason)
-    model = vit.load_pretrained("vit_digits_patch4_32")
     args = make_parser().parse_args(["bench", "--model", "vit_digits_patch4_32", "--optimize", "int8"])
-    taken = vit.kernels.optimize(model, "int8").attends[0].name
-    assert {case.attention for case in bench.cases(args, bench.load(args))} == {taken}
+    taken = vit.kernels.optimize(vit.load_pretrained("vit_digits_patch4_32"), "int8").attends[0].name
+    models = bench.load(args)
+    assert {case.attention for case in bench.cases(args, models)} == {taken}
     args.attention = ["reference"]
-    (call, *_), _ = (list(calls) for calls in bench.prepare(bench.load(args), bench.cases(args, model), CPU))
-    assert call.attention == "reference"
+    calls, _ = bench.prepare(models, bench.cases(args, models), CPU, lambda cases, _: cases)
+    assert {call.func.attends[0].name for call in calls.values()} == {"reference"}
 
 
 def test_the_table(capsys):
     assert main(["bench", "--model", "vit_tiny_patch16_224", "--img-size", "32", "-b", "2", "--rounds", "1"]) == 0
     head, titles, row, peak = capsys.readouterr().out.splitlines()
     assert head.startswith("vit_tiny_patch16_224 (random weights) on ") and titles.startswith("image size  batch")
-    assert row.startswith("32x32           2  float32   sdpa")
+    assert row.startswith("32x32           2  no        float32   sdpa")
     assert "a product of at most 64^3 in float32 with" in peak
 
 
@@ -158,12 +230,15 @@ def test_the_table(capsys):
     [
         (["-b", "0"], "expected a whole number above 0, got '0'"),
         (["--img-size", "native"], "expected 384 or 224x448"),
-        (["--img-size", "30"], "got 30 x 30, the nearest size that works is 32 x 32"),
+        (["--img-size", "30"], "the nearest size that works is 32 x 32"),
         (["--dtype", "int8"], "expected one of float32, bfloat16, float16, got 'int8'"),
         (["--attention", "sdpaa"], "unknown attention 'sdpaa'. Did you mean 'sdpa'"),
         (["--model", "vit_smal"], "unknown model 'vit_smal'"),
         (["--layout", "timm"], "gets random weights: --layout, --prefix and --sha256 are for checkpoints"),
         (["--plot", "b.txt"], "--plot must be a .png"),
+        (["--threads", "1000000"], "as many as there are processors, got '1000000'"),
+        (["--optimize", "none,int7"], "expected one of none, float32, int8, bfloat16, float16, got 'int7'"),
+        (["--attention", "varlen", "--json"], "none of this can run here"),
     ],
 )
 def test_refusals(arguments, message, capsys):

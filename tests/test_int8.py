@@ -328,13 +328,19 @@ def test_photographs_that_ship() -> None:
     x = photographs(model(), each=5)
     assert x.shape == (35, 3, 64, 64) and torch.equal(x, photographs(model(), each=5))
     assert len({round(one.mean().item(), 4) for one in x}) == 35
-    with pytest.raises(ValueError, match="channels"):
+    with pytest.raises(ValueError, match="1 or 3 channels, and the model 5: give images= of your own"):
         photographs(model(in_chans=5))
+
+
+@needs
+def test_channels_that_cannot_be_parted_are_refused() -> None:
+    with pytest.raises(ValueError, match="mlp_dim is at least 2, not 1"):
+        vit.kernels.optimize(model(mlp_ratio=1 / 64), "int8", images(32, 3, 64, 64))
 
 
 def test_a_processor_without_vnni_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    with pytest.raises(ValueError, match=r"cannot compute in int8 so: its processor has no VNNI.*float32 runs here"):
+    with pytest.raises(ValueError, match=r"cannot compute in int8 so: its processor lacks VNNI.*use float32 instead"):
         vit.kernels.optimize(model(), "int8")
 
 

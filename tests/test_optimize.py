@@ -85,7 +85,7 @@ def test_packed_products_run_and_the_last_block_is_cut() -> None:
     assert "aten::gelu" not in ran
     tokens: list[int] = []
     first = fast.blocks[-1].mlp.fc1.forward
-    fast.blocks[-1].mlp.fc1.forward = lambda x: tokens.append(x.shape[1]) or first(x)
+    fast.blocks[-1].mlp.fc1.forward = lambda x, **kind: tokens.append(x.shape[1]) or first(x, **kind)
     with torch.inference_mode():
         fast(x)
         fast.forward_features(x)
@@ -96,7 +96,8 @@ def test_packed_products_run_and_the_last_block_is_cut() -> None:
 def test_a_forgotten_gelu_would_be_seen() -> None:
     plain = model()
     fast = vit.kernels.optimize(plain)
-    fast.blocks[1].mlp.fc1.epilogue = ("none", [], "")
+    fc1 = fast.blocks[1].mlp.fc1
+    fc1.forward = lambda x, gelu: float32.PackedLinear.forward(fc1, x)
     assert difference(fast(images(2, 3, 64, 64)), plain(images(2, 3, 64, 64))) > 100 * FLOAT32
 
 
@@ -175,6 +176,18 @@ def test_attention_with_options_and_weights_of_its_own_stays(dtype: str) -> None
         assert all(parameter.requires_grad for parameter in plain.parameters())
 
 
+def test_attention_is_not_trained_either() -> None:
+    plain, x = model(), images(2, 3, 64, 64)
+    for bias in (torch.ones(17, 17, requires_grad=True), torch.ones(17, 17, requires_grad=True) * 2):
+        plain.set_attention("sdpa", bias=bias)
+        fast = vit.kernels.optimize(plain)
+        assert not fast(x).requires_grad and plain.attends[0].options["bias"] is bias
+        fast.set_attention("sdpa", bias=bias)
+        assert not fast(x).requires_grad and bias.requires_grad
+    fast.set_attention(Scaled)
+    assert not any(parameter.requires_grad for parameter in fast.parameters()) and not fast(x).requires_grad
+
+
 @torch.inference_mode()
 def test_other_layouts_of_images() -> None:
     plain = model()
@@ -193,7 +206,8 @@ def test_looking_inside() -> None:
     plain = model()
     fast = vit.kernels.optimize(plain)
     x = images(2, 3, 64, 64)
-    for name in ("blocks.2", "blocks.2.attention.weights", "blocks.1.attention.q", "blocks.2.residual_mlp"):
+    inside = ("attention.weights", "attention.q", "residual_mlp", "mlp.fc1", "mlp.act")
+    for name in ("blocks.2", *(f"blocks.1.{part}" for part in inside)):
         assert difference(vit.record(fast, x, name)[name], vit.record(plain, x, name)[name]) <= FLOAT32
     with (
         vit.patch(fast, {"blocks.2.attention.heads": torch.zeros_like}),
@@ -243,7 +257,17 @@ def test_attention_that_took_a_name_over_is_not_cut() -> None:
 def test_copies(again: Callable[[OptimizedViT], OptimizedViT]) -> None:
     fast = vit.kernels.optimize(model())
     x = images(2, 3, 64, 64)
-    assert torch.equal(again(fast)(x), fast(x))
+    copied = again(fast)
+    assert torch.equal(copied(x), fast(x))
+    assert not any(module.training for module in copied.modules())
+
+
+@torch.inference_mode()
+def test_copies_keep_hooks() -> None:
+    fast, seen = vit.kernels.optimize(model()), []
+    fast.blocks[0].mlp.fc2.register_forward_hook(lambda module, given, out: seen.append(out.shape))
+    copy.deepcopy(fast)(images(2, 3, 64, 64))
+    assert seen == [(2, 17, 64)]
 
 
 @torch.inference_mode()
@@ -337,6 +361,21 @@ def with_eps(plain: vit.ViT) -> vit.ViT:
     return plain
 
 
+def with_heads(plain: vit.ViT) -> vit.ViT:
+    plain.blocks[1].attention.num_heads = 4
+    return plain
+
+
+def with_tanh(plain: vit.ViT) -> vit.ViT:
+    plain.blocks[0].mlp.act.approximate = "tanh"
+    return plain
+
+
+def with_forward(plain: vit.ViT) -> vit.ViT:
+    plain.blocks[1].mlp.forward = lambda x: 2 * x
+    return plain
+
+
 def with_hook(plain: vit.ViT) -> vit.ViT:
     plain.blocks[1].register_forward_hook(lambda module, inputs, out: 2 * out)
     return plain
@@ -360,7 +399,10 @@ def nan(plain: vit.ViT) -> vit.ViT:
         (lambda: model().half(), r"for a model in torch\.float32 on cpu, and class_token is torch\.float16"),
         (lambda: model().to("meta"), "class_token is torch.float32 on meta"),
         (lambda: with_relu(model()), r"blocks\.0\.mlp\.act is ReLU, expected GELU"),
-        (lambda: with_eps(model()), r"blocks\.2\.norm1\.eps is 1e-05, expected that of the config, 1e-06"),
+        (lambda: with_eps(model()), r"blocks\.2\.norm1\.eps is 1e-05, expected 1e-06, as the config says"),
+        (lambda: with_heads(model()), r"blocks\.1\.attention\.num_heads is 4, expected 2"),
+        (lambda: with_tanh(model()), r"blocks\.0\.mlp\.act\.approximate is 'tanh', expected 'none'"),
+        (lambda: with_forward(model()), r"blocks\.1\.mlp has a forward of its own, which would be lost"),
         (lambda: with_hook(model()), "the model has hooks, which would be lost"),
         (lambda: Other(model().config).eval(), "the model is Other, expected ViT"),
         (lambda: nan(model()), r"head\.weight has values that are not finite"),
@@ -369,6 +411,14 @@ def nan(plain: vit.ViT) -> vit.ViT:
 def test_models_that_are_refused(make: Callable[[], vit.ViT], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         vit.kernels.optimize(make())
+
+
+@torch.inference_mode()
+def test_what_matters_in_training_only_is_no_reason_to_refuse() -> None:
+    plain = vit.create_model("vit_small_patch16_224", **SMALL, drop_path_rate=0.3).eval()
+    plain.blocks[1].residual_mlp.drop_path_rate = 0.0
+    x = images(2, 3, 64, 64)
+    assert difference(vit.kernels.optimize(plain)(x), plain(x)) <= FLOAT32
 
 
 def test_other_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,7 +436,7 @@ def test_other_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.inference_mode()
-def test_parts_that_were_replaced() -> None:
+def test_parts_that_were_replaced(tmp_path: Path) -> None:
     fast, seen = vit.kernels.optimize(model()), []
     x = images(2, 3, 64, 64)
     fast(x)
@@ -394,6 +444,10 @@ def test_parts_that_were_replaced() -> None:
     fast.blocks[-1].mlp.register_forward_hook(lambda module, given, out: seen.append(out.shape))
     fast(x)
     assert seen == [(2, 17, 64)]  # of all tokens, where somebody looks
+    fast.blocks[-1] = model().blocks[-1]
+    assert torch.equal(fast(x), fast.forward_head(fast.forward_features(x)))
+    with pytest.raises(ValueError, match="block 2 is Block, expected FloatBlock"):
+        vit.kernels.save(fast, tmp_path / "fast.safetensors")
     before = fast(x)
     fast.position_embedding = torch.nn.Parameter(torch.zeros_like(fast.position_embedding), requires_grad=False)
     assert difference(fast(x), before) > 0.01
@@ -426,7 +480,7 @@ def test_an_optimized_model_is_not_exported() -> None:
 
 def test_a_compiled_model_without_its_layers() -> None:
     with pytest.raises(RuntimeError, match="the optimized model that this was compiled from is gone"):
-        torch.ops.vit.numbered_layer(torch.tensor(-1), images(1, 4), None, 4, torch.float32)
+        torch.ops.vit.numbered_layer(torch.tensor(-1), images(1, 4), None, 4, torch.float32, None)
 
 
 def test_what_an_optimized_model_refuses(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from warnings import warn
 
 import torch
 from torch import Tensor, nn
 
-SHAPES = 8  # that are compiled; others run as they are, since each takes up to half a minute
+from vit.checks import warn
+
+SHAPES = 8  # of a batch that are compiled, since each takes up to half a minute; others run as they are
 
 
 class Compiled:
@@ -43,8 +44,5 @@ class Compiled:
         except dynamo.exc.TorchDynamoException as error:
             self.broken = True
             why = str(error).splitlines()[0]
-            warn(
-                f"runs uncompiled, which is slower: is there a C++ compiler, such as g++? The reason: {why}",
-                stacklevel=6,
-            )
+            warn(f"runs uncompiled, which is slower: is there a C++ compiler, such as g++? The reason: {why}")
             return self.fn(model, x, *args)

@@ -10,50 +10,58 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vit.config import ViTConfig
-from vit.model import Block
+from vit.model import MLP, Block
 
-from ..optimized import frozen
+from ..optimized import frozen, is_hooked
 from .numbered import NumberedLayer
 
 
 def epilogue(gelu: str | None) -> tuple[str, list, str]:
-    """How oneDNN's products are told to end in a GELU, "erf" or "tanh", or in nothing."""
-    return ("gelu", [], "none" if gelu == "erf" else "tanh") if gelu else ("none", [], "")
+    """How oneDNN's products are told to end in a GELU, approximated by "none" or "tanh", or in nothing."""
+    return ("gelu", [], gelu) if gelu else ("none", [], "")
 
 
 class PackedLinear(NumberedLayer):
-    """gelu(x W^T + b), or without the GELU, by oneDNN."""
+    """x W^T + b, and a GELU where it is asked for, by oneDNN."""
 
     bias: Tensor
-    packed: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor, gelu: str | None = None) -> None:
-        """[N, K] and [N] float32; `gelu` "erf" or "tanh"."""
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        """[N, K] and [N] float32."""
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.gelu = gelu
         self.register_buffer("bias", bias)
-        self.register_buffer("packed", torch.ops.mkldnn._reorder_linear_weight(weight.contiguous()))
-        self.epilogue = epilogue(gelu)
+        self.register_buffer("packed", self.pack(weight))
 
-    def compute(self, x: Tensor, residual: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[..., K] -> [..., N]; float32, with no residual."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *self.epilogue)
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        """As `NumberedLayer.pack`."""
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
     @property
     def weight(self) -> Tensor:
-        """[N, K], a copy in rows."""
+        """As `NumberedLayer.weight`."""
         return self.packed.to_dense()
+
+    def compute(self, x: Tensor, residual: Tensor | None, dtype: torch.dtype, gelu: str | None) -> Tensor:
+        """[..., K] -> [..., N]; float32, with no residual."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *epilogue(gelu))
 
     def extra_repr(self) -> str:
         """For print(model)."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, gelu={self.gelu}"
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
-    def __reduce__(self) -> tuple:  # copies and pickles go by rows: oneDNN's layout is this machine's
-        return PackedLinear, (self.weight, self.bias, self.gelu)
+
+class PackedMLP(MLP):
+    """`vit.model.MLP`, whose GELU is a part of fc1 unless somebody looks between them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if is_hooked((self.fc1, self.act)):
+            return super().forward(x)
+        return self.fc2(self.fc1(x, gelu=self.act.approximate))  # [B, T, D]
 
 
 class FloatBlock(Block):
@@ -66,13 +74,11 @@ class FloatBlock(Block):
         for norm, name in ((self.norm1, "norm1"), (self.norm2, "norm2")):
             norm.weight, norm.bias = (frozen(tensors[f"{name}.{part}"]) for part in ("weight", "bias"))
 
-        def packed(name: str, gelu: str | None = None) -> PackedLinear:
-            return PackedLinear(tensors[f"{name}.weight"], tensors[f"{name}.bias"], gelu)
-
+        self.mlp = PackedMLP(config)
         for name in ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2"):
             owner, _, layer = name.rpartition(".")
-            setattr(self.get_submodule(owner), layer, packed(name, config.gelu if layer == "fc1" else None))
-        self.mlp.add_module("act", nn.Identity())  # fc1 does it
+            packed = PackedLinear(tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+            setattr(self.get_submodule(owner), layer, packed)
 
     def first(self, x: Tensor, n: int) -> Tensor:
         """[B, T, D] -> [B, n, D], what the block makes of the first n tokens: the others are keys and values only."""

@@ -74,6 +74,11 @@ def photographs(model: ViT, each: int = 10) -> Tensor:
     Raises:
         ValueError: a model whose channels are not 1 or 3.
     """
+    if model.config.in_chans not in (1, 3):
+        raise ValueError(
+            f"the photographs that ship have 1 or 3 channels, and the model {model.config.in_chans}: give images= of"
+            " your own to calibrate on"
+        )
     transform = create_transform(model, mode="squash")
     random = Random(0)
     crops = []

@@ -3,7 +3,8 @@
 A number x stands as q = round(x / scale) + zero, 0 to 255 (arXiv:1712.05877, Eq. 1). Weights have a scale for each row
 and no zero; activations have one scale and zero for a whole tensor, fixed beforehand (`calibrate`). Between two
 products nothing is held in float32 but the residual stream, LayerNorm's sums and attention: quantizing ends LayerNorm,
-and GELU and quantizing end fc1. Who looks inside sees norms as bytes, and v and heads smoothed.
+and GELU and quantizing end fc1. Who looks inside sees norms and what fc1 gives as bytes, the latter after the GELU and
+without its widest channels, and v and heads smoothed.
 """
 
 from __future__ import annotations
@@ -87,25 +88,29 @@ class Int8Linear(NumberedLayer):
     bias: Tensor
     weight_scale: Tensor
     weight_zero: Tensor
-    packed: Tensor
 
-    def __init__(self, tensors: Mapping[str, Tensor], name: str, gelu: str | None = None, then: Quantize | None = None):
+    def __init__(self, tensors: Mapping[str, Tensor], name: str, then: Quantize | None = None) -> None:
         """`tensors`: this layer's under `name`: weight [N, K] int8, weight_scale [N], bias [N], scale and zero of x."""
         super().__init__()
         weight = tensors[f"{name}.weight"]
         self.out_features, self.in_features = weight.shape
         self.quantize = Quantize(tensors[f"{name}.scale"], tensors[f"{name}.zero"])
-        self.gelu, self.then = gelu, then
+        self.then = then
         self.register_buffer("bias", tensors[f"{name}.bias"])
         self.register_buffer("weight_scale", tensors[f"{name}.weight_scale"])
         self.register_buffer("weight_zero", torch.zeros(self.out_features, dtype=torch.int32))
-        self.register_buffer("packed", pack(weight))
+        self.register_buffer("packed", self.pack(weight))
         if not (self.weight_scale > 0).all():
             raise ValueError(f"{name}.weight_scale must be above 0")
 
+    @staticmethod
+    def pack(weight: Tensor) -> Tensor:
+        """As `NumberedLayer.pack`, of int8."""
+        return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+
     @property
     def weight(self) -> Tensor:
-        """[N, K] int8, a copy in rows."""
+        """As `NumberedLayer.weight`, in int8."""
         return self.packed.to_dense().t().contiguous()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -114,32 +119,19 @@ class Int8Linear(NumberedLayer):
         parts = {"weight": self.weight, "weight_scale": self.weight_scale, "bias": self.bias}
         return {**parts, "scale": scale, "zero": zero}
 
-    def __getstate__(self) -> dict:  # copies and pickles go by rows: oneDNN's layout is this machine's
-        return {**self.__dict__, "_buffers": {**self._buffers, "packed": self.weight}}
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._take_number()
-        self.packed = pack(self.packed)
-
     def dtype(self, wanted: torch.dtype) -> torch.dtype:
         """Bytes where quantizing follows."""
         return wanted if self.then is None else torch.uint8
 
-    def compute(self, x: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def compute(self, x: Tensor, residual: Tensor | None, dtype: torch.dtype, gelu: str | None) -> Tensor:
         """[..., K] bytes -> [..., N] of `dtype`, or bytes where quantizing follows."""
         start = x, self.quantize.scale, self.quantize.zero, self.packed, self.weight_scale, self.weight_zero
         linear = torch.ops.onednn.qlinear_pointwise
         if residual is not None:
             return linear.binary(*start, residual, self.bias, 1.0, 0, dtype, 1.0, 0, "add", 1.0, "none", [], "")
         if self.then is not None:
-            return linear(*start, self.bias, self.then.scale, self.then.zero, torch.uint8, *epilogue(self.gelu))
-        return linear(*start, self.bias, 1.0, 0, dtype, *epilogue(self.gelu))
-
-
-def pack(weight: Tensor) -> Tensor:
-    """[N, K] int8 -> the same in oneDNN's layout."""
-    return torch.ops.onednn.qlinear_prepack(weight.contiguous(), None)
+            return linear(*start, self.bias, self.then.scale, self.then.zero, torch.uint8, *epilogue(gelu))
+        return linear(*start, self.bias, 1.0, 0, dtype, *epilogue(gelu))
 
 
 def square_product(side: int) -> Callable[[], Tensor]:
@@ -198,12 +190,14 @@ class Int8MLP(nn.Module):
     def __init__(self, config: ViTConfig, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.fc2, self.wide2 = Int8Linear(tensors, "mlp.fc2"), Int8Linear(tensors, "mlp.wide2")
-        self.fc1 = Int8Linear(tensors, "mlp.fc1", config.gelu, self.fc2.quantize)
-        self.wide1 = Int8Linear(tensors, "mlp.wide1", config.gelu, self.wide2.quantize)
+        self.fc1 = Int8Linear(tensors, "mlp.fc1", self.fc2.quantize)
+        self.wide1 = Int8Linear(tensors, "mlp.wide1", self.wide2.quantize)
+        self.gelu = "none" if config.gelu == "erf" else "tanh"
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """[B, T, D] bytes, and the stream [B, T, D] -> [B, T, D]; without the stream what is to be added to it."""
-        return self.wide2(self.wide1(x), self.fc2(self.fc1(x), residual))
+        hidden, wide = self.fc1(x, gelu=self.gelu), self.wide1(x, gelu=self.gelu)  # [B, T, 4D] in two parts
+        return self.wide2(wide, self.fc2(hidden, residual))
 
 
 class Int8Block(nn.Module):

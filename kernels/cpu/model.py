@@ -72,12 +72,14 @@ class CPUViT(OptimizedViT):
 
     def _read(self, images: Tensor) -> Tensor:
         """[B, n, D], the tokens that the head reads at the least."""
-        cut_or_compiled = self.blocks[-1:] if self._compiled is None else self.blocks
-        if not all(self._is_plain(block) for block in cut_or_compiled):
+        if not self._is_plain():
             return super().forward_features(images)
-        n = PREFIX.get(self.config.global_pool)
         through = self._compiled or CPUViT._through
-        return through(self, self.embed(images), self.grid_of(images), n)
+        return through(self, self.embed(images), self.grid_of(images), self.tokens_read())
+
+    def tokens_read(self) -> int | None:
+        """As `OptimizedViT.tokens_read`."""
+        return PREFIX.get(self.config.global_pool) if self._is_plain() else None
 
     def _through(self, x: Tensor, grid: tuple[int, int], n: int | None) -> Tensor:
         """The blocks and the norm after them: [B, T, D] -> [B, n, D] of the first n tokens, or of all."""
@@ -86,10 +88,13 @@ class CPUViT(OptimizedViT):
         last = self.blocks[-1]
         return self.norm(last(x, grid) if n is None else last.first(x, n))  # type: ignore[operator]
 
-    def _is_plain(self, block: Any) -> bool:
-        """Does it attend by softmax, which takes fewer queries than keys, and without a bias, which has T rows?"""
-        attend = block.attention.attend
-        return attend.source in (sdpa, reference, bmm) and not attend.options
+    def _is_plain(self) -> bool:
+        """Are the blocks that are cut or compiled ours, and attend by softmax, for any queries, without a bias?"""
+        blocks = self.blocks[-1:] if self._compiled is None else self.blocks
+        if any(type(block) is not BLOCKS[self.optimized] for block in blocks):
+            return False
+        attends = [block.attention.attend for block in blocks]
+        return all(attend.source in (sdpa, reference, bmm) and not attend.options for attend in attends)
 
     def set_attention(self, *args: Any, **keywords: Any) -> None:
         """As `ViT.set_attention`; int8 warns of functions that it was not calibrated for."""
@@ -102,6 +107,8 @@ class CPUViT(OptimizedViT):
         """What it was made of."""
         tensors = {name: x for name, x in self.named_parameters() if not name.startswith("blocks.")}
         for i, block in enumerate(self.blocks):
+            if type(block) is not BLOCKS[self.optimized]:
+                raise ValueError(f"block {i} is {type(block).__name__}, expected {BLOCKS[self.optimized].__name__}")
             tensors |= {f"blocks.{i}.{name}": x for name, x in block.tensors().items()}  # type: ignore[operator]
         return {name: x.detach().contiguous() for name, x in tensors.items()}
 
@@ -124,7 +131,7 @@ def missing(dtype: str) -> str | None:
     if not torch.backends.mkldnn.is_available():
         return "PyTorch was built without oneDNN"
     if dtype == "int8" and not torch.cpu._is_vnni_supported():
-        return "its processor has no VNNI, without which sums of bytes overflow (float32 runs here)"
+        return "its processor lacks VNNI, without which sums of bytes overflow; use float32 instead"
     if dtype == "int8" and not hasattr(torch, "quantize_per_tensor"):
-        return f"PyTorch {torch.__version__} has no quantize_per_tensor any more (float32 runs here)"
+        return f"PyTorch {torch.__version__} has no quantize_per_tensor any more; use float32 instead"
     return None

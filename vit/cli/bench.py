@@ -6,7 +6,8 @@ import argparse
 import copy
 import itertools
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vit.attention import get_attention
+from vit.checks import whole_patches
 from vit.config import list_models
 from vit.model import ViT, create_model
 
@@ -25,8 +27,8 @@ from .timing import Case
 
 MODEL = "vit_small_patch16_224"
 TABLE = (
-    "image size  batch  dtype     attention  threads   ms/batch   quartiles           images/s   GFLOP/s  of peak"
-    "   peak MiB"
+    "image size  batch  optimized dtype     attention  threads   ms/batch   quartiles           images/s   GFLOP/s"
+    "  of peak   peak MiB"
 )
 
 
@@ -49,8 +51,11 @@ def add_parser(commands: Any) -> None:
     several("--img-size", type=listed(side), default=[None], help="224,384x160 (height x width); default: the model's")
     several("--dtype", type=listed(dtype), default=["float32"], help="float32,bfloat16,float16; default: float32")
     several("--attention", type=listed(str), help="registered names; default: sdpa, or what --optimize takes")
-    several("--threads", type=listed(options.positive), default=[torch.get_num_threads()], help="default: %(default)s")
-    loading.add_optimize(parser)
+    several("--threads", type=listed(processors), default=[torch.get_num_threads()], help="default: %(default)s")
+    several(
+        "--optimize", type=listed(optimization), default=[None],
+        help="none (as it is),float32,int8 on a CPU; none,bfloat16,float16 on an NVIDIA GPU; default: none",
+    )  # fmt: skip
     parser.add_argument(
         "--rounds", type=options.positive, default=10, help="times that each runs; default: %(default)s"
     )
@@ -77,6 +82,21 @@ def side(text: str) -> tuple[int, int]:
     return (found, found) if isinstance(found, int) else found
 
 
+def processors(text: str) -> int:
+    """A number of threads, for argparse: no more than there are processors."""
+    threads, most = options.positive(text), os.cpu_count() or 1
+    if threads > most:
+        raise argparse.ArgumentTypeError(f"expected at most {most}, as many as there are processors, got {text!r}")
+    return threads
+
+
+def optimization(text: str) -> str | None:
+    """What to optimize to, for argparse; None for "none"."""
+    if text not in ("none", *loading.OPTIMIZE):
+        raise argparse.ArgumentTypeError(f"expected one of none, {', '.join(loading.OPTIMIZE)}, got {text!r}")
+    return None if text == "none" else text
+
+
 def dtype(text: str) -> str:
     """A dtype's name, for argparse."""
     if text not in options.DTYPES:
@@ -91,90 +111,106 @@ def run(args: argparse.Namespace) -> int:
         check_plot(args.plot)
     for name in args.attention or ():
         get_attention(name)
-    model, device, before = load(args), args.device, torch.get_num_threads()
+    models, device, before = load(args), args.device, torch.get_num_threads()
+    bar = partial(tqdm, leave=False, disable=True if args.json else None)
     try:
-        calls, refused = prepare(model, cases(args, model), device)
+        calls, refused = prepare(models, cases(args, models), device, bar)
         peaks = {
             (kind, threads): timing.peak_flops(kind, threads, device)
-            for kind, threads in dict.fromkeys((computed(model, case), case.threads) for case in calls)
+            for kind, threads in dict.fromkeys((case.dtype, case.threads) for case in calls)
         }
-        bar = partial(tqdm, unit="call", leave=False, disable=True if args.json else None)
-        times = timing.race(calls, args.rounds, device, bar) if calls else {}
+        times = timing.race(calls, args.rounds, device, partial(bar, unit="call")) if calls else {}
         rows = []
         for case, call in calls.items():
             torch.set_num_threads(case.threads)
-            rows.append(measured(model, case, times[case], call, peaks, device))
+            rows.append(measured(case, times[case], call, peaks, device))
             if args.profile:
                 rows[-1]["profile"] = timing.profile_kinds(call, device)
     finally:
         torch.set_num_threads(before)
-    show(args, model, rows + [named(model, case) | {"refused": why} for case, why in refused.items()])
+    show(args, models, rows + [vars(case) | {"refused": why} for case, why in refused.items()])
+    if not rows:
+        raise ValueError("none of this can run here")
     if args.plot is not None:
         plot(rows, args.plot)
     return 0
 
 
-def load(args: argparse.Namespace) -> ViT:
-    """The model, with random weights where an architecture is named."""
+def load(args: argparse.Namespace) -> dict[str | None, ViT]:
+    """The model by what it was optimized to, None as it is; with random weights where an architecture is named."""
+    file = loading.is_optimized_file(args.model)
+    wanted = [name for name in args.optimize if name is not None]
+    if args.dtype != ["float32"] and (file or None not in args.optimize):
+        other = next(name for name in args.dtype if name != "float32")
+        raise ValueError(f"an optimized model takes images in float32, so --dtype {other} cannot go with it")
+    one = argparse.Namespace(**vars(args) | {"dtype": "float32", "optimize": None})
+    for name in wanted:
+        loading.check(one, name)  # before a large file is read
+    if file:
+        if wanted:
+            raise ValueError(f"{args.model} is optimized already, so --optimize cannot go with it")
+        model = loading.load(one)
+        return {loading.optimized(model): model}
     if args.model in list_models() and args.model not in list_models(pretrained=True):
         if any(value not in (None, []) for value in (args.layout, args.prefix, args.sha256)):
             raise ValueError(f"{args.model} gets random weights: --layout, --prefix and --sha256 are for checkpoints")
         model = create_model(args.model, **dict(args.settings)).eval().to(args.device)
-        return loading.optimize(model, args)
-    return loading.load(args)
+    else:
+        model = loading.load(one)
+    from vit import kernels
+
+    return {name: model if name is None else kernels.optimize(model, name) for name in args.optimize}
 
 
-def cases(args: argparse.Namespace, model: ViT) -> list[Case]:
-    """All combinations."""
-    sizes = [model.preprocessing.size if size is None else size for size in args.img_size]
-    attention = args.attention or [model.attends[0].name if loading.optimized(model) else "sdpa"]
-    lists = (sizes, args.batch_size, args.dtype, attention, args.threads)
-    return [Case(*values) for values in itertools.product(*lists)]
+def cases(args: argparse.Namespace, models: Mapping[str | None, ViT]) -> list[Case]:
+    """All combinations; an optimized model has its own dtype, and the attention that it took."""
+    return [
+        Case(size or model.preprocessing.size, batch, optimize, dtype, attention, threads)
+        for size, batch in itertools.product(args.img_size, args.batch_size)
+        for optimize, model in models.items()
+        for dtype in ([optimize] if optimize else args.dtype)
+        for attention in args.attention or [model.attends[0].name if optimize else "sdpa"]
+        for threads in args.threads
+    ]
 
 
 def prepare(
-    model: ViT, cases: list[Case], device: torch.device
-) -> tuple[dict[Case, Callable[[], Tensor]], dict[Case, str]]:
-    """What to call for each case, and why the others cannot run here: each was tried once on one image."""
-    models: dict[tuple[str, str], ViT] = {}
-    calls: dict[Case, Callable[[], Tensor]] = {}
+    models: Mapping[str | None, ViT], cases: list[Case], device: torch.device, bar: Callable[..., Iterable[Case]]
+) -> tuple[dict[Case, partial[Tensor]], dict[Case, str]]:
+    """What to call for each case, and why the others cannot run here: each was tried once."""
+    made: dict[tuple[str | None, str, str], ViT] = {}
+    calls: dict[Case, partial[Tensor]] = {}
     refused: dict[Case, str] = {}
-    for case in cases:
-        key = case.dtype, case.attention
-        if key not in models:
-            models[key] = copy.deepcopy(model)
-            if not loading.optimized(model):  # which takes float32 images, whatever it computes in
-                models[key].to(options.DTYPES[case.dtype])
-            models[key].set_attention(case.attention)
-        images = timing.images(case, model.config, device, options.DTYPES[case.dtype])
-        model.accept(images.to(model.class_token.dtype), "error")
+    for case in bar(cases, "first calls"):
+        key = case.optimize, case.dtype, case.attention
+        if key not in made:
+            made[key] = copy.deepcopy(models[case.optimize])
+            if case.optimize is None:
+                made[key].to(options.DTYPES[case.dtype])
+            made[key].set_attention(case.attention)
+        dtype = torch.float32 if case.optimize else options.DTYPES[case.dtype]  # of images
+        whole_patches(case.size, made[key].config.patch_size)
         try:
-            models[key](images[:1])
-        except ValueError as error:
-            refused[case] = str(error)
-            continue
-        calls[case] = partial(models[key], images)
+            calls[case] = partial(made[key], timing.images(case, made[key].config, device, dtype))
+            calls[case]()
+        except (ValueError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not timing.is_out_of_memory(error):
+                raise
+            calls.pop(case, None)
+            refused[case] = str(error) if isinstance(error, ValueError) else "not enough memory"
     return calls, refused
 
 
-def computed(model: ViT, case: Case) -> str:
-    """The dtype that a model computes a case in."""
-    return loading.optimized(model) or case.dtype
-
-
-def named(model: ViT, case: Case) -> dict[str, Any]:
-    """What a row says of its case."""
-    return vars(case) | {"dtype": computed(model, case), "optimize": loading.optimized(model)}
-
-
 def measured(
-    model: ViT, case: Case, times: list[float], call: Callable[[], Tensor], peaks: dict, device: torch.device
+    case: Case, times: list[float], call: partial[Tensor], peaks: dict, device: torch.device
 ) -> dict[str, Any]:
     """One row of the table."""
+    model: Any = call.func
     low, median, high = timing.spread(times)
-    speed = timing.flops(model.config, case.size) * case.batch / median
-    peak = peaks[computed(model, case), case.threads]
-    return named(model, case) | {
+    read = model.tokens_read() if case.optimize else None
+    speed = timing.flops(model.config, case.size, read) * case.batch / median
+    peak = peaks[case.dtype, case.threads]
+    return vars(case) | {
         "ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high,
         "images_per_s": case.batch / median, "gflops": speed / 1e9,
         "share_of_peak": speed / peak, "peak_gflops": peak / 1e9,
@@ -182,15 +218,16 @@ def measured(
     }  # fmt: skip
 
 
-def show(args: argparse.Namespace, model: ViT, rows: list[dict[str, Any]]) -> None:
+def show(args: argparse.Namespace, models: Mapping[str | None, ViT], rows: list[dict[str, Any]]) -> None:
     """Print the table, or JSON lines."""
     where = timing.environment(args.device)
     if args.json:
         for row in rows:
             print(json.dumps({"model": args.model} | row | {"environment": where}))
         return
-    weights = "random weights" if model.provenance is None else model.provenance.source
-    print(f"{loading.title(args, model)} ({weights}) on {where['processor']}, torch {where['torch']}")
+    provenance = next(iter(models.values())).provenance
+    weights = "random weights" if provenance is None else provenance.source
+    print(f"{args.model} ({weights}) on {where['processor']}, torch {where['torch']}")
     print(TABLE)
     for row in rows:
         print(line(row))
@@ -206,7 +243,8 @@ def show(args: argparse.Namespace, model: ViT, rows: list[dict[str, Any]]) -> No
 def line(row: dict[str, Any]) -> str:
     """A row as text."""
     height, width = row["size"]
-    what = f"{f'{height}x{width}':11} {row['batch']:5}  {row['dtype']:9} {row['attention']:10} {row['threads']:6}"
+    which = f"{'yes' if row['optimize'] else 'no':9} {row['dtype']:9} {row['attention']:10} {row['threads']:6}"
+    what = f"{f'{height}x{width}':11} {row['batch']:5}  {which}"
     if "refused" in row:
         return f"{what}   refused: {row['refused']}"
     quartiles = f"{row['low']:.1f} to {row['high']:.1f}"
@@ -221,7 +259,8 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         height, width = row["size"]
-        name = f"{height}x{width}, {row['dtype']}, {row['attention']}, {row['threads']} threads"
+        optimized = "optimized, " if row["optimize"] else ""
+        name = f"{height}x{width}, {optimized}{row['dtype']}, {row['attention']}, {row['threads']} thread(s)"
         lines.setdefault(name, []).append((row["batch"], row["images_per_s"]))
     figure = figure_class()(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()

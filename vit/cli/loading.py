@@ -10,20 +10,21 @@ from vit.model import ViT
 
 from . import options
 
+OPTIMIZE = ("float32", "int8", "bfloat16", "float16")
 OPTIMIZED = "vit.optimized"  # in the header of what vit.kernels.save writes
 
 
 def add_optimize(parser: argparse.ArgumentParser) -> None:
     """--optimize: into what `vit.kernels.optimize` makes of a model."""
     parser.add_argument(
-        "--optimize", choices=("float32", "int8", "bfloat16", "float16"),
+        "--optimize", choices=OPTIMIZE,
         help="run it faster: on the CPU by packed float32 products (the same numbers) or in int8 (nearly), on an NVIDIA"
         " GPU by fused kernels in bfloat16 or float16",
     )  # fmt: skip
 
 
 def load(args: argparse.Namespace) -> ViT:
-    """What --model names, in the dtype asked for, or in the file's if there are several.
+    """What --model names, in the dtype asked for, and optimized as --optimize says.
 
     Raises:
         ValueError, OSError: as `load_pretrained`, `vit.kernels.load` and `optimize`.
@@ -34,20 +35,10 @@ def load(args: argparse.Namespace) -> ViT:
         return load_optimized(args)
     if args.optimize:
         check(args, args.optimize)  # before a large file is read
-    dtypes = asked_dtypes(args)
-    dtype = options.DTYPES[dtypes[0]] if len(dtypes) == 1 else None
-    return optimize(load_pretrained(args.model, device=args.device, dtype=dtype, **options.reading(args)), args)
-
-
-def optimize(model: ViT, args: argparse.Namespace) -> ViT:
-    """The model as --optimize asks; as it is where it does not.
-
-    Raises:
-        ValueError: another device or dtype, or a machine that cannot compute so.
-    """
+    dtype = options.DTYPES[args.dtype]
+    model = load_pretrained(args.model, device=args.device, dtype=dtype, **options.reading(args))
     if not args.optimize:
         return model
-    check(args, args.optimize)
     from vit import kernels
 
     return kernels.optimize(model, args.optimize)
@@ -72,15 +63,10 @@ def check(args: argparse.Namespace, dtype: str) -> None:
     if args.device.type != machine(dtype):
         why = f"--device {args.device} cannot go with it"
         raise ValueError(f"a model optimized in {dtype} runs on {machine(dtype)}, so {why}")
-    if others := [name for name in asked_dtypes(args) if name != "float32"]:
-        raise ValueError(f"an optimized model takes images in float32, so --dtype {others[0]} cannot go with it")
+    if args.dtype != "float32":
+        raise ValueError(f"an optimized model takes images in float32, so --dtype {args.dtype} cannot go with it")
     if reason := missing(dtype, torch.device(machine(dtype))):
         raise ValueError(f"this machine cannot compute in {dtype} so: {reason}")
-
-
-def asked_dtypes(args: argparse.Namespace) -> list[str]:
-    """--dtype, which is a list in `vit bench`."""
-    return [args.dtype] if isinstance(args.dtype, str) else args.dtype
 
 
 def is_optimized_file(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -30,19 +32,27 @@ class Case:
 
     size: tuple[int, int]
     batch: int
-    dtype: str
+    optimize: str | None  # what the model was optimized to
+    dtype: str  # that it computes in
     attention: str
     threads: int
 
 
-def flops(config: ViTConfig, size: tuple[int, int]) -> int:
-    """Floating point operations of one image's matrix products; a multiplication and an addition are two."""
+def flops(config: ViTConfig, size: tuple[int, int], read: int | None = None) -> int:
+    """Floating point operations of one image's matrix products; a multiplication and an addition are two.
+
+    `read`: of how many tokens the last block computes more than keys and values; None for all.
+    """
     D, N = config.embed_dim, (size[0] // config.patch_size) * (size[1] // config.patch_size)
     T = N + config.num_prefix_tokens
     patches = 2 * N * config.in_chans * config.patch_size**2 * D
-    linear = 2 * T * D * (3 * D + D + 2 * config.mlp_dim)  # qkv, proj, fc1 and fc2
-    attention = 2 * 2 * T * T * D  # q k^T and the weights times v
-    return patches + config.depth * (linear + attention) + 2 * D * config.num_classes
+    heads = 2 * D * config.num_classes * (2 if config.global_pool in ("token_avg", "dist") else 1)  # one of 2D, or two
+
+    def block(n: int) -> int:
+        attention = 2 * 2 * n * T * D  # q k^T and the weights times v
+        return 2 * T * D * 3 * D + attention + 2 * n * D * (D + 2 * config.mlp_dim)  # qkv; proj, fc1 and fc2
+
+    return patches + (config.depth - 1) * block(T) + block(T if read is None else read) + heads
 
 
 def synchronize(device: torch.device) -> None:
@@ -109,13 +119,13 @@ def peak_flops(kind: str, threads: int, device: torch.device) -> float:
 
 
 def product(kind: str, side: int, device: torch.device) -> Callable[[], Tensor]:
-    """A product of two square matrices of random numbers."""
+    """A product of two square matrices of random numbers, as a linear layer multiplies."""
     if kind == "int8":
         from vit.kernels.cpu.int8 import square_product
 
         return square_product(side)
     a, b = (torch.randn(side, side, device=device).to(getattr(torch, kind)) for _ in range(2))
-    return lambda: a @ b
+    return lambda: F.linear(a, b)
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> float:
@@ -175,6 +185,13 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def images(case: Case, config: ViTConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[B, C, H, W] of noise."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(case.batch, config.in_chans, *case.size, generator=generator).to(device, dtype)
+    """[B, C, H, W] of noise. ValueError for more than any machine holds, before PyTorch's own counts overflow."""
+    shape = (case.batch, config.in_chans, *case.size)
+    if math.prod(shape) > 2**40:
+        raise ValueError(f"a batch of {' x '.join(map(str, shape))} numbers is more than any memory holds")
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Does it say so? PyTorch has a class for that on a GPU alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
