@@ -90,7 +90,7 @@ class CPUViT(OptimizedViT):
 
     def _is_plain(self) -> bool:
         """Are the blocks that are cut or compiled ours, and attend by softmax, for any queries, without a bias?"""
-        blocks = self.blocks[-1:] if self._compiled is None else self.blocks
+        blocks: Any = self.blocks[-1:] if self._compiled is None else self.blocks
         if any(type(block) is not BLOCKS[self.optimized] for block in blocks):
             return False
         attends = [block.attention.attend for block in blocks]
