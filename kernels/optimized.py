@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from vit.checks import unknown
 from vit.config import ViTConfig
@@ -53,6 +54,8 @@ class OptimizedViT(ViT):
         """As `ViT.accept`; ValueError where a gradient would be wanted, or autocast another dtype."""
         if torch.is_grad_enabled() and isinstance(images, Tensor) and images.requires_grad:
             raise ValueError("an optimized model has no gradients: detach the images, or use the model it was made of")
+        if isinstance(images, Tensor) and unpack_dual(images).tangent is not None:
+            raise ValueError("an optimized model has no forward-mode derivative: use the model it was made of")
         if torch.is_autocast_enabled(self.class_token.device.type):
             raise ValueError(f"an optimized model computes in {self.optimized}, and autocast cannot change that")
         return super().accept(images, ragged)

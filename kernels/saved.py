@@ -38,7 +38,8 @@ def save(model: OptimizedViT, path: str | Path) -> Path:
 
     Raises:
         ValueError: another model, a path with another ending, attention that a file cannot name (a function without a
-            registered name, with options or with weights of its own).
+            registered name, with options or with weights of its own), names of classes or a preprocessing that are not
+            this model's. Attention's `check` is not kept.
         FileNotFoundError: a folder that there is not.
     """
     if not isinstance(model, OptimizedViT):
@@ -58,6 +59,8 @@ def save(model: OptimizedViT, path: str | Path) -> Path:
         "attention": [attend.name for attend in model.attends],
         "provenance": None if model.provenance is None else asdict(model.provenance),
     }  # fmt: skip
+    header = json.loads(json.dumps(header))  # as it will be read
+    check_described(model, header)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         save_file(tensors, temporary, {_HEADER: json.dumps(header | {"sha256": sha256(tensors, header)})})
@@ -114,7 +117,7 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> 
     model = kind(header["dtype"])(ViTConfig(**header["config"]), header["dtype"], tensors, mode)
     check_described(model, header)
     if header["sha256"] != sha256(tensors, header):
-        raise ValueError("the file is damaged: it does not hold what was written")
+        raise ValueError("the file is damaged, or of an older version: it does not hold what was written")
     model.preprocessing = Preprocessing(**header["preprocessing"])
     model.categories = header["categories"]
     model.provenance = None if header["provenance"] is None else Provenance.from_dict(header["provenance"])

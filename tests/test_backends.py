@@ -296,10 +296,41 @@ def test_a_mask_without_values_is_not_kept():
         assert not remembered_mask(near, 1, 5, 5, torch.device("cpu")).kv_indices.is_inference()
 
 
-def test_threads_that_insist_on_kernels_leave_pytorch_as_it_was():
+def test_threads_that_insist_on_kernels_disturb_no_others():
     flags = torch.backends.cuda
     before = flags.flash_sdp_enabled(), flags.math_sdp_enabled(), flags.mem_efficient_sdp_enabled()
-    q = images(1, 1, 5, 32)
-    with ThreadPoolExecutor(4) as threads:
-        list(threads.map(lambda i: [get_attention(("math", "flash")[i % 2])(q, q, q) for _ in range(300)], range(4)))
+    q, bias = images(1, 1, 5, 32), torch.zeros(5, 5, requires_grad=True)
+
+    def attend(i: int) -> None:
+        for _ in range(300):  # only math can give sdpa's bias a gradient
+            out = get_attention(("math", "flash", "sdpa")[i % 3])(q, q, q, bias=bias if i % 3 == 2 else None)
+            assert not torch.isnan(out).any()
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(attend, range(6)))
     assert (flags.flash_sdp_enabled(), flags.math_sdp_enabled(), flags.mem_efficient_sdp_enabled()) == before
+
+
+@torch.no_grad()
+def test_a_forward_mode_derivative_is_refused_and_spoils_no_mask():
+    flex = get_attention("flex")
+    q = images(1, 1, 5, 32)
+    remembered_mask.cache_clear()
+    with pytest.raises(ValueError, match="'flex' has no forward-mode derivative"):
+        torch.func.jvp(lambda x: flex(x, q, q, mask_mod=near), (q,), (q,))
+    assert remembered_mask.cache_info().currsize == 0
+    assert torch.isfinite(flex(q, q, q, mask_mod=near)).all() and remembered_mask.cache_info().currsize == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "text"),
+    [
+        ("flex", lambda x: x[:, :, :0], r"takes no empty tensors, not q \[1, 1, 5, 32\] and k \[1, 1, 0, 32\]"),
+        ("flash", lambda x: x[:, :, :0], r"takes no empty tensors, not q \[1, 1, 5, 32\] and k \[1, 1, 0, 32\]"),
+        ("flash", lambda x: x.mT.contiguous().mT, "whose numbers lie one after another in each head"),
+    ],
+)
+def test_what_would_end_the_process_or_be_read_wrongly(name, change, text):
+    q = images(1, 1, 5, 32)
+    with torch.no_grad(), pytest.raises(ValueError, match=text):
+        get_attention(name)(q, change(q), change(q))

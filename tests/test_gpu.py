@@ -780,3 +780,18 @@ def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
         assert (row["wgmma"] > 0) == (row["layout"]["R"] >= 64), row
     good = {row["kernel"] for row in rows if row["spilled"] <= 16 and row["fits"] >= row["layout"].get("each", 1)}
     assert {row["kernel"] for row in rows} - good <= {"mlp", "mlp, few rows"}  # which spills outside of its loop
+
+
+def test_what_ended_a_recording():
+    """Not what the caller was handling by then."""
+    memory, invalid, others = torch.OutOfMemoryError("out of memory"), RuntimeError("invalid"), ValueError("others'")
+    for raised, context, handled, lacks, text in [
+        (memory, None, None, True, "out of memory"),
+        (memory, others, others, True, "out of memory"),
+        (invalid, memory, None, True, "out of memory"),
+        (invalid, memory, memory, False, "invalid"),
+        (memory, invalid, None, True, "out of memory"),
+    ]:
+        raised.__context__ = context
+        assert graphs.cause(raised, handled) == (lacks, text)
+        raised.__context__ = None

@@ -1,6 +1,7 @@
 """Reading and changing activations: each place holds what it says, and leaves no trace."""
 
 import copy
+import io
 import math
 
 import pytest
@@ -78,6 +79,14 @@ def test_gradients_flow_through_what_is_recorded(tiny):
     weights = vit.record(tiny, X, "blocks.1.attention.weights")["blocks.1.attention.weights"]
     weights[..., 0].sum().backward()
     assert tiny.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0 and tiny.blocks[2].mlp.fc1.weight.grad is None
+
+
+@pytest.mark.parametrize("part", ["qkv", "q", "k", "v", "heads"])
+def test_what_comes_later_has_gradients_of_what_is_recorded(tiny, part):
+    name = f"blocks.0.attention.{part}"
+    kept = vit.record(tiny, X, [name, "head"])
+    (gradient,) = torch.autograd.grad(kept["head"].sum(), kept[name])
+    assert gradient.abs().sum() > 0
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v", "scores", "weights", "heads", "out"])
@@ -210,22 +219,44 @@ def test_what_changes_q_in_place_does_not_change_the_record(tiny):
         tiny.set_attention(wiped)
         names = (name for name in ["blocks.0.attention.q"])  # which can be read once
         assert torch.equal(vit.record(tiny, x, names)["blocks.0.attention.q"], expected)
+        qkv = vit.record(tiny, x, "blocks.0.attention.qkv")["blocks.0.attention.qkv"]
+        assert torch.equal(qkv.view(1, -1, 3, *expected.shape[1::2])[:, :, 0].transpose(1, 2), expected)
+        given = expected.clone()
+        with vit.patch(tiny, {"blocks.0.attention.q": given}):
+            tiny(x)
+        assert torch.equal(given, expected)
     assert expected.abs().max() > 0
 
 
-def test_copies_and_maps_while_patched(tiny):
+def test_copies_and_maps_while_patched(tiny, tmp_path):
     x = images(1, 3, 24, 32)
     with (
         vit.patch(tiny, {"blocks.1.attention.weights": lambda w: w}),
-        pytest.raises(ValueError, match="block 1 is patch"),
+        pytest.raises(ValueError, match="block 1 is patched"),
     ):
-        copy.deepcopy(tiny)
-    tiny(x)
+        tiny(x)
+        copy.deepcopy(tiny.blocks)
+    for part in ("attention.weights", "attention.q", "mlp"):
+        with vit.patch(tiny, {f"blocks.1.{part}": lambda w: w}):
+            tiny(x)
+            for again in (copy.deepcopy, lambda model: torch.save(model, io.BytesIO())):
+                with pytest.raises(ValueError, match="the model is patched, and a copy would stay so"):
+                    again(tiny)
+    with (
+        vit.patch(tiny, {"blocks.1.attention.weights": lambda w: w}),
+        pytest.raises(ValueError, match="block 1 is patched: leave vit.patch before saving"),
+    ):
+        tiny(x)
+        vit.save_checkpoint(tiny, tmp_path / "patched")
+    assert not copy.deepcopy(tiny).patches
     with vit.patch(tiny, {"blocks.1.attention.q": torch.zeros_like}), pytest.warns(UserWarning, match="do not see"):
         vit.attention_maps(tiny, x, blocks=[1])
         tiny(x)
     with pytest.raises(ValueError, match="blocks.1 is changed by a function or to a tensor, not float"), \
          vit.patch(tiny, {"blocks.1": 0.0}):  # fmt: skip
+        pass
+    with pytest.raises(ValueError, match="changes must map names to what takes their place, not list"), \
+         vit.patch(tiny, ["blocks.1"]):  # fmt: skip
         pass
     for names in (None, [3]):
         with pytest.raises(ValueError, match="names must be a text or several"):

@@ -286,6 +286,11 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         assert getattr(loaded, part) == getattr(fast, part)
     assert [attend.name for attend in loaded.attends] == ["sdpa", "reference", "sdpa"]
     assert list(tmp_path.iterdir()) == [file]
+    for categories in (["one"], list(range(10)), dict.fromkeys("abcdefghij")):
+        fast.categories = categories
+        with pytest.raises(ValueError, match="categories must be 10 texts or none"):
+            vit.kernels.save(fast, tmp_path / "other.safetensors")
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_what_is_not_saved(tmp_path: Path) -> None:
@@ -492,6 +497,7 @@ def test_what_an_optimized_model_refuses(tmp_path: Path) -> None:
     assert not any(module.training for module in fast.modules())
     for call, text in [
         (lambda: fast(x.clone().requires_grad_()), "no gradients: detach the images"),
+        (lambda: torch.func.jvp(fast, (x,), (x,)), "no forward-mode derivative"),
         (lambda: fast.train(), "cannot be trained"),
         (lambda: fast.requires_grad_(), "no gradients"),
         (lambda: fast.half(), "cannot be moved to torch.float16 on cpu"),

@@ -78,27 +78,40 @@ def patch(model: ViT, changes: Mapping[str, Change | Tensor]) -> Iterator[ViT]:
         ValueError: as `record`; another shape, dtype or device than it was; `scores` or `weights` of a block whose
             function does not have such.
     """
+    if not isinstance(changes, Mapping):
+        raise ValueError(f"changes must map names to what takes their place, not {type(changes).__name__}")
     reached: set[str] = set()
     with ExitStack() as stack:
+        stack.enter_context(_patched(_check_model(model)))
         for name, change in changes.items():
             if not isinstance(change, Tensor) and not callable(change):
                 raise ValueError(f"{name} is changed by a function or to a tensor, not {type(change).__name__}")
             see = partial(_replace, reached, name, change)
-            stack.enter_context(_watch(_check_model(model), name, see, changes=True))
+            stack.enter_context(_watch(model, name, see, changes=True))
         yield model
     if missed := [name for name in changes if name not in reached]:  # a compiled copy of the model bypasses hooks
         warn(f"{', '.join(missed)}: never reached while patched")
 
 
+@contextmanager
+def _patched(model: ViT) -> Iterator[None]:
+    """While it is, it refuses to be copied."""
+    model.patches += 1
+    try:
+        yield
+    finally:
+        model.patches -= 1
+
+
 def _keep(kept: dict[str, Tensor], name: str, tensor: Tensor) -> Tensor:
-    view = name.rpartition(".")[2] in _INPUTS  # of all three, which a function may change in place
-    kept[name] = tensor.clone() if view else tensor
-    return tensor
+    kept[name] = tensor
+    # What attention is given it may change in place.
+    return tensor.clone() if name.rpartition(".")[2] in (*_INPUTS, "qkv") else tensor
 
 
 def _replace(reached: set[str], name: str, change: Change | Tensor, tensor: Tensor) -> Tensor:
     reached.add(name)
-    new = change if isinstance(change, Tensor) else change(tensor)
+    new = change.clone() if isinstance(change, Tensor) else change(tensor)  # which may be changed in place
     found, expected = kind(new), kind(tensor)
     if found != expected:
         raise ValueError(f"{name} is changed to {found}, expected {expected}")

@@ -130,6 +130,8 @@ class ViT(nn.Module):
     label names, or None) and `provenance` (where its weights came from, or None).
     """
 
+    patches = 0  # how many active `vit.patch` contexts hold it
+
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         D, (h, w) = config.embed_dim, config.grid
@@ -151,6 +153,11 @@ class ViT(nn.Module):
         self.head = make_head(config)
         self.head_dist = make_head(config) if config.global_pool == "dist" else None
         self.init_weights()
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.patches:
+            raise ValueError("the model is patched, and a copy would stay so: leave vit.patch first")
+        return self.__dict__.copy()
 
     def forward(self, images: Tensor, ragged: str = "error") -> Tensor:
         """Classify.

@@ -24,11 +24,13 @@ def settings_of(model: ViT) -> list[AttentionSetting] | None:
     A function that has no registered name, or options that JSON cannot hold, are warned of and forgotten.
 
     Raises:
-        CheckpointError: the same of attention with weights, which would be lost.
+        CheckpointError: the same of attention with weights, which would be lost; an active `vit.patch`.
     """
     settings = []
     forgotten: dict[str, list[int]] = {}
     for attend in model.attends:
+        if attend.patched:
+            raise CheckpointError(f"block {attend.block} is patched: leave vit.patch before saving")
         problem = _cannot_remember(attend)
         if problem and attend.state_dict():
             raise CheckpointError(f"block {attend.block}: attention {attend.called} has weights and {problem}")

@@ -14,6 +14,7 @@ from vit.attention import reference, sdpa
 from vit.checks import bad_bias, fit_bias
 from vit.model import ViT
 
+from ..optimized import OptimizedViT
 from . import flash, flex, products, pytorch, varlen
 
 Refusal = Callable[..., "str | None"]
@@ -78,6 +79,9 @@ def explain(model: ViT, images: Tensor) -> None:
     for first, last, attend in _alike(model.attends):
         numbers = f"block {first}" if first == last else f"blocks {first} to {last}"
         print(f"{numbers}: {attend.extra_repr()}: {_what_runs(attend, q, k, v)}")
+    if isinstance(model, OptimizedViT) and (n := model.tokens_read()) is not None:
+        how = "as above" if images.device.type == "cpu" and model.optimized in ("float32", "int8") else "by 'sdpa'"
+        print(f"where only logits are asked for, the last block attends for {n} token{'s' * (n > 1)} alone, {how}")
     print("the others:")
     used = {attend.name for attend in model.attends}
     for name, refusal in REFUSALS.items():

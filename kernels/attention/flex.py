@@ -10,6 +10,8 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from vit.checks import bad_bias, fit_bias
@@ -54,7 +56,8 @@ def flex(
     """
     if reason := refusal(q, k, v, bias, score_mod=score_mod, mask_mod=mask_mod):
         raise ValueError(f"attention 'flex' {reason}")
-    traced = torch.compiler.is_compiling() or type(q) is not Tensor  # by tensors without values, as torch.export does
+    # By tensors without values, as torch.export does, or that stand for others, as torch.func's do.
+    traced = torch.compiler.is_compiling() or type(q) is not Tensor or is_functorch_wrapped_tensor(q)
     make = block_mask if traced else remembered_mask
     mask = None if mask_mod is None else make(mask_mod, q.shape[1], q.shape[2], k.shape[2], q.device)
     score_mod = _add(bias, score_mod, q, k)
@@ -135,12 +138,14 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **optio
         fn = options.get(name)
         if fn is not None and not (callable(fn) and isinstance(fn, Hashable)):
             return f"takes a hashable function as {name}, not {fn!r}"
-    if not q.numel():
-        return f"takes no empty tensors, and q is {list(q.shape)}"
+    if not (q.numel() and k.numel()):
+        return f"takes no empty tensors, not q {list(q.shape)} and k {list(k.shape)}"
     if device not in ("cuda", "cpu"):
         return f"runs on cuda and cpu, not on {device}"
     if q.dtype not in _DTYPES:
         return f"runs in float32, bfloat16 or float16, not in {q.dtype}"
+    if any(unpack_dual(x).tangent is not None for x in (q, k, v, bias) if x is not None):
+        return "has no forward-mode derivative"
     learning = (x is not None and x.requires_grad for x in (q, k, v, bias, *_held(options.get("score_mod"))))
     if device == "cpu" and torch.is_grad_enabled() and any(learning):
         return _NO_BACKWARD

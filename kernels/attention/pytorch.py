@@ -1,12 +1,14 @@
 """PyTorch's own attention kernels, each by itself: `sdpa` chooses among them, these insist.
 
+On CUDA PyTorch can only be told so for the whole process: other threads that attend meanwhile are told the same.
+
 https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
 """
 
 from __future__ import annotations
 
 from functools import partial
-from threading import Lock
+from threading import RLock
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +44,7 @@ _KERNELS = {
     "math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }  # fmt: skip
-_one_at_a_time = Lock()  # what PyTorch sets to insist on a kernel holds for all threads, and two would leave it set
+_one_at_a_time = RLock()  # what PyTorch sets to insist on a kernel holds for all threads, and two would leave it set
 
 
 def _insist(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
@@ -50,6 +52,10 @@ def _insist(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> 
     if reason := refusal(name, q, k, v, bias):
         raise ValueError(f"attention {name!r} {reason}")
     bias = None if bias is None else fit_bias(q, k, bias)
+    if name == "math":
+        return torch.ops.aten._scaled_dot_product_attention_math(q, k, v, bias)[0]
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)[0]
     if torch.compiler.is_compiling():
         return _by(name, q, k, v, bias)
     with _one_at_a_time:
@@ -57,6 +63,7 @@ def _insist(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> 
 
 
 def _by(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """The same by PyTorch's switches, which leave one kernel on."""
     with sdpa_kernel(_KERNELS[name]):  # PyTorch raises where its kernel refuses for a reason that is not known here
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
@@ -71,7 +78,7 @@ def refusal(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = No
     if device != "cuda" and (device != "cpu" or name != "flash"):
         return f"runs on cuda{' and cpu' if name == 'flash' else ''}, not on {device}"
     if device == "cpu":
-        return "has no gradient of bias on a cpu" if _trains(bias) else None
+        return _refusal_of_flash_on_a_cpu(q, k, v, bias)
     if name != "efficient" and q.dtype not in HALF:
         return f"runs in bfloat16 or float16 on cuda, not in {q.dtype}"
     if name == "efficient" and q.dtype not in (*HALF, torch.float32):
@@ -83,8 +90,14 @@ def refusal(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = No
     return None
 
 
-def _trains(bias: Tensor | None) -> bool:
-    return bias is not None and bias.requires_grad and torch.is_grad_enabled()
+def _refusal_of_flash_on_a_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+        return "has no gradient of bias on a cpu"
+    if any(x.stride(-1) != 1 for x in (q, k, v)):  # which it would read as if they lay so
+        return "takes q, k and v whose numbers lie one after another in each head"
+    if not (q.numel() and k.numel()):
+        return f"takes no empty tensors, not q {list(q.shape)} and k {list(k.shape)}"
+    return None
 
 
 REFUSALS = {name: partial(refusal, name) for name in _KERNELS}

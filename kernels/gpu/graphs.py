@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import cache, partial
@@ -88,16 +89,17 @@ class Graphs:
             oldest = next(iter(self.kept))
             del self.kept[oldest], self.calls[oldest]
             self.dropped[oldest] += 1
+        handled = sys.exc_info()[1]
         try:
             self.kept[key] = self.record(fn, images, besides)
         except RuntimeError as error:
-            why = error.__context__ or error  # that recording ended too early says less
-            if isinstance(why, torch.OutOfMemoryError):
+            lacks_memory, text = cause(error, handled)
+            if lacks_memory:
                 self.calls[key] = 0
                 self.dropped[key] += 1
             else:
                 self.broken = True
-            warn(f"kernels are launched one by one, which is slower for small batches; no CUDA graph because: {why}")
+            warn(f"kernels are launched one by one, which is slower for small batches; no CUDA graph because: {text}")
         return key in self.kept
 
     @torch.inference_mode(False)  # whose tensors could not be written to outside of it, at another call
@@ -134,6 +136,14 @@ class Graphs:
         """Until none of its graphs runs."""
         for device in {recorded.images.device for recorded in self.kept.values()}:
             free_event(device).synchronize()
+
+
+def cause(error: RuntimeError, handled: BaseException | None) -> tuple[bool, str]:
+    """Was memory lacking? And what ended a recording: not its early end alone, nor what the caller had `handled`."""
+    context = error.__context__
+    plain = isinstance(error, torch.OutOfMemoryError) or context is None or context is handled
+    why = error if plain else context
+    return isinstance(why, torch.OutOfMemoryError), str(why)
 
 
 @cache
