@@ -174,7 +174,9 @@ def check_mode(mode: str) -> None:
 
 
 def detached(value: Any) -> Any:
-    """A tensor without its gradients; anything else as it is."""
+    """A tensor, or parameter, without gradients; anything else as it is."""
+    if isinstance(value, nn.Parameter):
+        return frozen(value.detach())
     return value.detach() if isinstance(value, Tensor) else value
 
 

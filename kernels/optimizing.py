@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vit.attend import Attend
 from vit.attention import get_attention, sdpa
 from vit.checks import unknown
 from vit.model import Residual, ViT
@@ -19,7 +20,7 @@ from .cpu import int8
 from .cpu import model as cpu
 from .cpu.calibrate import int8_tensors
 from .cpu.images import batches, photographs
-from .optimized import OptimizedViT, check_mode, float_tensors, is_watched
+from .optimized import OptimizedViT, check_mode, detached, float_tensors, is_watched
 
 DTYPES = (*cpu.BLOCKS, *gpu.DTYPES)  # what a model can be optimized to, by name
 
@@ -63,7 +64,7 @@ def optimize(
         better = faster_attention(model, dtype)
     fast.preprocessing, fast.categories, fast.provenance = model.preprocessing, model.categories, model.provenance
     for block, attend in zip(fast.select_blocks(), model.attends):
-        options = {id(x): x.detach().clone() for x in attend.options.values() if isinstance(x, Tensor)}
+        options = {id(x): copy.deepcopy(detached(x)) for x in attend.options.values() if isinstance(x, Tensor)}
         block.attention.attend = copy.deepcopy(attend, options).requires_grad_(False)  # options without gradients
         if attend.source is sdpa and not attend.options and better != "sdpa":
             block.attention.attend.set(get_attention(better), better, {}, attend.check)
@@ -160,18 +161,31 @@ def check_parts(model: ViT) -> None:
     with torch.device("meta"):
         parts = dict(ViT(model.config).named_modules())
     for name, module in model.named_modules():
-        if ".attend" in name:
-            continue
-        called, kind, expected = name or "the model", type(module), type(parts.get(name))
-        if kind is not expected:
-            raise ValueError(f"{called} is {kind.__name__}, expected {expected.__name__}")
-        if "forward" in vars(module):
-            raise ValueError(f"{called} has a forward of its own, which would be lost: make the model without it")
-        if isinstance(module, Residual):  # whose rate matters in training only
-            continue
-        for key, value in vars(parts[name]).items():  # eps, num_heads, stride ...
-            found = getattr(module, key, None)
-            if isinstance(value, (int, float, str, tuple)) and key[0] != "_" and key != "training" and found != value:
-                raise ValueError(f"{called}.{key} is {found!r}, expected {value!r}, as the config says")
+        if ".attend.fn" not in name:  # which goes along as it is
+            check_part(name or "the model", module, parts.get(name))
+    for attend in model.attends:
+        if attend.fn is not attend.source and not isinstance(attend.fn, nn.Module):
+            raise ValueError(f"block {attend.block} attends by what set_attention did not set: set it so")
     if is_watched(model):
         raise ValueError("the model has hooks, which would be lost: remove them, or leave vit.patch, first")
+
+
+def check_part(name: str, module: nn.Module, expected: nn.Module | None) -> None:
+    """ValueError for a module that is not as it was made: another kind, a method or a setting of its own, a buffer."""
+    if type(module) is not type(expected):
+        wanted = "none" if expected is None else type(expected).__name__
+        raise ValueError(f"{name} is {type(module).__name__}, expected {wanted}")
+    for key, value in vars(module).items():
+        method = getattr(type(module), key, None)
+        if callable(method) and getattr(value, "__func__", None) is not method:
+            raise ValueError(f"{name} has a {key} of its own, which would be lost: make the model without it")
+    if module._buffers:
+        raise ValueError(f"{name} has a buffer {next(iter(module._buffers))}, which would be lost")
+    if isinstance(module, (Attend, Residual)):  # what was set is kept; the rate matters in training only
+        return
+    for key, value in vars(expected).items():  # eps, num_heads, stride ...
+        found = getattr(module, key, None)
+        simple = isinstance(value, (int, float, str, tuple)) and key[0] != "_" and key != "training"
+        if (simple and found != value) or (key in ("scale1", "scale2") and found is not None):
+            text = "a tensor" if isinstance(found, Tensor) else repr(found)
+            raise ValueError(f"{name}.{key} is {text}, expected {value!r}, as the config says")

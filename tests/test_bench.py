@@ -85,19 +85,8 @@ def test_threads_are_set_and_set_back(capsys):
     timing.seconds(lambda: seen.append(torch.get_num_threads()), 1, CPU)
     torch.set_num_threads(before)
     assert seen == [1]
-    main(
-        [
-            "bench",
-            "--model",
-            "vit_digits_patch4_32",
-            "-b",
-            "1",
-            "--rounds",
-            "1",
-            "--threads",
-            "1" if before > 1 else "2",
-        ]
-    )
+    command = ["bench", "--model", "vit_digits_patch4_32", "-b", "1", "--rounds", "1", "--threads"]
+    assert main([*command, "1" if before > 1 else "2"]) == 0
     assert torch.get_num_threads() == before
 
 
@@ -179,6 +168,28 @@ def test_models_as_they_are_and_optimized_in_one_race(capsys):
     ]
     counted = [row["gflops"] / row["images_per_s"] for row in rows[:3]]
     assert counted[0] == pytest.approx(counted[1]) and 0.7 < counted[2] / counted[0] < 0.95  # its last block is cut
+
+
+def test_what_cannot_be_optimized_here_is_refused_by_itself(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    command = ["bench", "--model", "vit_digits_patch4_32", "-b", "1", "--rounds", "1", "--optimize"]
+    assert main([*command, "int8,none", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["optimize"], "ms" in row) for row in rows] == [(None, True), ("int8", False)]
+    assert "this machine cannot compute in int8 so: its processor lacks VNNI" in rows[1]["refused"]
+    assert main([*command, "int8"]) == 2
+    assert "this machine cannot compute in int8 so: its processor lacks VNNI" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_raced_with_its_own_attention(capsys, tmp_path):
+    model = vit.load_pretrained("vit_digits_patch4_32")
+    model.set_attention("reference", [0, 1])
+    folder = vit.save_checkpoint(model, tmp_path / "model")
+    command = ["bench", "--model", str(folder), "-b", "1", "--rounds", "1", "--json", "--optimize", "none,float32"]
+    assert main(command) == 0
+    assert [json.loads(line)["attention"] for line in capsys.readouterr().out.splitlines()] == ["reference+sdpa"] * 2
+    assert main([*command, "--attention", "sdpa"]) == 0
+    assert [json.loads(line)["attention"] for line in capsys.readouterr().out.splitlines()] == ["sdpa"] * 2
 
 
 def test_what_there_is_no_memory_for_is_refused_by_itself(capsys, monkeypatch):

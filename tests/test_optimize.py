@@ -176,6 +176,15 @@ def test_attention_with_options_and_weights_of_its_own_stays(dtype: str) -> None
         assert all(parameter.requires_grad for parameter in plain.parameters())
 
 
+class Given(nn.Module):
+    def __init__(self, config: vit.ViTConfig, block: int, scale: nn.Parameter) -> None:
+        super().__init__()
+        self.register_parameter("scale", scale)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
+        return vit.attention.sdpa(q, k, v * self.scale, bias=bias)
+
+
 def test_attention_is_not_trained_either() -> None:
     plain, x = model(), images(2, 3, 64, 64)
     for bias in (torch.ones(17, 17, requires_grad=True), torch.ones(17, 17, requires_grad=True) * 2):
@@ -184,6 +193,13 @@ def test_attention_is_not_trained_either() -> None:
         assert not fast(x).requires_grad and plain.attends[0].options["bias"] is bias
         fast.set_attention("sdpa", bias=bias)
         assert not fast(x).requires_grad and bias.requires_grad
+    scale = nn.Parameter(torch.ones(1))
+    plain.set_attention(Given, scale=scale)
+    taken = vit.kernels.optimize(plain)
+    fast.set_attention(Given, scale=scale)
+    for one in (taken, fast):
+        assert not one(x).requires_grad and scale.requires_grad
+        assert all(type(parameter) is nn.Parameter for parameter in one.parameters())
     fast.set_attention(Scaled)
     assert not any(parameter.requires_grad for parameter in fast.parameters()) and not fast(x).requires_grad
 
@@ -260,6 +276,8 @@ def test_copies(again: Callable[[OptimizedViT], OptimizedViT]) -> None:
     copied = again(fast)
     assert torch.equal(copied(x), fast(x))
     assert not any(module.training for module in copied.modules())
+    numbers = [int(module.number) for one in (fast, copied) for module in one.modules() if hasattr(module, "number")]
+    assert len(set(numbers)) == len(numbers) == 2 * 12
 
 
 @torch.inference_mode()
@@ -381,6 +399,41 @@ def with_forward(plain: vit.ViT) -> vit.ViT:
     return plain
 
 
+def with_method(plain: vit.ViT) -> vit.ViT:
+    plain.forward_head = lambda tokens: tokens[:, 0]
+    return plain
+
+
+def with_scale(plain: vit.ViT) -> vit.ViT:
+    plain.blocks[0].scale1 = torch.full((64,), 2.0)
+    return plain
+
+
+def with_buffer(plain: vit.ViT) -> vit.ViT:
+    plain.blocks[0].register_buffer("table", torch.ones(1), persistent=False)
+    return plain
+
+
+def with_stride(plain: vit.ViT) -> vit.ViT:
+    plain.patch_embed.proj.stride = (8, 8)
+    return plain
+
+
+def with_module(plain: vit.ViT) -> vit.ViT:
+    plain.blocks[1].attention.attend = nn.Identity()
+    return plain
+
+
+def with_function(plain: vit.ViT) -> vit.ViT:
+    plain.blocks[1].attention.attend.fn = vit.attention.reference
+    return plain
+
+
+def with_more(plain: vit.ViT) -> vit.ViT:
+    plain.blocks[1].probe = nn.Linear(2, 2)
+    return plain
+
+
 def with_hook(plain: vit.ViT) -> vit.ViT:
     plain.blocks[1].register_forward_hook(lambda module, inputs, out: 2 * out)
     return plain
@@ -408,6 +461,13 @@ def nan(plain: vit.ViT) -> vit.ViT:
         (lambda: with_heads(model()), r"blocks\.1\.attention\.num_heads is 4, expected 2"),
         (lambda: with_tanh(model()), r"blocks\.0\.mlp\.act\.approximate is 'tanh', expected 'none'"),
         (lambda: with_forward(model()), r"blocks\.1\.mlp has a forward of its own, which would be lost"),
+        (lambda: with_method(model()), "the model has a forward_head of its own, which would be lost"),
+        (lambda: with_scale(model()), r"blocks\.0\.scale1 is a tensor, expected None, as the config says"),
+        (lambda: with_buffer(model()), r"blocks\.0 has a buffer table, which would be lost"),
+        (lambda: with_stride(model()), r"patch_embed\.proj\.stride is \(8, 8\), expected \(16, 16\)"),
+        (lambda: with_module(model()), r"blocks\.1\.attention\.attend is Identity, expected Attend"),
+        (lambda: with_function(model()), "block 1 attends by what set_attention did not set"),
+        (lambda: with_more(model()), r"blocks\.1\.probe is Linear, expected none"),
         (lambda: with_hook(model()), "the model has hooks, which would be lost"),
         (lambda: Other(model().config).eval(), "the model is Other, expected ViT"),
         (lambda: nan(model()), r"head\.weight has values that are not finite"),
@@ -419,9 +479,12 @@ def test_models_that_are_refused(make: Callable[[], vit.ViT], text: str) -> None
 
 
 @torch.inference_mode()
-def test_what_matters_in_training_only_is_no_reason_to_refuse() -> None:
+def test_what_changes_nothing_is_no_reason_to_refuse() -> None:
     plain = vit.create_model("vit_small_patch16_224", **SMALL, drop_path_rate=0.3).eval()
     plain.blocks[1].residual_mlp.drop_path_rate = 0.0
+    mlp = plain.blocks[0].mlp
+    before, mlp.forward = mlp.forward, lambda x: 2 * x
+    mlp.forward = before  # as it was
     x = images(2, 3, 64, 64)
     assert difference(vit.kernels.optimize(plain)(x), plain(x)) <= FLOAT32
 
@@ -442,13 +505,17 @@ def test_other_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.inference_mode()
 def test_parts_that_were_replaced(tmp_path: Path) -> None:
-    fast, seen = vit.kernels.optimize(model()), []
+    plain, random = model(), torch.get_rng_state()
+    fast, seen = vit.kernels.optimize(plain), []
+    assert torch.equal(random, torch.get_rng_state())  # nobody else's numbers change
     x = images(2, 3, 64, 64)
     fast(x)
     fast.blocks[-1].mlp = torch.nn.Sequential(fast.blocks[-1].mlp)
     fast.blocks[-1].mlp.register_forward_hook(lambda module, given, out: seen.append(out.shape))
     fast(x)
     assert seen == [(2, 17, 64)]  # of all tokens, where somebody looks
+    fast.blocks[0].mlp.act = nn.ReLU()
+    assert difference(fast(x), plain(x)) > 0.01
     fast.blocks[-1] = model().blocks[-1]
     assert torch.equal(fast(x), fast.forward_head(fast.forward_features(x)))
     with pytest.raises(ValueError, match="block 2 is Block, expected FloatBlock"):

@@ -157,7 +157,7 @@ class ViT(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         if self.patches:
             raise ValueError("the model is patched, and a copy would stay so: leave vit.patch first")
-        return self.__dict__.copy()
+        return super().__getstate__()
 
     def forward(self, images: Tensor, ragged: str = "error") -> Tensor:
         """Classify.

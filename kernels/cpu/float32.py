@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vit.config import ViTConfig
 from vit.model import MLP, Block
@@ -59,7 +59,7 @@ class PackedMLP(MLP):
     """`vit.model.MLP`, whose GELU is a part of fc1 unless somebody looks between them."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_hooked((self.fc1, self.act)):
+        if type(self.act) is not nn.GELU or is_hooked((self.fc1, self.act)):
             return super().forward(x)
         return self.fc2(self.fc1(x, gelu=self.act.approximate))  # [B, T, D]
 
@@ -69,12 +69,13 @@ class FloatBlock(Block):
 
     def __init__(self, config: ViTConfig, block: int, tensors: Mapping[str, Tensor]) -> None:
         """`tensors`: the block's, by their names in it."""
-        super().__init__(config, block, drop_path_rate=0.0)
+        with torch.device("meta"):  # all that it would fill with random numbers is replaced
+            super().__init__(config, block, drop_path_rate=0.0)
+            self.mlp = PackedMLP(config)
         self.scale1 = self.scale2 = None
         for norm, name in ((self.norm1, "norm1"), (self.norm2, "norm2")):
             norm.weight, norm.bias = (frozen(tensors[f"{name}.{part}"]) for part in ("weight", "bias"))
 
-        self.mlp = PackedMLP(config)
         for name in ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2"):
             owner, _, layer = name.rpartition(".")
             packed = PackedLinear(tensors[f"{name}.weight"], tensors[f"{name}.bias"])

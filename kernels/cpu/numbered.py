@@ -36,7 +36,7 @@ class NumberedLayer(nn.Module):
         _layers[int(self.number)] = self
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_buffers": {**self._buffers, "packed": self.weight}}
+        return super().__getstate__() | {"_buffers": {**self._buffers, "packed": self.weight}}
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)

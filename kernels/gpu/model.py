@@ -81,7 +81,8 @@ class CUDAViT(OptimizedViT):
     def tokens_read(self) -> int | None:
         """As `OptimizedViT.tokens_read`."""
         last: Any = self.blocks[-1]
-        return PREFIX.get(self.config.global_pool) if is_plain(last.attention.attend) else None
+        cut = type(last) is FusedBlock and is_plain(last.attention.attend)
+        return PREFIX.get(self.config.global_pool) if cut else None
 
     def accept(self, images: Tensor, ragged: str) -> Tensor:
         """As `ViT.accept`, and float32 and uint8 images besides."""

@@ -251,11 +251,13 @@ def race(names: list[str], batches: list[int], size: int, threads: int, seconds:
         try:
             return workers[name].run(batch, calls)
         except (RuntimeError, OSError) as error:
-            failed[name] = str(error)
-            workers.pop(name).end()
+            worker = workers.pop(name)
+            why = f"ended with {worker.process.wait()}" if isinstance(error, OSError) else error
+            failed[name] = f"batch {batch}: {why}"
+            worker.end()
             return None
 
-    for batch in batches:
+    for batch in batches if REFERENCE in workers else ():
         first = {name: (workers[name].built, ask(name, batch, 1)) for name in list(workers)}
         if REFERENCE not in workers:
             break
@@ -304,7 +306,7 @@ def show(rows: list[dict]) -> None:
                 print(f"| {r['name']} | {r['ms']:.1f} | {ends} | {r['ratio']:.2f} | {error} | {r['ready']:.0f} |")
     for r in rows:
         if "failed" in r:
-            print(f"{r['name']}, {r['size']} px, {r['threads']} thread(s): did not run: {r['failed']}", flush=True)
+            print(f"{r['name']}, {r['size']} px, {r['threads']} thread(s): failed: {r['failed']}", flush=True)
 
 
 def main() -> None:

@@ -106,7 +106,10 @@ def dtype(text: str) -> str:
 
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> int:
-    """Load, race, print a row per case."""
+    """Load, race, print a row per case.
+
+    A model as it is profits from the memory that the process keeps once another is optimized.
+    """
     if args.plot is not None:
         check_plot(args.plot)
     for name in args.attention or ():
@@ -136,8 +139,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def load(args: argparse.Namespace) -> dict[str | None, ViT]:
-    """The model by what it was optimized to, None as it is; with random weights where an architecture is named."""
+def load(args: argparse.Namespace) -> dict[str | None, ViT | str]:
+    """The model by what it was optimized to, None as it is; with random weights where an architecture is named.
+
+    Or why it cannot be optimized so here, where others can be raced.
+    """
     file = loading.is_optimized_file(args.model)
     wanted = [name for name in args.optimize if name is not None]
     if args.dtype != ["float32"] and (file or None not in args.optimize):
@@ -157,37 +163,61 @@ def load(args: argparse.Namespace) -> dict[str | None, ViT]:
         model = create_model(args.model, **dict(args.settings)).eval().to(args.device)
     else:
         model = loading.load(one)
+    return {name: model if name is None else optimized(model, name, len(args.optimize) > 1) for name in args.optimize}
+
+
+def optimized(model: ViT, dtype: str, others: bool) -> ViT | str:
+    """As `vit.kernels.optimize`; where there are others, the text of the error instead."""
     from vit import kernels
 
-    return {name: model if name is None else kernels.optimize(model, name) for name in args.optimize}
+    try:
+        return kernels.optimize(model, dtype)
+    except ValueError as error:
+        if not others:
+            raise
+        return str(error)
 
 
-def cases(args: argparse.Namespace, models: Mapping[str | None, ViT]) -> list[Case]:
-    """All combinations; an optimized model has its own dtype, and the attention that it took."""
+def cases(args: argparse.Namespace, models: Mapping[str | None, ViT | str]) -> list[Case]:
+    """All combinations; an optimized model has its own dtype."""
+    own = next((model.preprocessing.size for model in models.values() if isinstance(model, ViT)), (0, 0))
     return [
-        Case(size or model.preprocessing.size, batch, optimize, dtype, attention, threads)
+        Case(size or own, batch, optimize, dtype, attention, threads)
         for size, batch in itertools.product(args.img_size, args.batch_size)
         for optimize, model in models.items()
         for dtype in ([optimize] if optimize else args.dtype)
-        for attention in args.attention or [model.attends[0].name if optimize else "sdpa"]
+        for attention in args.attention or [attention_of(model)]
         for threads in args.threads
     ]
 
 
+def attention_of(model: ViT | str) -> str:
+    """What it attends by, in words."""
+    names = [attend.name or "own" for attend in model.attends] if isinstance(model, ViT) else ["-"]
+    return "+".join(dict.fromkeys(names))
+
+
 def prepare(
-    models: Mapping[str | None, ViT], cases: list[Case], device: torch.device, bar: Callable[..., Iterable[Case]]
+    models: Mapping[str | None, ViT | str],
+    cases: list[Case],
+    device: torch.device,
+    bar: Callable[..., Iterable[Case]],
 ) -> tuple[dict[Case, partial[Tensor]], dict[Case, str]]:
     """What to call for each case, and why the others cannot run here: each was tried once."""
     made: dict[tuple[str | None, str, str], ViT] = {}
     calls: dict[Case, partial[Tensor]] = {}
     refused: dict[Case, str] = {}
     for case in bar(cases, "first calls"):
-        key = case.optimize, case.dtype, case.attention
+        key, model = (case.optimize, case.dtype, case.attention), models[case.optimize]
+        if isinstance(model, str):
+            refused[case] = model
+            continue
         if key not in made:
-            made[key] = copy.deepcopy(models[case.optimize])
+            made[key] = copy.deepcopy(model)
             if case.optimize is None:
                 made[key].to(options.DTYPES[case.dtype])
-            made[key].set_attention(case.attention)
+            if case.attention != attention_of(model):
+                made[key].set_attention(case.attention)
         dtype = torch.float32 if case.optimize else options.DTYPES[case.dtype]  # of images
         whole_patches(case.size, made[key].config.patch_size)
         try:
@@ -218,15 +248,15 @@ def measured(
     }  # fmt: skip
 
 
-def show(args: argparse.Namespace, models: Mapping[str | None, ViT], rows: list[dict[str, Any]]) -> None:
+def show(args: argparse.Namespace, models: Mapping[str | None, ViT | str], rows: list[dict[str, Any]]) -> None:
     """Print the table, or JSON lines."""
     where = timing.environment(args.device)
     if args.json:
         for row in rows:
             print(json.dumps({"model": args.model} | row | {"environment": where}))
         return
-    provenance = next(iter(models.values())).provenance
-    weights = "random weights" if provenance is None else provenance.source
+    provenances = [model.provenance for model in models.values() if isinstance(model, ViT)]
+    weights = provenances[0].source if provenances and provenances[0] else "random weights"
     print(f"{args.model} ({weights}) on {where['processor']}, torch {where['torch']}")
     print(TABLE)
     for row in rows:

@@ -35,6 +35,7 @@ def load(args: argparse.Namespace) -> ViT:
         return load_optimized(args)
     if args.optimize:
         check(args, args.optimize)  # before a large file is read
+        check_machine(args.optimize)
     dtype = options.DTYPES[args.dtype]
     model = load_pretrained(args.model, device=args.device, dtype=dtype, **options.reading(args))
     if not args.optimize:
@@ -56,15 +57,21 @@ def title(args: argparse.Namespace, model: ViT) -> str:
 
 def check(args: argparse.Namespace, dtype: str) -> None:
     """ValueError for a --device or --dtype that cannot go with a model optimized to `dtype`."""
-    import torch
-
-    from vit.kernels.optimizing import machine, missing
+    from vit.kernels.optimizing import machine
 
     if args.device.type != machine(dtype):
         why = f"--device {args.device} cannot go with it"
         raise ValueError(f"a model optimized in {dtype} runs on {machine(dtype)}, so {why}")
     if args.dtype != "float32":
         raise ValueError(f"an optimized model takes images in float32, so --dtype {args.dtype} cannot go with it")
+
+
+def check_machine(dtype: str) -> None:
+    """ValueError where this machine cannot run a model optimized to `dtype`."""
+    import torch
+
+    from vit.kernels.optimizing import machine, missing
+
     if reason := missing(dtype, torch.device(machine(dtype))):
         raise ValueError(f"this machine cannot compute in {dtype} so: {reason}")
 
