@@ -3,6 +3,8 @@
 import copy
 import io
 import math
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -226,6 +228,32 @@ def test_what_changes_q_in_place_does_not_change_the_record(tiny):
             tiny(x)
         assert torch.equal(given, expected)
     assert expected.abs().max() > 0
+
+
+def test_warnings_point_to_the_line_that_led_to_them(tiny):
+    class Own(torch.nn.Module):
+        def __init__(self, config, block):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, q, k, v, *, bias=None):
+            return v * self.weight
+
+    tiny.set_attention(Own)
+    x = images(1, 3, 24, 32)
+    with torch.no_grad(), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fast = vit.kernels.optimize(tiny)
+        with vit.patch(tiny, {"blocks.0": lambda x: x}):
+            pass
+        for call in (
+            lambda: vit.record(tiny, x, "blocks.0.attention.weights"),
+            lambda: tiny.set_attention("sdpa"),
+            lambda: fast.set_attention("sdpa"),
+        ):
+            call()
+        places = [Path(one.filename).name for one in seen]
+    assert places == ["test_inside.py"] * 4
 
 
 def test_copies_and_maps_while_patched(tiny, tmp_path):

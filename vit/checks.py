@@ -95,11 +95,12 @@ def _as_number(one: str, value: object, count: int) -> int:
 
 
 def warn(text: str) -> None:
-    """Warn, pointing to the line outside of this package, and of PyTorch's wrappers, that led here."""
+    """Warn, pointing to the line outside of this package, and of wrappers in it, that led here."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("vit", "torch"):
+    within = ("vit", "torch", "contextlib")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in within:
         level, frame = level + 1, frame.f_back
-    warnings.warn(text, stacklevel=level - 1)
+    warnings.warn(text, stacklevel=level)
 
 
 def check_list(images: object) -> None:

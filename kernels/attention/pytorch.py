@@ -93,7 +93,7 @@ def refusal(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = No
 def _refusal_of_flash_on_a_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return "has no gradient of bias on a cpu"
-    if any(x.stride(-1) != 1 for x in (q, k, v)):  # which it would read as if they lay so
+    if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (q, k, v)):  # which it would read as if they lay so
         return "takes q, k and v whose numbers lie one after another in each head"
     if not (q.numel() and k.numel()):
         return f"takes no empty tensors, not q {list(q.shape)} and k {list(k.shape)}"
