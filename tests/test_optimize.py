@@ -52,6 +52,20 @@ def operations(call: Callable[[], object]) -> dict[str, int]:
     return {event.key: event.count for event in profiler.key_averages()}
 
 
+@pytest.mark.parametrize("gelu", ["erf", "tanh"])
+@pytest.mark.parametrize("fuses", [True, False])
+def test_gelu_in_the_product_or_behind_it(monkeypatch: pytest.MonkeyPatch, fuses: bool, gelu: str) -> None:
+    monkeypatch.setattr(float32, "FUSES_GELU", fuses)
+    plain = model(gelu=gelu)
+    fast = vit.kernels.optimize(plain)
+    x = images(2, 3, 64, 64)
+    ran = operations(lambda: fast(x))
+    assert ("aten::gelu" in ran, ran.get("aten::gelu_", 0)) == (False, 0 if fuses else 3)
+    with torch.inference_mode():
+        assert difference(fast(x), plain(x)) <= FLOAT32
+        assert difference(fast.forward_features(x), plain.forward_features(x)) <= FLOAT32
+
+
 @pytest.mark.parametrize("relative", RELATIVES)
 @torch.inference_mode()
 def test_float32_gives_the_same(relative: str) -> None:

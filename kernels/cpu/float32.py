@@ -2,7 +2,7 @@
 
 oneDNN (https://uxlfoundation.github.io/oneDNN) multiplies fastest by weights in blocks that fit its registers. Eager
 PyTorch hands them over as rows, in every call; here they are brought into that layout once, GELU is applied to a
-product while it is still in registers, and LayerScale is a part of the weights.
+product while it is still in registers, where there are enough of them, and LayerScale is a part of the weights.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from vit.model import MLP, Block
 from ..optimized import frozen, is_hooked
 from .numbered import NumberedLayer
 
+# Within a product GELU shares its registers, of which AVX2 has 16: it takes two to three times as long as by itself.
+FUSES_GELU = torch.backends.cpu.get_cpu_capability() != "AVX2"
+
 
 def epilogue(gelu: str | None) -> tuple[str, list, str]:
     """How oneDNN's products are told to end in a GELU, approximated by "none" or "tanh", or in nothing."""
@@ -25,7 +28,7 @@ def epilogue(gelu: str | None) -> tuple[str, list, str]:
 
 
 class PackedLinear(NumberedLayer):
-    """x W^T + b, and a GELU where it is asked for, by oneDNN."""
+    """x W^T + b, and a GELU where it is asked for: in the product, or in place behind it, whichever is faster."""
 
     bias: Tensor
 
@@ -48,7 +51,8 @@ class PackedLinear(NumberedLayer):
 
     def compute(self, x: Tensor, residual: Tensor | None, dtype: torch.dtype, gelu: str | None) -> Tensor:
         """[..., K] -> [..., N]; float32, with no residual."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *epilogue(gelu))
+        out = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, *epilogue(gelu if FUSES_GELU else None))
+        return out if gelu is None or FUSES_GELU else torch.ops.aten.gelu_(out, approximate=gelu)
 
     def extra_repr(self) -> str:
         """For print(model)."""
@@ -56,7 +60,7 @@ class PackedLinear(NumberedLayer):
 
 
 class PackedMLP(MLP):
-    """`vit.model.MLP`, whose GELU is a part of fc1 unless somebody looks between them."""
+    """`vit.model.MLP`, whose GELU is fc1's affair unless somebody looks between them."""
 
     def forward(self, x: Tensor) -> Tensor:
         if type(self.act) is not nn.GELU or is_hooked((self.fc1, self.act)):
