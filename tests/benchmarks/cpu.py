@@ -1,7 +1,9 @@
 """ViT-S/16 on a CPU, ours against timm's on everybody's runtime, in float32 and in int8.
 
     pip install onnxruntime openvino nncf torchao
-    python tests/benchmarks/cpu.py
+    python tests/benchmarks/cpu.py --json cpu.json
+
+It takes hours, and can be interrupted: called again with the same file, it goes on after the last case that is in it.
 
 All have timm's random weights. Each contestant is a process of its own, since runtimes would share an allocator and
 threads otherwise; they take turns, and the table has ratios of medians. A runtime that is not installed, or that fails,
@@ -9,6 +11,7 @@ has its reason in the table. ResNet-50 and EfficientNet-B0 run beside them: what
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -16,7 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 Call = Callable[[Tensor], Tensor]
 REFERENCE = "timm"
 CALIBRATION = 32  # images
+LONG = 1.0  # seconds
 
 
 def timm_model(size: int, name: str = "vit_small_patch16_224") -> nn.Module:
@@ -232,22 +236,36 @@ def work(name: str, size: int, threads: int) -> None:
             print(json.dumps({"first": first, "seconds": seconds, "logits": logits[0].tolist()}), flush=True)
     except Exception as error:
         line = (str(error).splitlines() or [""])[0]
-        print(json.dumps({"error": f"{type(error).__name__}: {line[:120]}"}), flush=True)
+        print(json.dumps({"error": f"{type(error).__name__}: {line[:200]}"}), flush=True)
 
 
-def race(names: list[str], batches: list[int], size: int, threads: int, seconds: float) -> list[dict]:
-    """A row for each contestant and batch."""
-    rows = []
+def race(names: list[str], batches: list[int], size: int, threads: int, seconds: float) -> Iterator[list[dict]]:
+    """The rows of one batch after another, one for each contestant: its times, or why it has none."""
     workers: dict[str, Worker] = {}
     failed: dict[str, str] = {}
-    for name in tqdm(names, f"building, {size} px, {threads} threads", leave=False, disable=None):
-        try:
-            workers[name] = Worker(name, size, threads)
-        except RuntimeError as error:
-            failed[name] = str(error)
+    try:
+        title = f"building, {size} px, {threads} threads"
+        for name in tqdm(names if batches else (), title, leave=False, disable=None):
+            try:
+                workers[name] = Worker(name, size, threads)
+            except RuntimeError as error:
+                failed[name] = str(error)
+        for batch in batches:
+            found = measure(workers, failed, batch, seconds)
+            if REFERENCE in failed:
+                found, why = {}, f"{REFERENCE} failed, with which all are compared: {failed[REFERENCE]}"
+                failed |= dict.fromkeys(workers, why)
+            case = {"batch": batch, "size": size, "threads": threads}
+            yield [{"name": name} | case | outcome(name, batch, found, failed) for name in names]
+    finally:
+        for worker in workers.values():
+            worker.end()
 
-    def ask(name: str, batch: int, calls: int) -> dict | None:
-        """Its answer; None where it failed, and is out of the race."""
+
+def measure(workers: dict[str, Worker], failed: dict[str, str], batch: int, seconds: float) -> dict[str, dict]:
+    """What each contestant answers, which take turns. Those that fail go from `workers` to `failed`."""
+
+    def ask(name: str, calls: int) -> dict | None:
         try:
             return workers[name].run(batch, calls)
         except (RuntimeError, OSError) as error:
@@ -257,56 +275,64 @@ def race(names: list[str], batches: list[int], size: int, threads: int, seconds:
             worker.end()
             return None
 
-    for batch in batches if REFERENCE in workers else ():
-        first = {name: (workers[name].built, ask(name, batch, 1)) for name in list(workers)}
-        if REFERENCE not in workers:
-            break
-        found: dict[str, list[float]] = {name: [] for name in workers}
-        once = first[REFERENCE][1]["seconds"][0]
-        rounds = max(5, round(seconds / (3 * once)))
-        for i in tqdm(range(rounds), f"batch {batch}", leave=False, disable=None):
-            for name in list(workers) if i % 2 else list(reversed(workers)):
-                if answer := ask(name, batch, 2):
-                    found[name] += answer["seconds"]
-        if REFERENCE not in workers:
-            break
-        logits = {name: first[name][1]["logits"] for name in workers}
-        for name in workers:
-            entry = row(name, batch, size, threads, found[name], found[REFERENCE], logits)
-            rows.append(entry | {"ready": first[name][0] + first[name][1]["first"]})
-    for worker in workers.values():
-        worker.end()
-    if REFERENCE in failed:
-        print(f"{REFERENCE} failed, with which all others are compared: {failed[REFERENCE]}", file=sys.stderr)
-    return rows + [{"name": name, "size": size, "threads": threads, "failed": why} for name, why in failed.items()]
+    found = {}
+    for name in tqdm(list(workers), f"batch {batch}, first calls", leave=False, disable=None):
+        if answer := ask(name, 1):
+            found[name] = answer | {"seconds": [], "built": workers[name].built, "once": answer["seconds"][0]}
+    if REFERENCE not in found:
+        return {}
+    once = found[REFERENCE]["once"]
+    calls = 2 if once < LONG else 0  # after one that fills the caches again, which a long one does not notice
+    rounds = max(3, round(seconds / ((1 + calls) * once)))
+    for i in tqdm(range(rounds), f"batch {batch}", leave=False, disable=None):
+        for name in list(workers) if i % 2 else list(reversed(workers)):
+            if answer := ask(name, calls):
+                found[name]["seconds"] += answer["seconds"] or [answer["first"]]
+    return found
 
 
-def row(name: str, batch: int, size: int, threads: int, seconds: list[float], base: list[float], logits: dict) -> dict:
+def outcome(name: str, batch: int, found: dict[str, dict], failed: dict[str, str]) -> dict:
     """What is told of a contestant: times per image, how often it is as fast as timm, how alike its logits are."""
-    low, median, high = (1e3 * value / batch for value in statistics.quantiles(seconds, n=4))
-    one, other = torch.tensor(logits[name]), torch.tensor(logits[REFERENCE])
+    if name in failed:
+        return {"failed": failed[name]}
+    own, base = found[name], found[REFERENCE]
+    low, median, high = (1e3 * value / batch for value in statistics.quantiles(own["seconds"], n=4))
+    one, other = torch.tensor(own["logits"]), torch.tensor(base["logits"])
     alike = len(one) == len(other) and not name.startswith(("ResNet", "EfficientNet"))
     return {
-        "name": name, "batch": batch, "size": size, "threads": threads, "ms": median, "low": low, "high": high,
-        "ratio": statistics.median(base) * 1e3 / batch / median, "calls": len(seconds),
+        "ms": median, "low": low, "high": high, "calls": len(own["seconds"]),
+        "ratio": statistics.median(base["seconds"]) * 1e3 / batch / median,
         "difference": ((one - other).norm() / other.norm()).item() if alike else None,
+        "ready": own["built"] + own["first"],
     }  # fmt: skip
 
 
 def show(rows: list[dict]) -> None:
-    """A table for each size, number of threads and batch."""
-    for size, threads, batch in dict.fromkeys((r["size"], r["threads"], r["batch"]) for r in rows if "ms" in r):
-        print(f"\n{size} px, {threads} thread(s), batch {batch}")
-        print("| | ms per image | quartiles | times as fast as timm | error of the logits | s until its first answer |")
-        print("|---|---|---|---|---|---|")
-        for r in rows:
-            if "ms" in r and (r["size"], r["threads"], r["batch"]) == (size, threads, batch):
-                error = "" if r["difference"] is None else f"{r['difference']:.1e}"
-                ends = f"{r['low']:.1f}-{r['high']:.1f}"
-                print(f"| {r['name']} | {r['ms']:.1f} | {ends} | {r['ratio']:.2f} | {error} | {r['ready']:.0f} |")
+    """The table of one case."""
+    print(f"\n{rows[0]['size']} px, {rows[0]['threads']} thread(s), batch {rows[0]['batch']}")
+    print("| | ms per image | quartiles | times as fast as timm | error of the logits | s until its first answer |")
+    print("|---|---|---|---|---|---|")
     for r in rows:
         if "failed" in r:
-            print(f"{r['name']}, {r['size']} px, {r['threads']} thread(s): failed: {r['failed']}", flush=True)
+            print(f"| {r['name']} | {r['failed']} | | | | |")
+            continue
+        error = "" if r["difference"] is None else f"{r['difference']:.1e}"
+        ends = f"{r['low']:.1f}-{r['high']:.1f}"
+        print(f"| {r['name']} | {r['ms']:.1f} | {ends} | {r['ratio']:.2f} | {error} | {r['ready']:.0f} |")
+    sys.stdout.flush()
+
+
+def kept(path: Path | None, where: dict, names: list[str]) -> dict[tuple, list[dict]]:
+    """What an earlier run wrote there, by size, threads and batch: it need not be measured again."""
+    if path is None or not path.exists():
+        return {}
+    content = json.loads(path.read_text())
+    if content["environment"] != where or {r["name"] for r in content["rows"]} != set(names):
+        sys.exit(f"{path} has other contestants, or figures of {content['environment']}: write to another file")
+    done: dict[tuple, list[dict]] = {}
+    for r in content["rows"]:
+        done.setdefault((r["size"], r["threads"], r["batch"]), []).append(r)
+    return done
 
 
 def main() -> None:
@@ -318,7 +344,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=10, help="for each contestant and case; default: %(default)s")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="written after each case; what is there is not measured again")
     args = parser.parse_args()
     if args.worker:
         return work(args.worker, args.img_size[0], args.threads[0])
@@ -327,13 +353,16 @@ def main() -> None:
     names = list(dict.fromkeys([REFERENCE, *args.only]))
     where = environment() | {"versions": versions()}
     print(where)
-    rows = []
-    for size in args.img_size:
-        for threads in args.threads:
-            found = race(names, args.batch, size, threads, args.seconds)
-            show(found)
-            rows += found
-            write_json(args.json, {"environment": where, "rows": rows})  # so far, should it be interrupted
+    done = kept(args.json, where, names)
+    for size, threads in itertools.product(args.img_size, args.threads):
+        left = [batch for batch in args.batch if (size, threads, batch) not in done]
+        for batch in args.batch:
+            if batch not in left:
+                show(done[size, threads, batch])
+        for batch, rows in zip(left, race(names, left, size, threads, args.seconds)):
+            done[size, threads, batch] = rows
+            show(rows)
+            write_json(args.json, {"environment": where, "rows": list(itertools.chain(*done.values()))})
     return None
 
 
