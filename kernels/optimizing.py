@@ -53,7 +53,7 @@ def optimize(
 
     Raises:
         ValueError: a model that is optimized already, trains, or is elsewhere or in another dtype; an unknown dtype
-            or mode, or a dtype that this machine cannot compute in; images for float32, too few, with NaN, or constant.
+            or mode, or a dtype that this machine cannot run; images for float32, too few, with NaN, or constant.
     """
     check_mode(mode)
     check(model, dtype)
@@ -129,14 +129,17 @@ def check(model: object, dtype: str) -> None:
     if torch.is_autocast_enabled(device):
         raise ValueError("autocast would round what the optimized model is made of: leave it first")
     for name, parameter in model.named_parameters():
-        if parameter.device.type != device or parameter.dtype != torch.float32:
-            found = f"{parameter.dtype} on {parameter.device}"
-            raise ValueError(f"{dtype} is for a model in torch.float32 on {device}, and {name} is {found}")
+        if parameter.device.type != device:
+            raise ValueError(f"{dtype} is for a model on {device}, and this one's {name} is on {parameter.device}")
+        if parameter.dtype != torch.float32:
+            raise ValueError(
+                f"{dtype} is made from a model in torch.float32, and this one's {name} is {parameter.dtype}"
+            )
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name} has values that are not finite")
     check_parts(model)
     if reason := missing(dtype, model.class_token.device):
-        raise ValueError(f"this machine cannot compute in {dtype} so: {reason}")
+        raise ValueError(f"this machine cannot run {dtype}: {reason}")
     if dtype == "int8" and model.config.mlp_dim < 2:
         raise ValueError("int8 is for models whose mlp_dim is at least 2, not 1: its channels are parted")
     widths = {"embed_dim": model.config.embed_dim, "mlp_dim": model.config.mlp_dim}
@@ -174,7 +177,8 @@ def check_part(name: str, module: nn.Module, expected: nn.Module | None) -> None
     """ValueError for a module that is not as it was made: another kind, a method or a setting of its own, a buffer."""
     if type(module) is not type(expected):
         wanted = "none" if expected is None else type(expected).__name__
-        raise ValueError(f"{name} is {type(module).__name__}, expected {wanted}")
+        cure = ": make a new head by model.reset_classifier" if name.startswith("head") else ""
+        raise ValueError(f"{name} is {type(module).__name__}, expected {wanted}{cure}")
     for key, value in vars(module).items():
         method = getattr(type(module), key, None)
         if callable(method) and getattr(value, "__func__", None) is not method:
@@ -188,4 +192,5 @@ def check_part(name: str, module: nn.Module, expected: nn.Module | None) -> None
         simple = isinstance(value, (int, float, str, tuple)) and key[0] != "_" and key != "training"
         if (simple and found != value) or (key in ("scale1", "scale2") and found is not None):
             text = "a tensor" if isinstance(found, Tensor) else repr(found)
-            raise ValueError(f"{name}.{key} is {text}, expected {value!r}, as the config says")
+            cure = ": make a new head by model.reset_classifier" if name.startswith("head") else ""
+            raise ValueError(f"{name}.{key} is {text}, expected {value!r}, as the config says{cure}")

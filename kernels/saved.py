@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from vit.attention import registered
@@ -63,7 +63,8 @@ def save(model: OptimizedViT, path: str | Path) -> Path:
     check_described(model, header)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        save_file(tensors, temporary, {_HEADER: json.dumps(header | {"sha256": sha256(tensors, header)})})
+        metadata = {_HEADER: json.dumps(header | {"sha256": sha256(tensors, header)})}
+        temporary.write_bytes(to_bytes(tensors, metadata))  # `save_file` gives what only its owner may read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -109,7 +110,7 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> 
         raise ValueError(f"the header names {attention!r} as attention, expected {depth} names")
     device = torch.device(machine(header["dtype"]))
     if reason := missing(header["dtype"], device):
-        raise ValueError(f"this machine cannot compute in {header['dtype']} so: {reason}")
+        raise ValueError(f"this machine cannot run {header['dtype']}: {reason}")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{name} has values that are not finite")

@@ -176,9 +176,9 @@ def test_what_cannot_be_optimized_here_is_refused_by_itself(capsys, monkeypatch)
     assert main([*command, "int8,none", "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [(row["optimize"], "ms" in row) for row in rows] == [(None, True), ("int8", False)]
-    assert "this machine cannot compute in int8 so: its processor lacks VNNI" in rows[1]["refused"]
+    assert "this machine cannot run int8: its processor lacks VNNI" in rows[1]["refused"]
     assert main([*command, "int8"]) == 2
-    assert "this machine cannot compute in int8 so: its processor lacks VNNI" in capsys.readouterr().err
+    assert "this machine cannot run int8: its processor lacks VNNI" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_raced_with_its_own_attention(capsys, tmp_path):

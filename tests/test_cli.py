@@ -253,6 +253,16 @@ def test_without_a_network_the_default_model_says_how_to_go_on(folder, tmp_path)
         assert part in result.stderr
 
 
+def test_a_warning_is_one_line_in_the_name_of_the_command(folder, tmp_path):
+    model = vit.load_pretrained(DIGITS)
+    state = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save(state | {"decoder.weight": torch.ones(2)}, tmp_path / "detector.pt")
+    image, heads = next(folder.glob("*.png")), f"--set=num_heads={model.config.num_heads}"
+    result = run("predict", image, "--model", tmp_path / "detector.pt", "--prefix", "backbone.", heads)
+    assert "vit predict: warning: left behind: decoder (1)" in result.stderr.splitlines(), result.stderr
+    assert ".py" not in result.stderr
+
+
 def test_inspect(tmp_path, imagenet_file, call):
     shown = call("inspect", imagenet_file).stdout
     for part in ("blocks.0.attn.qkv.weight", "1152x384", "layout", "timm", "num_heads = 6", "crop_pct = 0.9", "sha256"):

@@ -434,14 +434,14 @@ def test_models_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @interpreter_only
 def test_bfloat16_is_refused_in_the_interpreter() -> None:
-    with pytest.raises(ValueError, match="cannot compute in bfloat16 so: .*Triton's interpreter"):
+    with pytest.raises(ValueError, match="cannot run bfloat16: .*Triton's interpreter"):
         vit.kernels.optimize(model(), "bfloat16")
 
 
 @interpreter_only
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vit.kernels.attention.flash, "installed", lambda: False)
-    with pytest.raises(ValueError, match="bfloat16 is for a model in torch.float32 on cuda, and class_token is"):
+    with pytest.raises(ValueError, match="bfloat16 is for a model on cuda, and this one's class_token is on cpu"):
         vit.kernels.optimize(model(), "bfloat16")
 
 

@@ -340,7 +340,7 @@ def test_channels_that_cannot_be_parted_are_refused() -> None:
 
 def test_a_processor_without_vnni_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    with pytest.raises(ValueError, match=r"cannot compute in int8 so: its processor lacks VNNI.*use float32 instead"):
+    with pytest.raises(ValueError, match=r"cannot run int8: its processor lacks VNNI.*use float32 instead"):
         vit.kernels.optimize(model(), "int8")
 
 

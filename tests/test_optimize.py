@@ -318,6 +318,10 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         assert getattr(loaded, part) == getattr(fast, part)
     assert [attend.name for attend in loaded.attends] == ["sdpa", "reference", "sdpa"]
     assert list(tmp_path.iterdir()) == [file]
+    other = tmp_path / "other"
+    other.touch()
+    assert file.stat().st_mode == other.stat().st_mode
+    other.unlink()
     for categories in (["one"], list(range(10)), dict.fromkeys("abcdefghij")):
         fast.categories = categories
         with pytest.raises(ValueError, match="categories must be 10 texts or none"):
@@ -468,8 +472,8 @@ def nan(plain: vit.ViT) -> vit.ViT:
         (lambda: nn.Linear(2, 2), r"expected a vit\.ViT, not Linear"),
         (lambda: vit.kernels.optimize(model()), "optimized already, to float32"),
         (lambda: model().train(), r"in training mode.*call model\.eval\(\)"),
-        (lambda: model().half(), r"for a model in torch\.float32 on cpu, and class_token is torch\.float16"),
-        (lambda: model().to("meta"), "class_token is torch.float32 on meta"),
+        (lambda: model().half(), r"made from a model in torch\.float32, and this one's class_token is torch\.float16"),
+        (lambda: model().to("meta"), "for a model on cpu, and this one's class_token is on meta"),
         (lambda: with_relu(model()), r"blocks\.0\.mlp\.act is ReLU, expected GELU"),
         (lambda: with_eps(model()), r"blocks\.2\.norm1\.eps is 1e-05, expected 1e-06, as the config says"),
         (lambda: with_heads(model()), r"blocks\.1\.attention\.num_heads is 4, expected 2"),
@@ -513,7 +517,7 @@ def test_other_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.autocast("cpu"), pytest.raises(ValueError, match="autocast would round what .* leave it first"):
         vit.kernels.optimize(model())
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="cannot compute in float32 so: PyTorch was built without oneDNN"):
+    with pytest.raises(ValueError, match="cannot run float32: PyTorch was built without oneDNN"):
         vit.kernels.optimize(model())
 
 

@@ -38,7 +38,8 @@ def add_parser(commands: Any) -> None:
         "bench",
         help="measure speed and memory on this machine",
         description="Time forward passes on this machine. Lists are separated by commas, and all combinations run, in "
-        "turn, so that other work on the machine meets all alike.",
+        "turn, so that other work on the machine meets all alike. Peak MiB are what a call takes beyond the model and "
+        "its images.",
     )
     parser.add_argument(
         "--model", default=MODEL, metavar="NAME_OR_PATH",
@@ -51,7 +52,12 @@ def add_parser(commands: Any) -> None:
     several("--img-size", type=listed(side), default=[None], help="224,384x160 (height x width); default: the model's")
     several("--dtype", type=listed(dtype), default=["float32"], help="float32,bfloat16,float16; default: float32")
     several("--attention", type=listed(str), help="registered names; default: sdpa, or what --optimize takes")
-    several("--threads", type=listed(processors), default=[torch.get_num_threads()], help="default: %(default)s")
+    several(
+        "--threads",
+        type=listed(processors),
+        default=[torch.get_num_threads()],
+        help=f"default: {torch.get_num_threads()}",
+    )
     several(
         "--optimize", type=listed(optimization), default=[None],
         help="none (as it is),float32,int8 on a CPU; none,bfloat16,float16 on an NVIDIA GPU; default: none",

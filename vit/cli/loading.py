@@ -73,7 +73,7 @@ def check_machine(dtype: str) -> None:
     from vit.kernels.optimizing import machine, missing
 
     if reason := missing(dtype, torch.device(machine(dtype))):
-        raise ValueError(f"this machine cannot compute in {dtype} so: {reason}")
+        raise ValueError(f"this machine cannot run {dtype}: {reason}")
 
 
 def is_optimized_file(name: str) -> bool:
