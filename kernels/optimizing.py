@@ -175,9 +175,9 @@ def check_parts(model: ViT) -> None:
 
 def check_part(name: str, module: nn.Module, expected: nn.Module | None) -> None:
     """ValueError for a module that is not as it was made: another kind, a method or a setting of its own, a buffer."""
+    cure = ": use model.reset_classifier, and copy the weights" if name == "head" else ""
     if type(module) is not type(expected):
         wanted = "none" if expected is None else type(expected).__name__
-        cure = ": make a new head by model.reset_classifier" if name.startswith("head") else ""
         raise ValueError(f"{name} is {type(module).__name__}, expected {wanted}{cure}")
     for key, value in vars(module).items():
         method = getattr(type(module), key, None)
@@ -192,5 +192,4 @@ def check_part(name: str, module: nn.Module, expected: nn.Module | None) -> None
         simple = isinstance(value, (int, float, str, tuple)) and key[0] != "_" and key != "training"
         if (simple and found != value) or (key in ("scale1", "scale2") and found is not None):
             text = "a tensor" if isinstance(found, Tensor) else repr(found)
-            cure = ": make a new head by model.reset_classifier" if name.startswith("head") else ""
             raise ValueError(f"{name}.{key} is {text}, expected {value!r}, as the config says{cure}")

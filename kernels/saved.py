@@ -64,7 +64,7 @@ def save(model: OptimizedViT, path: str | Path) -> Path:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         metadata = {_HEADER: json.dumps(header | {"sha256": sha256(tensors, header)})}
-        temporary.write_bytes(to_bytes(tensors, metadata))  # `save_file` gives what only its owner may read
+        temporary.write_bytes(to_bytes(tensors, metadata))  # which others may read, unlike what `save_file` makes
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from helpers import randomize
 from PIL import Image
 
 import vit
-from vit.cli import main, options
+from vit.cli import main, one_line_warnings, options
 from vit.cli.attention import draw
 from vit.cli.predict import batches, decode
 from vit.image import ImageError, create_transform, load_image
@@ -261,6 +262,16 @@ def test_a_warning_is_one_line_in_the_name_of_the_command(folder, tmp_path):
     result = run("predict", image, "--model", tmp_path / "detector.pt", "--prefix", "backbone.", heads)
     assert "vit predict: warning: left behind: decoder (1)" in result.stderr.splitlines(), result.stderr
     assert ".py" not in result.stderr
+
+
+def test_warnings_of_other_kinds_stay_as_they_are():
+    before, place = warnings.formatwarning, ("a.py", 3)
+    with one_line_warnings("predict"):
+        assert (
+            warnings.formatwarning("two\nlines", UserWarning, *place, line=None) == "vit predict: warning: two lines\n"
+        )
+        assert warnings.formatwarning("old", FutureWarning, *place) == before("old", FutureWarning, *place)
+    assert warnings.formatwarning is before
 
 
 def test_inspect(tmp_path, imagenet_file, call):

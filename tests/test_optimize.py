@@ -437,6 +437,11 @@ def with_stride(plain: vit.ViT) -> vit.ViT:
     return plain
 
 
+def with_head(plain: vit.ViT, head: nn.Module) -> vit.ViT:
+    plain.head = head
+    return plain
+
+
 def with_module(plain: vit.ViT) -> vit.ViT:
     plain.blocks[1].attention.attend = nn.Identity()
     return plain
@@ -474,6 +479,11 @@ def nan(plain: vit.ViT) -> vit.ViT:
         (lambda: model().train(), r"in training mode.*call model\.eval\(\)"),
         (lambda: model().half(), r"made from a model in torch\.float32, and this one's class_token is torch\.float16"),
         (lambda: model().to("meta"), "for a model on cpu, and this one's class_token is on meta"),
+        (
+            lambda: with_head(model(), nn.Linear(64, 3)),
+            r"head\.out_features is 3.*use model\.reset_classifier",
+        ),
+        (lambda: with_head(model(), nn.Identity()), "head is Identity, expected Linear: use model.reset_classifier"),
         (lambda: with_relu(model()), r"blocks\.0\.mlp\.act is ReLU, expected GELU"),
         (lambda: with_eps(model()), r"blocks\.2\.norm1\.eps is 1e-05, expected 1e-06, as the config says"),
         (lambda: with_heads(model()), r"blocks\.1\.attention\.num_heads is 4, expected 2"),

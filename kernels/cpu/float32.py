@@ -2,7 +2,7 @@
 
 oneDNN (https://uxlfoundation.github.io/oneDNN) multiplies fastest by weights in blocks that fit its registers. Eager
 PyTorch hands them over as rows, in every call; here they are brought into that layout once, GELU is applied to a
-product while it is still in registers, where there are enough of them, and LayerScale is a part of the weights.
+product while it is still in registers, where there are enough registers, and LayerScale is a part of the weights.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from vit.model import MLP, Block
 from ..optimized import frozen, is_hooked
 from .numbered import NumberedLayer
 
-# Within a product GELU shares its registers, of which AVX2 has 16: it takes two to three times as long as by itself.
-FUSES_GELU = torch.backends.cpu.get_cpu_capability() != "AVX2"
+# Within a product GELU shares its registers, of which AVX2 has 16: there it takes two to three times as long as behind.
+FUSES_GELU = torch.cpu._is_avx512_supported() or not torch.cpu._is_avx2_supported()
 
 
 def epilogue(gelu: str | None) -> tuple[str, list, str]:
@@ -28,7 +28,7 @@ def epilogue(gelu: str | None) -> tuple[str, list, str]:
 
 
 class PackedLinear(NumberedLayer):
-    """x W^T + b, and a GELU where it is asked for: in the product, or in place behind it, whichever is faster."""
+    """x W^T + b, and a GELU where it is asked for: in the product, or on AVX2 in place behind it."""
 
     bias: Tensor
 
@@ -60,7 +60,7 @@ class PackedLinear(NumberedLayer):
 
 
 class PackedMLP(MLP):
-    """`vit.model.MLP`, whose GELU is fc1's affair unless somebody looks between them."""
+    """`vit.model.MLP`, whose GELU is applied by fc1 unless somebody looks between them."""
 
     def forward(self, x: Tensor) -> Tensor:
         if type(self.act) is not nn.GELU or is_hooked((self.fc1, self.act)):

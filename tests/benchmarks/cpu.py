@@ -3,7 +3,8 @@
     pip install onnxruntime openvino nncf torchao
     python tests/benchmarks/cpu.py --json cpu.json
 
-It takes hours, and can be interrupted: called again with the same file, it goes on after the last case that is in it.
+It takes hours, and can be interrupted: called again with the same file, it goes on after the last case that is in it
+(what failed there is not tried again).
 
 All have timm's random weights. Each contestant is a process of its own, since runtimes would share an allocator and
 threads otherwise; they take turns, and the table has ratios of medians. A runtime that is not installed, or that fails,
@@ -11,6 +12,7 @@ has its reason in the table. ResNet-50 and EfficientNet-B0 run beside them: what
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import statistics
@@ -32,6 +34,7 @@ Call = Callable[[Tensor], Tensor]
 REFERENCE = "timm"
 CALIBRATION = 32  # images
 LONG = 1.0  # seconds
+SLOW = 5  # times timm's time
 
 
 def timm_model(size: int, name: str = "vit_small_patch16_224") -> nn.Module:
@@ -191,7 +194,11 @@ class Worker:
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
-        self.built = self.answer()["built"]  # seconds
+        try:
+            self.built = self.answer()["built"]  # seconds
+        except BaseException:
+            self.end()
+            raise
 
     def answer(self) -> dict:
         """What it says next; RuntimeError where that is a failure."""
@@ -250,11 +257,9 @@ def race(names: list[str], batches: list[int], size: int, threads: int, seconds:
                 workers[name] = Worker(name, size, threads)
             except RuntimeError as error:
                 failed[name] = str(error)
+            check_reference(failed)
         for batch in batches:
             found = measure(workers, failed, batch, seconds)
-            if REFERENCE in failed:
-                found, why = {}, f"{REFERENCE} failed, with which all are compared: {failed[REFERENCE]}"
-                failed |= dict.fromkeys(workers, why)
             case = {"batch": batch, "size": size, "threads": threads}
             yield [{"name": name} | case | outcome(name, batch, found, failed) for name in names]
     finally:
@@ -263,32 +268,41 @@ def race(names: list[str], batches: list[int], size: int, threads: int, seconds:
 
 
 def measure(workers: dict[str, Worker], failed: dict[str, str], batch: int, seconds: float) -> dict[str, dict]:
-    """What each contestant answers, which take turns. Those that fail go from `workers` to `failed`."""
+    """What each contestant answers, which take turns. Those that fail, or are slow, go from `workers` to `failed`."""
 
     def ask(name: str, calls: int) -> dict | None:
         try:
             return workers[name].run(batch, calls)
         except (RuntimeError, OSError) as error:
-            worker = workers.pop(name)
-            why = f"ended with {worker.process.wait()}" if isinstance(error, OSError) else error
-            failed[name] = f"batch {batch}: {why}"
-            worker.end()
+            leave(name, f"ended with {workers[name].process.wait()}" if isinstance(error, OSError) else str(error))
+            check_reference(failed)
             return None
 
-    found = {}
+    def leave(name: str, why: str) -> None:
+        workers.pop(name).end()
+        failed[name] = f"batch {batch}: {why}"
+
+    found: dict[str, dict] = {}
     for name in tqdm(list(workers), f"batch {batch}, first calls", leave=False, disable=None):
         if answer := ask(name, 1):
-            found[name] = answer | {"seconds": [], "built": workers[name].built, "once": answer["seconds"][0]}
-    if REFERENCE not in found:
-        return {}
+            once = answer["seconds"][0]
+            found[name] = answer | {"seconds": [], "built": workers[name].built, "once": once}
+            if once > SLOW * found[REFERENCE]["once"]:
+                leave(name, f"{1e3 * once / batch:.0f} ms per image, more than {SLOW} times timm's time: left out")
     once = found[REFERENCE]["once"]
-    calls = 2 if once < LONG else 0  # after one that fills the caches again, which a long one does not notice
-    rounds = max(3, round(seconds / ((1 + calls) * once)))
+    rounds = max(3, round(seconds / (once * (3 if once < LONG else 1))))
     for i in tqdm(range(rounds), f"batch {batch}", leave=False, disable=None):
         for name in list(workers) if i % 2 else list(reversed(workers)):
-            if answer := ask(name, calls):
+            # Two calls, after one that fills the caches again, which a long one does not notice.
+            if answer := ask(name, 2 if found[name]["once"] < LONG else 0):
                 found[name]["seconds"] += answer["seconds"] or [answer["first"]]
     return found
+
+
+def check_reference(failed: dict[str, str]) -> None:
+    """End where there is nothing to compare with."""
+    if REFERENCE in failed:
+        sys.exit(f"{REFERENCE} failed, with which all others are compared: {failed[REFERENCE]}")
 
 
 def outcome(name: str, batch: int, found: dict[str, dict], failed: dict[str, str]) -> dict:
@@ -310,14 +324,17 @@ def outcome(name: str, batch: int, found: dict[str, dict], failed: dict[str, str
 def show(rows: list[dict]) -> None:
     """The table of one case."""
     print(f"\n{rows[0]['size']} px, {rows[0]['threads']} thread(s), batch {rows[0]['batch']}")
-    print("| | ms per image | quartiles | times as fast as timm | error of the logits | s until its first answer |")
+    print(
+        "| | ms per image | quartiles, of calls | times as fast as timm | error of the logits"
+        " | s until its first answer |"
+    )
     print("|---|---|---|---|---|---|")
     for r in rows:
         if "failed" in r:
             print(f"| {r['name']} | {r['failed']} | | | | |")
             continue
         error = "" if r["difference"] is None else f"{r['difference']:.1e}"
-        ends = f"{r['low']:.1f}-{r['high']:.1f}"
+        ends = f"{r['low']:.1f}-{r['high']:.1f}, {r['calls']}"
         print(f"| {r['name']} | {r['ms']:.1f} | {ends} | {r['ratio']:.2f} | {error} | {r['ready']:.0f} |")
     sys.stdout.flush()
 
@@ -326,9 +343,13 @@ def kept(path: Path | None, where: dict, names: list[str]) -> dict[tuple, list[d
     """What an earlier run wrote there, by size, threads and batch: it need not be measured again."""
     if path is None or not path.exists():
         return {}
-    content = json.loads(path.read_text())
-    if content["environment"] != where or {r["name"] for r in content["rows"]} != set(names):
-        sys.exit(f"{path} has other contestants, or figures of {content['environment']}: write to another file")
+    try:
+        content = json.loads(path.read_text())
+        same = content["environment"] == where and {r["name"] for r in content["rows"]} == set(names)
+    except (ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        sys.exit(f"{path} was not written by this code, here, with these options: write to another file")
     done: dict[tuple, list[dict]] = {}
     for r in content["rows"]:
         done.setdefault((r["size"], r["threads"], r["batch"]), []).append(r)
@@ -351,7 +372,7 @@ def main() -> None:
     from harness import environment, write_json
 
     names = list(dict.fromkeys([REFERENCE, *args.only]))
-    where = environment() | {"versions": versions()}
+    where = environment() | {"versions": versions(), "code": code(), "seconds": args.seconds}
     print(where)
     done = kept(args.json, where, names)
     for size, threads in itertools.product(args.img_size, args.threads):
@@ -359,11 +380,20 @@ def main() -> None:
         for batch in args.batch:
             if batch not in left:
                 show(done[size, threads, batch])
-        for batch, rows in zip(left, race(names, left, size, threads, args.seconds)):
+        for batch, rows in zip(left, race(names, left, size, threads, args.seconds), strict=True):
             done[size, threads, batch] = rows
             show(rows)
             write_json(args.json, {"environment": where, "rows": list(itertools.chain(*done.values()))})
     return None
+
+
+def code() -> str:
+    """A hash of this package's sources."""
+    import vit
+
+    roots = [Path(package.__file__).parent for package in (vit, vit.kernels, vit.weights)]
+    files = sorted({file for root in roots for file in root.rglob("*.py")})
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def versions() -> dict[str, str]:

@@ -57,6 +57,8 @@ def environment() -> dict:
 
 
 def write_json(path: Path | None, content: object) -> None:
-    """Write the figures, where a path was asked for."""
+    """Write the figures, where a path was asked for: all of them, or what was there stays."""
     if path is not None:
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        temporary = path.with_name(f".{path.name}.new")
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.replace(path)

@@ -40,9 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def one_line_warnings(command: str) -> Iterator[None]:
-    """Warnings in the command's name, without the line of code that they come from."""
+    """Plain warnings, as this package's are, in the command's name and without the line that they come from."""
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_: f"vit {command}: warning: {message}\n"
+
+    def one_line(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
+        if category is not UserWarning:  # other packages' own
+            return before(message, category, *place, **line)
+        return f"vit {command}: warning: {' '.join(str(message).split())}\n"
+
+    warnings.formatwarning = one_line
     try:
         yield
     finally:
