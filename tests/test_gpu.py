@@ -413,7 +413,7 @@ def test_models_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for call, text in [
         (lambda: vit.kernels.optimize(model(), NAMES[0], images=x), "images are to calibrate int8 on"),
         (lambda: vit.kernels.optimize(fast, NAMES[0]), "optimized already, to"),
-        (lambda: vit.kernels.optimize(model().half(), NAMES[0]), "for a model in torch.float32 on"),
+        (lambda: vit.kernels.optimize(model().half(), NAMES[0]), "made from a model in torch.float32, and this one"),
         (lambda: vit.kernels.optimize(model(embed_dim=100, num_heads=2), NAMES[0]), "multiple of 8 for|multiple of 8"),
         (
             lambda: vit.kernels.optimize(model(mlp_ratio=2.5, embed_dim=72), NAMES[0]),
