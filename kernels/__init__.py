@@ -8,9 +8,9 @@ if __name__ == "vit.kernels":  # transformers asks for a package `kernels`, and 
     from vit.attention import register_attention
 
     from .attention.backends import BACKENDS, available, explain
-    from .optimized import OptimizedViT
-    from .optimizing import optimize
-    from .saved import load, save
+    from .base import OptimizedViT
+    from .files import load, save
+    from .optimize import optimize
 
     __all__ = ["OptimizedViT", "available", "explain", "load", "optimize", "save"]
 

@@ -15,10 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before our Triton kernels are first used
 
 from helpers import randomize
-from hub_server import HubServer
-
-DEFAULT = "vit_small_patch16_224.augreg_in21k_ft_in1k"
-COMMIT = "1b" * 20
+from hub_server import COMMIT, DEFAULT, HubServer
 
 
 @pytest.fixture(scope="session")

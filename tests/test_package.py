@@ -111,3 +111,10 @@ def test_arrows_run_one_way():
         assert "vit.weights" not in file.read_text()
     for file in (ROOT / "weights").rglob("*.py"):
         assert not re.findall(r"(?:import|from) vit\.kernels|import_module", file.read_text()), file
+
+
+def test_the_package_is_imported_and_not_the_folder_of_its_tests():
+    """With tests/ on sys.path, tests/vit would be found as `vit`."""
+    import vit
+
+    assert Path(vit.__file__).parents[1].name != "tests"

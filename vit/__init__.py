@@ -8,13 +8,14 @@ logits = model(transform(image)[None])
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .activations import patch, record
 from .attention import attention_names, register_attention
-from .config import ViTConfig, list_models
+from .config import ViTConfig
 from .image import create_transform, load_image
-from .inside import patch, record
 from .maps import attention_maps
 from .metadata import Preprocessing, Provenance
-from .model import ViT, create_model
+from .model import ViT
+from .presets import create_model, list_models
 from .pyramid import FeaturePyramid
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ Letters for shapes, here and everywhere:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -22,11 +21,11 @@ from . import packed
 from .attend import Attend, Grid, choose
 from .attention import AttentionFactory, AttentionFunction, get_attention, name_of
 from .checks import as_numbers, warn
-from .config import ViTConfig, named_model
+from .config import ViTConfig
+from .inputs import complete_patches
 from .metadata import Preprocessing, Provenance
 from .packed import BUDGET
 from .position import resample_position_embedding
-from .ragged import complete_patches
 
 
 class PatchEmbed(nn.Module):
@@ -164,7 +163,7 @@ class ViT(nn.Module):
 
         Args:
             images: [B, in_chans, H, W], floating, normalised as `preprocessing` says; H and W any multiples of p.
-            ragged: what becomes of other sides: "error", "resize", "crop" or "pad", see `vit.ragged`.
+            ragged: what becomes of other sides: "error", "resize", "crop" or "pad", see `vit.inputs`.
 
         Returns:
             [B, num_classes] logits, or [B, D] features where there is no head.
@@ -425,21 +424,3 @@ def init_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
-
-
-def create_model(name: str, **overrides: Any) -> ViT:
-    """A model by name, with random weights and in training mode.
-
-    Args:
-        name: one of `list_models()`.
-        overrides: fields of `ViTConfig` to set otherwise: num_classes=10, in_chans=1, img_size=(256, 160) ...
-
-    Raises:
-        ValueError: an unknown name or field (the nearest known one is named), or values that contradict each other.
-    """
-    named = named_model(name)
-    model = ViT(named.config.override(**overrides))
-    model.preprocessing = named.preprocessing.with_channels(model.config.in_chans)
-    if "img_size" in overrides:
-        model.preprocessing = replace(model.preprocessing, size=model.config.img_size)
-    return model

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import require_int, unknown
+from .inputs import POLICIES
 from .model import ViT
-from .ragged import POLICIES
 
 
 class FeaturePyramid(nn.Module):

@@ -1,11 +1,9 @@
-"""A file's contents, its hash, and files that are replaced whole or not at all."""
+"""A checkpoint file's contents and its hash."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -135,26 +133,3 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, expected an object")
     return content
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-class replacing:
-    """A temporary path beside `path` that takes its name when the block ends well and is removed when it does not."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = Path(os.path.realpath(path))  # a link stays, what it leads to is replaced
-        self.temporary = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                os.replace(self.temporary, self.path)
-        finally:
-            self.temporary.unlink(missing_ok=True)

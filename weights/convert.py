@@ -18,7 +18,7 @@ from .description import assumed
 from .detect import Place, explain, locate, whole_prefix
 from .keymap import SAME, Entry, Layout, sort_keys, split_number
 from .layouts import get_layout
-from .layouts.own import VIT, key_of_attention
+from .layouts.vit import VIT, key_of_attention
 from .shapes import SHAPE_SOURCES, Claims, config_from_shapes, required_names
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vit.config import NAMED_MODELS
+from vit.presets import NAMED_MODELS
 
 from .checkpoint import CheckpointError, joint_sha256, read_json
 

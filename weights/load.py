@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from vit.checks import require_int, unknown, whole_patches
-from vit.config import NAMED_MODELS, ViTConfig, list_models
+from vit.config import ViTConfig
 from vit.metadata import Provenance
 from vit.model import ViT
+from vit.presets import NAMED_MODELS, list_models
 from vit.resources import bundled_checkpoint, imagenet_categories
 
 from .attention import restore_attention
@@ -25,7 +26,7 @@ from .convert import Ours, skeleton, to_ours
 from .description import IMAGENET, Attributes, Description
 from .formats import read_checkpoint
 from .hub import FILE_SUFFIXES, download, parse_name
-from .layouts import own, timm_config, transformers_config
+from .layouts import timm_config, transformers_config, vit
 from .patch import adapt_channels, resample_patch_projection
 from .shapes import ASSUMED, known_preprocessing
 
@@ -242,7 +243,7 @@ def describe(
     Under a prefix, a config.json speaks of the larger model; its "backbone_config" is the part that counts.
     """
     if any(key.startswith("vit.") for key in checkpoint.metadata):
-        return own.read_header(checkpoint.metadata)
+        return vit.read_header(checkpoint.metadata)
     if found.config is None:
         return Description()
     content, where = read_json(found.config), str(found.config)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from vit.config import ViTConfig
+from vit.files import replacing, write_json
 from vit.metadata import Preprocessing, Provenance
 from vit.model import ViT
 from vit.resources import imagenet_categories
 
 from .attention import settings_of, unnamed
-from .checkpoint import Checkpoint, CheckpointError, replacing, write_json
+from .checkpoint import Checkpoint, CheckpointError
 from .convert import Converted, Ours, adapt_positions, from_model, to_ours, to_theirs, unrecorded
 from .description import Attributes
 from .detect import locate
@@ -26,7 +27,7 @@ from .formats.npz import read_npz, write_npz
 from .formats.safetensors import read_safetensors, write_safetensors
 from .layouts import get_layout, timm_config, transformers_config
 from .layouts.google import AUGREG, BIG_VISION, BIG_VISION_SCANNED
-from .layouts.own import check_attributes, read_header, write_header
+from .layouts.vit import check_attributes, read_header, write_header
 from .shapes import known_preprocessing
 
 _NPZ = {layout.name for layout in (AUGREG, BIG_VISION, BIG_VISION_SCANNED)}

@@ -11,13 +11,14 @@ from typing import Any
 from torch import Tensor
 
 from vit.checks import as_pair
-from vit.config import NAMED_MODELS, ViTConfig
+from vit.config import ViTConfig
 from vit.metadata import Preprocessing
+from vit.presets import NAMED_MODELS
 
 from .checkpoint import CheckpointError
 from .description import ANSWERS, layout_default
 from .keymap import Layout
-from .layouts.own import VIT
+from .layouts.vit import VIT
 
 # The weights that the shapes are read from, besides the optional ones.
 SHAPE_SOURCES = ("position_embedding", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")

@@ -14,7 +14,7 @@ from vit.attention import reference, sdpa
 from vit.checks import bad_bias, fit_bias
 from vit.model import ViT
 
-from ..optimized import OptimizedViT
+from ..base import OptimizedViT
 from . import flash, flex, products, pytorch, varlen
 
 Refusal = Callable[..., "str | None"]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from vit.model import ViT
 
-from ..optimized import float_tensors
+from ..base import float_tensors
 from .int8 import LAYERS, wide_channels
 
 MEASURED = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2")

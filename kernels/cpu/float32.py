@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vit.config import ViTConfig
 from vit.model import MLP, Block
 
-from ..optimized import frozen, is_hooked
+from ..base import frozen, is_hooked
 from .numbered import NumberedLayer
 
 # Within a product GELU shares its registers, of which AVX2 has 16: there it takes two to three times as long as behind.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vit.attend import Attend, Grid
 from vit.config import ViTConfig
 
-from ..optimized import frozen, is_hooked
+from ..base import frozen, is_hooked
 from .float32 import epilogue
 from .numbered import NumberedLayer
 

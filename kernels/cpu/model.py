@@ -14,7 +14,7 @@ from vit.config import ViTConfig
 from vit.model import ViT
 
 from ..attention.products import bmm
-from ..optimized import PREFIX, Kinds, OptimizedViT, check_tensors, frozen, is_watched
+from ..base import PREFIX, Kinds, OptimizedViT, check_tensors, frozen, is_watched
 from . import int8
 from .compiled import Compiled
 from .float32 import FloatBlock

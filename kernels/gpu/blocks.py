@@ -12,7 +12,7 @@ from vit.attention import sdpa
 from vit.config import ViTConfig
 from vit.model import ViT
 
-from ..optimized import Kinds, float_tensors, is_hooked
+from ..base import Kinds, float_tensors, is_hooked
 from . import fused, plain
 from .tiles import Tile
 from .tuning import fastest

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from vit.attend import Attend
 from vit.config import ViTConfig
+from vit.inputs import complete_patches
 from vit.metadata import Preprocessing
-from vit.ragged import complete_patches
 
-from ..optimized import PREFIX, OptimizedViT, check_tensors, frozen, is_watched
+from ..base import PREFIX, OptimizedViT, check_tensors, frozen, is_watched
 from . import DTYPES, fused, plain
 from .blocks import OPAQUE, FusedBlock, expected
 from .capture import is_recording

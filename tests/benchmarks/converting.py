@@ -29,7 +29,7 @@ import torch, vit
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from vit.weights.load import find, load, load_pretrained
-from vit.weights.proof import convert_file
+from vit.weights.verify import convert_file
 from vit.weights.save import write
 warnings.simplefilter("ignore")  # of settings that a layout cannot say
 source, target, tiny = sys.argv[1:]

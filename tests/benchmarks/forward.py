@@ -13,12 +13,12 @@ from pathlib import Path
 import timm
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from harness import environment, interleave, print_rows, summarize, write_json
 from helpers import difference, images, ours_from, timm_twin
 
-from vit.config import NAMED_MODELS
+from vit.presets import NAMED_MODELS
 
 
 @torch.inference_mode()

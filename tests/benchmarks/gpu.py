@@ -35,7 +35,7 @@ from tqdm import tqdm
 import vit
 from vit.cli import timing
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from cpu import our_model, timm_model, to_onnx
 from harness import write_json

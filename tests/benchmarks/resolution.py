@@ -12,14 +12,14 @@ from pathlib import Path
 import timm
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from harness import environment, interleave, print_rows, summarize, write_json
 from helpers import difference, images, ours_from, timm_twin
 
 from vit.cli.timing import peak_memory
-from vit.config import NAMED_MODELS
 from vit.position import resample_position_embedding
+from vit.presets import NAMED_MODELS
 
 CONFIG = NAMED_MODELS["vit_small_patch16_224"].config
 

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from vit.attention import get_attention
 from vit.checks import whole_patches
-from vit.config import list_models
-from vit.model import ViT, create_model
+from vit.model import ViT
+from vit.presets import create_model, list_models
 
 from . import loading, options, timing
 from .plots import check_plot, figure_class

@@ -28,8 +28,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print the report."""
-    from vit.weights.proof import convert_file
     from vit.weights.save import report_path, target_files
+    from vit.weights.verify import convert_file
 
     files = target_files(args.target, args.to)
     existing = [str(file) for file in files if file.exists()]

@@ -22,7 +22,7 @@ from vit.image import ImageError, Transform, create_transform
 from vit.model import ViT
 
 from . import loading, options
-from .labelled import DIGITS, Sample, draw_samples, find_samples, match
+from .datasets import DIGITS, Sample, draw_samples, find_samples, match
 from .plots import check_plot, figure_class
 from .predict import Decoded, batches, decode
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from vit.files import replacing, write_json
 from vit.image import ImageError, Transform, create_transform
 from vit.model import ViT
 
@@ -208,7 +209,6 @@ def write_file(
     and times of change, and `skipped`,
     the others with the reason. The file gets its name when all of it is written.
     """
-    from vit.weights.checkpoint import replacing
     from vit.weights.formats.safetensors import write_safetensors
 
     rows: dict[str, Tensor] = {}
@@ -274,8 +274,6 @@ def lower(values: Tensor, dtype: torch.dtype, path: Path) -> Tensor:
 
 def write_index(output: Path, files: dict[Path, range]) -> None:
     """The list of the files, written when all of them are there: <output>.index.json."""
-    from vit.weights.checkpoint import replacing, write_json
-
     shards = [{"file": file.name, "paths": json.loads(read_metadata(file)["paths"])} for file in files]
     with replacing(output.with_name(f"{output.name}.index.json")) as temporary:
         write_json(temporary, {"shards": shards})

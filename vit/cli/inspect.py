@@ -107,8 +107,8 @@ def _short(value: object) -> str:
 def compare(args: argparse.Namespace, overrides: dict[str, Any]) -> int:
     """Two checkpoints, in any layouts."""
     from vit.weights.load import find, load
-    from vit.weights.proof import compare as compare_tensors
-    from vit.weights.proof import compare_settings
+    from vit.weights.verify import compare as compare_tensors
+    from vit.weights.verify import compare_settings
 
     if args.layout or args.prefix or args.sha256:
         raise ValueError("--layout, --prefix and --sha256 are for one checkpoint, not for two")

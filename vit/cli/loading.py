@@ -57,7 +57,7 @@ def title(args: argparse.Namespace, model: ViT) -> str:
 
 def check(args: argparse.Namespace, dtype: str) -> None:
     """ValueError for a --device or --dtype that cannot go with a model optimized to `dtype`."""
-    from vit.kernels.optimizing import machine
+    from vit.kernels.optimize import machine
 
     if args.device.type != machine(dtype):
         why = f"--device {args.device} cannot go with it"
@@ -70,7 +70,7 @@ def check_machine(dtype: str) -> None:
     """ValueError where this machine cannot run a model optimized to `dtype`."""
     import torch
 
-    from vit.kernels.optimizing import machine, missing
+    from vit.kernels.optimize import machine, missing
 
     if reason := missing(dtype, torch.device(machine(dtype))):
         raise ValueError(f"this machine cannot run {dtype}: {reason}")

@@ -4,10 +4,10 @@ from vit.checks import unknown
 
 from ..keymap import Layout
 from .google import AUGREG, BIG_VISION, BIG_VISION_SCANNED
-from .own import VIT
 from .timm import DEIT, DEIT3, DINO, DINOV2, MAE, MOCO, TIMM
 from .torchvision import TORCHVISION, TORCHVISION_OLD
 from .transformers import TRANSFORMERS
+from .vit import VIT
 
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout

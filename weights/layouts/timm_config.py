@@ -6,8 +6,9 @@ import re
 from typing import Any
 
 from vit.checks import require_int, unknown
-from vit.config import NAMED_MODELS, ViTConfig
+from vit.config import ViTConfig
 from vit.metadata import Preprocessing
+from vit.presets import NAMED_MODELS
 from vit.resources import imagenet_categories
 
 from ..checkpoint import CheckpointError

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import difference, images, randomize
+from helpers import difference, images, operations, randomize
 from torch import Tensor
 
 import vit
+from vit.kernels.base import OptimizedViT
 from vit.kernels.cpu import calibrate, int8
 from vit.kernels.cpu.images import batches, photographs
 from vit.kernels.cpu.model import CPUViT, missing
-from vit.kernels.optimized import OptimizedViT
 from vit.resources import digit_images
 
 needs = pytest.mark.skipif(missing("int8") is not None, reason=f"int8 does not run here: {missing('int8')}")
@@ -185,8 +185,6 @@ def test_an_error_in_any_part_would_be_seen(layer: str, part: str) -> None:
 
 @needs
 def test_what_runs(capsys: pytest.CaptureFixture) -> None:
-    from test_optimize import operations
-
     fast = quantized(model())
     ran = operations(lambda: fast(images(2, 3, 64, 64)))
     assert ran["onednn::qlinear_pointwise"] == 6 * 3

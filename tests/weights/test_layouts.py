@@ -17,7 +17,7 @@ from vit.weights.keymap import FUSE, split_number
 from vit.weights.layouts import LAYOUTS, google
 from vit.weights.layouts.timm import DINOV2
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 TINY = vit.ViTConfig(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, num_classes=5)
 
 

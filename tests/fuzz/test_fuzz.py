@@ -28,9 +28,9 @@ from vit.weights.formats.npz import read_npz, write_npz
 from vit.weights.formats.safetensors import read_safetensors, write_safetensors
 from vit.weights.keymap import SAME
 from vit.weights.layouts import google
-from vit.weights.proof import convert_file
+from vit.weights.verify import convert_file
 
-CASES = 2_000  # .ci/run has 20,000, and `python tests/fuzz.py` as many as you like
+CASES = 2_000  # .ci/run has 20,000, and `python tests/fuzz/fuzz.py` as many as you like
 often = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 

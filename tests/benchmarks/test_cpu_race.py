@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent / "benchmarks"
+BENCHMARKS = Path(__file__).parent
 SECONDS = {"timm": 0.2, "ours": 0.1, "openvino": 0.05, "torchao int8, compiled": 1.5}  # for an image
 FILE = "race.json"
 

@@ -16,11 +16,11 @@ from vit.model import Residual, ViT
 
 from . import gpu
 from .attention import flash
+from .base import OptimizedViT, check_mode, detached, float_tensors, is_watched
 from .cpu import int8
 from .cpu import model as cpu
 from .cpu.calibrate import int8_tensors
 from .cpu.images import batches, photographs
-from .optimized import OptimizedViT, check_mode, detached, float_tensors, is_watched
 
 DTYPES = (*cpu.BLOCKS, *gpu.DTYPES)  # what a model can be optimized to, by name
 

@@ -10,6 +10,9 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote
 
+DEFAULT = "vit_small_patch16_224.augreg_in21k_ft_in1k"  # the checkpoint that the tests put on it
+COMMIT = "1b" * 20
+
 
 @dataclass(frozen=True)
 class Request:

@@ -1,4 +1,4 @@
-"""Damaged and malicious checkpoints, as many as you like: `python tests/fuzz.py --count 1000000 --jobs 2`.
+"""Damaged and malicious checkpoints, as many as you like: `python tests/fuzz/fuzz.py --count 1000000 --jobs 2`.
 
 Each must end in a clear error or, where it still is a checkpoint, in a model with exactly the weights that other
 readers find in it: no crash, no hang, no memory beyond what the file has, no code run, nothing half written.
@@ -40,7 +40,7 @@ from tqdm import tqdm
 import vit
 from vit.weights import CheckpointError
 from vit.weights.load import find, load
-from vit.weights.proof import convert_file
+from vit.weights.verify import convert_file
 
 ROOM = 32 * 2**20  # bytes of address space that reading a file of some 20 KB may take
 SECONDS = 10  # for one case
@@ -551,7 +551,7 @@ def describe(tally: Tally, seed: int, kinds: tuple[str, ...]) -> str:
     more = "" if kinds == KINDS else f" --kind {kinds[0]}"
     lines = [f"{len(tally.failures)} cases went wrong:"] * bool(tally.failures)
     for number, what in sorted(tally.failures)[:FAILURES]:
-        lines.append(f"  {what[:600]}\n    python tests/fuzz.py --seed {seed} --only {number}{more}")
+        lines.append(f"  {what[:600]}\n    python tests/fuzz/fuzz.py --seed {seed} --only {number}{more}")
     return "\n".join(lines)
 
 

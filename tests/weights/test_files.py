@@ -13,9 +13,8 @@ import pytest
 import timm
 import torch
 import transformers
-from conftest import COMMIT
 from helpers import FLOAT32, difference, images, randomize, timm_twin
-from hub_server import HubServer
+from hub_server import COMMIT, HubServer
 from layout_cases import BASE, _transformers
 from onnx_oracle import onnx_path, onnx_tokens
 from PIL import Image
@@ -28,8 +27,8 @@ from vit.cli.options import setting
 from vit.image import create_transform
 from vit.weights import CheckpointError
 from vit.weights.hub import download
-from vit.weights.proof import compare, convert_file
 from vit.weights.save import report_path
+from vit.weights.verify import compare, convert_file
 
 TINY = vit.ViTConfig(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, num_classes=5)
 KINDS = {
@@ -364,7 +363,7 @@ def test_a_backbone_out_of_a_larger_model(tmp_path, model):
 def test_a_trained_dinov2_out_of_an_onnx_graph():
     with pytest.warns(UserWarning, match=r"left behind: decoder \(20\)"):
         model = vit.load_pretrained(onnx_path(), prefix="backbone.")
-    assert model.config == vit.config.NAMED_MODELS["vit_small_patch14_dinov2"].config.override(
+    assert model.config == vit.presets.NAMED_MODELS["vit_small_patch14_dinov2"].config.override(
         init_values=1.0, position_rule="transformers"
     )
     assert model.provenance.layout == "transformers_dinov2" and model.preprocessing.mean == (0.485, 0.456, 0.406)
@@ -613,7 +612,7 @@ def test_settings_that_differ_say_whether_it_matters(tmp_path, model, default_ch
     convert_file(default_checkpoint, ours, "vit")
     convert_file(ours, theirs, "transformers")  # where crop_pct is 224 / 248: as many pixels as 0.9 gives
     assert main(["inspect", ours, theirs]) == 1
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     assert f"```text\n{capsys.readouterr().out}```\n" in readme
 
     a = str(vit.save_checkpoint(model, tmp_path / "a.safetensors"))

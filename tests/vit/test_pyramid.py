@@ -149,7 +149,7 @@ def test_refusals():
 def test_ragged_sides_are_completed(policy, whole):
     pyramid = make(TINY, out_channels=8, ragged=policy)
     x = images(1, 3, 71, 58)
-    completed = vit.ragged.complete_patches(x, 16, policy)
+    completed = vit.inputs.complete_patches(x, 16, policy)
     assert tuple(completed.shape[2:]) == whole
     for found, expected in zip(pyramid(x).values(), pyramid(completed).values(), strict=True):
         assert torch.equal(found, expected)

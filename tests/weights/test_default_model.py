@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import COMMIT, DEFAULT
 from helpers import difference
+from hub_server import COMMIT, DEFAULT
 from PIL import Image
 from safetensors.torch import load_file
 from skimage.data import astronaut

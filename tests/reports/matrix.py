@@ -1,4 +1,4 @@
-"""Every attention backend against `reference` in float64: `python tests/matrix.py` prints the README's table.
+"""Every attention backend against `reference` in float64: `python tests/reports/matrix.py` prints the README's table.
 
 backend x dtype x T x with and without bias x forward and backward x compiled or not; about an hour on two cores, most
 of it compiling. `--lengths 1 17 --backends flash triton` for a part. Without a GPU, `triton` runs in its interpreter.

@@ -23,7 +23,8 @@ from torchvision.transforms.functional import _compute_resized_output_size
 
 from vit.image import ImageError, Transform, create_transform, load_image, nearest_multiple, to_mode
 from vit.metadata import INTERPOLATIONS
-from vit.model import ViT, create_model
+from vit.model import ViT
+from vit.presets import create_model
 
 SMALL = create_model("vit_small_patch16_224", depth=1)
 LARGE = create_model("vit_small_patch16_384", depth=1)

@@ -13,9 +13,9 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 import vit
-from vit.cli import evaluate, labelled, main
+from vit.cli import datasets, evaluate, main
+from vit.cli.datasets import draw_samples, find_samples, match_classes
 from vit.cli.evaluate import measure, wilson
-from vit.cli.labelled import draw_samples, find_samples, match_classes
 from vit.image import create_transform
 from vit.resources import digit_images, imagenet_categories, imagenet_synsets
 
@@ -252,12 +252,12 @@ def test_class_maps(tmp_path, digits, capsys):
 def test_refused_class_maps(lines, message, tmp_path):
     (tmp_path / "map.txt").write_text(lines)
     with pytest.raises(ValueError, match=message):
-        labelled.apply_class_map(["a", "b", "c"], tmp_path / "map.txt", 10)
+        datasets.apply_class_map(["a", "b", "c"], tmp_path / "map.txt", 10)
 
 
 def test_class_names_may_end_in_numbers(tmp_path):
     (tmp_path / "map.txt").write_text("boeing 737\nairbus 3\n")
-    assert labelled.apply_class_map(["airbus 3"], tmp_path / "map.txt", 10) == {"airbus 3": 1}
+    assert datasets.apply_class_map(["airbus 3"], tmp_path / "map.txt", 10) == {"airbus 3": 1}
 
 
 # What cannot be read, what is kept, what is refused.

@@ -1,19 +1,24 @@
 """Print the README's parity table: our error and timm's own, per size, dtype and attention.
 
-    python tests/parity_table.py
+    python tests/reports/parity_table.py
 
 The same random, non-trivial weights in both; about a minute on two cores. float32 rows: max|ours - timm| over
 max|timm|, on logits and on tokens; beside it timm against itself, fused attention against unfused. Half-precision
 rows: root mean square of the difference from timm's float32 logits, over theirs, ours beside timm's own.
 """
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
-from helpers import FLOAT32, difference, images, ours_from, timm_twin
 from torch import Tensor, nn
 
-from vit.config import NAMED_MODELS
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
+from helpers import FLOAT32, difference, images, ours_from, timm_twin
+
+from vit.presets import NAMED_MODELS
 
 SIZES = ((224, 224), (384, 384), (256, 160), (112, 448))
 

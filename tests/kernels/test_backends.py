@@ -1,6 +1,6 @@
 """The backends: a part of the matrix every day, refusals, and what `available` and `explain` say.
 
-`python tests/matrix.py` runs all of it; `pytest -m matrix` runs what compiles for long.
+`python tests/reports/matrix.py` runs all of it; `pytest -m matrix` runs what compiles for long.
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -20,7 +20,7 @@ import vit
 from vit.attention import sdpa
 from vit.resources import DATA, digit_images
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 RESEARCH = [
     "head_ablation",
     "log_n_temperature",

@@ -1,7 +1,10 @@
 """What several tests need: weights that hide no mistake, timm's twin of a config, and what "equal" means."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import vit
 from vit.weights.peers import timm_model
@@ -48,3 +51,10 @@ def ours_from(twin: nn.Module, config: vit.ViTConfig) -> vit.ViT:
 def images(*shape: int, seed: int = 1) -> Tensor:
     """Normal noise [B, C, H, W]."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def operations(call: Callable[[], object]) -> dict[str, int]:
+    """What PyTorch ran -> how often."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        call()
+    return {event.key: event.count for event in profiler.key_averages()}

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vit
 from vit.config import ViTConfig
-from vit.ragged import complete_patches
+from vit.inputs import complete_patches
 from vit.weights.keymap import sort_keys
 from vit.weights.peers import build_peer
 

@@ -5,8 +5,9 @@ import torch
 from helpers import FLOAT32, GRADIENT, difference, images, ours_from, timm_twin
 
 import vit
-from vit.config import NAMED_MODELS, ViTConfig
+from vit.config import ViTConfig
 from vit.position import RULES
+from vit.presets import NAMED_MODELS
 from vit.weights.keymap import sort_keys
 
 SMALL = NAMED_MODELS["vit_small_patch16_224"].config

@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FLOAT32, difference, images, randomize
+from helpers import FLOAT32, difference, images, operations, randomize
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
-from torch.profiler import ProfilerActivity, profile
 
 import vit
+from vit.kernels.base import GRIDS, OptimizedViT
 from vit.kernels.cpu import compiled, float32
 from vit.kernels.cpu.model import PART, missing
-from vit.kernels.optimized import GRIDS, OptimizedViT
 
 SMALL = {"img_size": 64, "embed_dim": 64, "num_heads": 2, "depth": 3, "num_classes": 10}
 RELATIVES = {
@@ -45,13 +44,6 @@ def model(**changes: object) -> vit.ViT:
 
 
 @torch.inference_mode()
-def operations(call: Callable[[], object]) -> dict[str, int]:
-    """What PyTorch ran -> how often."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        call()
-    return {event.key: event.count for event in profiler.key_averages()}
-
-
 @pytest.mark.parametrize("gelu", ["erf", "tanh"])
 @pytest.mark.parametrize("fuses", [True, False])
 def test_gelu_in_the_product_or_behind_it(monkeypatch: pytest.MonkeyPatch, fuses: bool, gelu: str) -> None:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from timm.models._manipulate import adapt_input_conv
 
 import vit
-from vit.config import NAMED_MODELS, ViTConfig
+from vit.config import ViTConfig
+from vit.presets import NAMED_MODELS
 from vit.resources import imagenet_categories
 from vit.weights import CheckpointError
 

@@ -1,4 +1,9 @@
-"""Print the README's table of layouts: python tests/layout_table.py (one to two minutes)"""
+"""Print the README's table of layouts: python tests/reports/layout_table.py (one to two minutes)"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from layout_cases import CASES, WRITTEN_ONLY, case_config, read_theirs, written_to_them
 

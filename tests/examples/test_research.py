@@ -12,7 +12,7 @@ from helpers import FLOAT32, difference, images, randomize
 
 import vit
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = vit.ViTConfig(img_size=(24, 40), patch_size=4, embed_dim=64, depth=3, num_heads=4, num_classes=7)
 
 

@@ -19,8 +19,8 @@ from vit.attention import registered
 from vit.config import ViTConfig
 from vit.metadata import Preprocessing, Provenance
 
-from .optimized import OptimizedViT, check_mode
-from .optimizing import DTYPES, kind, machine, missing
+from .base import OptimizedViT, check_mode
+from .optimize import DTYPES, kind, machine, missing
 
 _HEADER = "vit.optimized"
 _PARTS = {"sha256", "dtype", "config", "preprocessing", "categories", "provenance", "attention"}

@@ -11,8 +11,9 @@ from torch.func import functional_call, vmap
 from torch.torch_version import TorchVersion
 
 import vit
-from vit.config import NAMED_MODELS, ViTConfig
+from vit.config import ViTConfig
 from vit.position import resample_position_embedding
+from vit.presets import NAMED_MODELS
 
 TINY = ViTConfig(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=2, num_classes=7, init_values=0.5)
 

@@ -769,7 +769,7 @@ def test_a_kernel_is_timed() -> None:
 def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
     """Every layout, with Hopper's own product where tiles are large enough, and within its shared memory."""
     file = tmp_path / "resources.json"
-    command = [sys.executable, Path(__file__).parent / "benchmarks/resources.py", "--json", file]
+    command = [sys.executable, Path(__file__).parents[1] / "benchmarks" / "resources.py", "--json", file]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     subprocess.run(command, check=True, env=environment | {"TRITON_CACHE_DIR": str(tmp_path / "cache")})
     rows = json.loads(file.read_text())

@@ -1,6 +1,6 @@
 """Each layout, and other people's model in it: random weights, made there and read here, made here and read there.
 
-`python tests/layout_table.py` prints what comes of it; `test_layouts.py` holds it to the bars.
+`python tests/reports/layout_table.py` prints what comes of it; `tests/weights/test_layouts.py` holds it to the bars.
 """
 
 from __future__ import annotations
