@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from vit.checks import unknown
 from vit.config import ViTConfig
 from vit.model import ViT
 
-MODES = ("latency", "throughput")
 GRIDS = 16  # of which the resampled position embeddings are kept
 PREFIX = {"token": 1, "dist": 2}  # how many of the first tokens a head reads, where it reads no others
 
@@ -165,12 +163,6 @@ def is_watched(model: ViT) -> bool:
 def is_hooked(modules: Iterable[nn.Module]) -> bool:
     """Does anybody look at one of them?"""
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-
-
-def check_mode(mode: str) -> None:
-    """ValueError for an unknown mode."""
-    if mode not in MODES:
-        raise ValueError(unknown("mode", mode, MODES))
 
 
 def detached(value: Any) -> Any:

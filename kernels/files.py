@@ -19,8 +19,8 @@ from vit.attention import registered
 from vit.config import ViTConfig
 from vit.metadata import Preprocessing, Provenance
 
-from .base import OptimizedViT, check_mode
-from .optimize import DTYPES, kind, machine, missing
+from .base import OptimizedViT
+from .optimize import DTYPES, check_mode, kind, machine, missing
 
 _HEADER = "vit.optimized"
 _PARTS = {"sha256", "dtype", "config", "preprocessing", "categories", "provenance", "attention"}
@@ -78,9 +78,9 @@ def load(path: str | Path, mode: str = "latency") -> OptimizedViT:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another kind of file, a damaged one, or one for a processor of another kind; an unknown mode.
+        ValueError: another kind of file, a damaged one, or one for a processor of another kind; an unknown mode, or
+            "throughput" for what runs on a CPU.
     """
-    check_mode(mode)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist" if not Path(path).exists() else f"{path} is no file")
     try:
@@ -105,6 +105,7 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> 
     if header.keys() != _PARTS or header["dtype"] not in DTYPES:
         found = f"{sorted(header)} and dtype {header.get('dtype')!r}"
         raise ValueError(f"the header has {found}, expected {sorted(_PARTS)}")
+    check_mode(mode, header["dtype"])
     attention, depth = header["attention"], header["config"]["depth"]
     if not isinstance(attention, list) or len(attention) != depth:
         raise ValueError(f"the header names {attention!r} as attention, expected {depth} names")

@@ -9,8 +9,6 @@ import pytest
 import torch
 from helpers import FLOAT32, difference, images, randomize
 from matrix import BACKWARD, DEVICE, DTYPES, FORWARD, Cell, Found, cells, check_kernel, run, table
-from torch._inductor.utils import fresh_cache, run_and_get_code
-from torch.nn.attention.flex_attention import flex_attention
 
 import vit
 import vit.kernels.attention.flex as flex_module
@@ -171,28 +169,6 @@ def test_a_mask_is_the_same_for_all_images():
     for wrong in (3, [], {}):
         with pytest.raises(ValueError, match="'flex' takes a hashable function as mask_mod"):
             flex(q, k, v, mask_mod=wrong)
-
-
-@CPU_ONLY
-@pytest.mark.matrix
-@torch.no_grad()
-def test_flex_multiplies_rows_of_queries_together(monkeypatch):
-    """Whatever was compiled before and is found on disk."""
-
-    def doubled(score, b, h, i, j):
-        return 2 * score
-
-    q = images(1, 2, 150, 32)
-    with fresh_cache():
-        torch._dynamo.reset()
-        _, code = run_and_get_code(torch.compile(flex_attention, dynamic=False), q, q, q, score_mod=doubled)
-        assert "std::min<int64_t>(M - m, 1)" in "".join(code)
-        for rows in (flex_module._ROWS, 3):
-            monkeypatch.setattr(flex_module, "_ROWS", rows)
-            torch._dynamo.reset()
-            found, code = run_and_get_code(flex, q, q, q, score_mod=doubled)
-            assert f"std::min<int64_t>(M - m, {rows})" in "".join(code)
-            assert difference(found, reference(2 * q, q, q)) <= FLOAT32
 
 
 @CPU_ONLY
