@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from vit.attention import registered
 from vit.config import ViTConfig
 from vit.metadata import Preprocessing, Provenance
+from vit.registry import registered
 
 from .base import OptimizedViT
 from .optimize import DTYPES, check_mode, kind, machine, missing
@@ -51,7 +51,7 @@ def save(model: OptimizedViT, path: str | Path) -> Path:
         raise FileNotFoundError(f"there is no folder {path.parent}")
     for attend in model.attends:
         if attend.options or attend.state_dict() or registered(attend.name) is not attend.source:
-            raise ValueError(f"block {attend.block}: attention {attend.called} cannot be named in a file")
+            raise ValueError(f"block {attend.block}: attention {attend.choice.called!r} cannot be named in a file")
     tensors = model.tensors()
     header = {
         "dtype": model.optimized, "config": model.config.to_dict(),

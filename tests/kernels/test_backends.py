@@ -12,9 +12,10 @@ from matrix import BACKWARD, DEVICE, DTYPES, FORWARD, Cell, Found, cells, check_
 
 import vit
 import vit.kernels.attention.flex as flex_module
-from vit.attention import get_attention, reference
+from vit.attention import reference
 from vit.kernels.attention.backends import REFUSALS
 from vit.kernels.attention.flex import flex, remembered_mask
+from vit.registry import get_attention
 
 TINY = vit.ViTConfig(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=2, num_classes=7)
 BACKENDS = [name for name in REFUSALS if name != "flex"]  # which compiles for seven seconds, for each case
