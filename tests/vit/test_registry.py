@@ -88,6 +88,39 @@ def test_nothing_is_half_done(tiny):
     assert list(tiny.state_dict()) == before and all(attend.fn is sdpa for attend in tiny.attends)
 
 
+def refuses_training(config, block):
+    module = Scaled(config, block)
+    module.train = lambda mode=True: (_ for _ in ()).throw(ValueError("cannot be trained")) if block == 2 else module
+    return module
+
+
+@pytest.mark.parametrize(
+    ("fn", "settings", "message"),
+    [
+        ("sdpaa", {}, "unknown attention"),
+        ("reference", {"window": 7}, "options window"),
+        ("reference", {"blocks": [0, 3]}, "block 3 is out of range"),
+        ("reference", {"blocks": []}, "at least one number"),
+        (lambda config, block: nn.Linear(2, 2) if block else Scaled(config, block), {}, "'<lambda>' must be callable"),
+        (lambda config, block: None if block == 2 else Scaled(config, block), {}, "block 2: factory"),
+        (refuses_training, {}, "cannot be trained"),
+    ],
+)
+def test_a_refused_attention_changes_no_slot(tiny, fn, settings, message):
+    tiny.set_attention(sharp, power=3.0)
+    tiny.set_attention(Scaled, [1], start=0.5)
+    tiny.set_attention("reference", [2], check=True)
+    x = images(1, 3, 24, 40)
+    expected = tiny(x)
+    before = [(a.fn, a.choice, a.filled_in, a.keywords, a.check) for a in tiny.attends]
+    names = list(tiny.state_dict())
+    with pytest.raises(ValueError, match=message):
+        tiny.set_attention(fn, **settings)
+    after = [(a.fn, a.choice, a.filled_in, a.keywords, a.check) for a in tiny.attends]
+    assert all(one is other for slots in zip(before, after) for one, other in zip(*slots))
+    assert list(tiny.state_dict()) == names and torch.equal(tiny(x), expected)
+
+
 def test_other_things_than_functions_are_refused(tiny):
     for wrong, message in (
         (torch.nn.Linear(2, 2), "is a module: pass its class or a factory"),
