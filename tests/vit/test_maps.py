@@ -67,6 +67,20 @@ def test_attention_maps_equal_the_weights_that_are_used(looking, attention, grid
         assert maps[0].max() > 3 / T  # not uniform
 
 
+@torch.no_grad()
+def test_maps_of_any_blocks_in_any_order(looking):
+    x = pixels((5, 7), count=2)
+    every = vit.attention_maps(looking, x, blocks=[0, 1, 2], queries="all")
+    assert all(difference(found, one) <= FLOAT32 for found, one in zip(every, watched(looking, x)))
+    for asked in ([0], [0, -1], [-1, 0, 0], [-3], [2, 1]):
+        found = vit.attention_maps(looking, x, blocks=asked, queries="all")
+        assert len(found) == len(asked)
+        assert all(torch.equal(one, every[i]) for one, i in zip(found, asked))
+    assert min(difference(every[i], every[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 0.01
+    looking.blocks[0].register_forward_pre_hook(lambda *_: pytest.fail("block 0 ran"))
+    vit.attention_maps(looking, x, blocks=[0])  # reads the tokens before it
+
+
 def test_heads_and_rows_are_those_asked(looking):
     x = pixels((5, 7), count=2)
     full = watched(looking, x)[-1]  # [2, 3, 38, 38]

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -222,6 +223,8 @@ def test_loading_keeps_the_stored_grid_whatever_size_is_wanted(small, tmp_path):
 # Maps after some blocks
 
 
+# Maps after some blocks
+
 DEEP = MINI.override(depth=4)
 
 
@@ -271,6 +274,52 @@ def test_no_block_beyond_the_last_asked_runs():
     with pytest.raises(MustNotRun):
         vit.attention_maps(model, x, [-1])
 
+
+# One loop over the blocks
+
+
+@torch.no_grad()
+def test_encode_keeps_what_is_asked_for_and_stops():
+    model = randomize(vit.ViT(DEEP)).eval()
+    x = model.embed(pixels((5, 9)))
+    order = [[] for _ in range(3)]
+    expected = [x]
+    for block in model.blocks:
+        expected.append(block(expected[-1]))
+    forbid(model, 3)
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, i=i: order[-1].append(f"block {i}"))
+
+    def keep(i):
+        return lambda tokens: (order[-1].append(f"keep {i}"), tokens.clone())[1]
+
+    last, kept = model.encode(x, keep={2: keep(2), -1: keep(-1), 0: keep(0)})  # in any order
+    assert order.pop() == ["keep -1", "block 0", "keep 0", "block 1", "block 2", "keep 2"]
+    assert set(kept) == {-1, 0, 2} and all(torch.equal(kept[i], expected[i + 1]) for i in kept)
+    assert torch.equal(last, expected[3])
+    last, kept = model.encode(x, keep={-1: keep(-1)})  # no block at all
+    assert order.pop() == ["keep -1"] and list(kept) == [-1] and last is x
+    model.encode(x, keep={1: lambda tokens: None})
+    with pytest.raises(MustNotRun):
+        model.encode(x)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("norm", [True, False])
+@torch.no_grad()
+def test_normed_intermediates_leave_the_others_to_be_freed(norm, packed):
+    """Only one map per block is kept, so tokens before the norm live no longer than the next block runs."""
+    model = randomize(vit.ViT(DEEP)).eval()
+    seen, alive = [], []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda *_: alive.append(sum(ref() is not None for ref in seen)))
+        block.register_forward_hook(lambda block, given, out: seen.append(weakref.ref(out)))
+    x = pixels((5, 9))
+    model.forward_intermediates_packed(list(x), norm=norm) if packed else model.forward_intermediates(x, norm=norm)
+    assert alive == ([0, 1, 1, 1] if norm else [0, 1, 2, 3])
+
+
+# Nonsense
 
 NONSENSE = {
     "no blocks": (lambda m: m.forward_intermediates(pixels((2, 2)), []), r"blocks must be .* not \[\]"),
