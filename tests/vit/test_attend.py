@@ -250,36 +250,3 @@ def test_pickles_of_version_1(tiny, registered, name, options):
     assert torch.equal(again(q, k, v), slot(q, k, v))
     assert (again.name, again.options, again.exact, again.source) == (name, options, slot.exact, slot.source)
     assert set(vars(again)) - set(vars(slot)) == set()
-
-
-# torch.compile
-
-
-def test_set_before_and_after_compiling(tiny, registered):
-    x = images(2, 3, 24, 40)
-    registered("sharp", sharp)
-
-    def use_grid(q, k, v, *, bias=None, grid, prefix, block):
-        return reference(q / (1 + grid[0] + prefix + block), k, v)
-
-    compiled = torch.compile(tiny, fullgraph=True, backend="aot_eager")
-    for setting, options in (("sdpa", {}), ("sharp", {}), ("sharp", {"power": 0.5}), (Scaled, {}), (use_grid, {})):
-        tiny.set_attention(setting, **options)
-        assert difference(compiled(x), tiny(x)) <= FLOAT32, setting
-    expected = compiled(x)
-    compiled.set_attention("reference", [0])  # through the wrapper, on the live model
-    assert difference(compiled(x), expected) > 1e-4
-    assert difference(compiled(x), tiny(x)) <= FLOAT32
-
-
-def test_blocks_that_are_compiled_one_by_one_share_a_graph():
-    from torch._dynamo.testing import CompileCounter
-
-    model = randomize(vit.ViT(TINY.override(depth=12))).eval()
-    model.set_attention(lambda q, k, v, *, bias=None, grid, prefix: sdpa(q, k, v))
-    counter = CompileCounter()
-    torch.compiler.reset()
-    for block in model.blocks:
-        block.compile(backend=counter)
-    model(images(1, 3, 32, 32))
-    assert counter.frame_count == 1
