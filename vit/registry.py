@@ -120,9 +120,15 @@ class Choice:
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "source" not in state:
             try:
-                state = {**state, "source": get_attention(state["name"])}
+                now = choose(state["name"], state["options"])
             except ValueError as error:
                 raise ValueError(f"{error} Register it before unpickling, with vit.register_attention.") from None
+            if (now.is_factory, now.filled_in) != (state["is_factory"], state["filled_in"]):
+                raise ValueError(
+                    f"attention {now.name!r} takes other keywords than the one that was pickled, which the model"
+                    " would not fill in: register that one before unpickling, with vit.register_attention"
+                )
+            state = now.__dict__
         self.__dict__.update(state)
 
 

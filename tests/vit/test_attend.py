@@ -250,3 +250,18 @@ def test_pickles_of_version_1(tiny, registered, name, options):
     assert torch.equal(again(q, k, v), slot(q, k, v))
     assert (again.name, again.options, again.exact, again.source) == (name, options, slot.exact, slot.source)
     assert set(vars(again)) - set(vars(slot)) == set()
+
+
+def test_a_pickle_takes_what_its_name_stands_for_now(tiny, registered):
+    """An attention that needs a keyword which the pickled model does not fill in would fail, or miss it in silence."""
+    registered("mine", lambda q, k, v, *, bias=None: sdpa(q, k, v), exact=True)
+    tiny.set_attention("mine")
+    data = pickle.dumps(tiny)
+    registered("mine", sharp)
+    again = pickle.loads(data)
+    assert [(slot.source, slot.exact) for slot in again.attends] == [(sharp, False)] * 3
+    assert torch.equal(again(images(1, 3, 24, 40)), pickle.loads(pickle.dumps(again))(images(1, 3, 24, 40)))
+    for other in (lambda q, k, v, *, bias=None, grid=None: v, Scaled):
+        registered("mine", other)
+        with pytest.raises(ValueError, match="'mine' takes other keywords than the one that was pickled"):
+            pickle.loads(data)
