@@ -126,9 +126,9 @@ def _watch(model: ViT, name: str, see: Change) -> Callable[[], Any]:
     if part in ("heads", "out"):
         place = slot if part == "heads" else modules[owner]
         return place.register_forward_hook(_Hook(_see_output, see)).remove
-    if formula := _formula(slot):  # patched: the scores and weights are those that it computes
-        formula.see[part].append(see)
-        return partial(formula.see[part].remove, see)
+    if patched := formula(slot):  # the scores and weights are those that it computes
+        patched.see[part].append(see)
+        return partial(patched.see[part].remove, see)
     if not slot.exact:
         warn(f"{name} is that of softmax attention, but block {slot.block} attends by another function")
     return slot.register_forward_pre_hook(_Hook(_see_beside, see, part)).remove
@@ -176,7 +176,7 @@ class _Formula(_Hook):
         """[B, A, T, d]."""
         if not slot.exact:  # set inside of `patch`
             raise ValueError(_not_softmax(slot))
-        q, k, v, packing = inputs
+        q, k, v, packing = (*inputs, None)[:4]  # a slot may be called without packing
         if packing is None or packing.lengths is None:
             return self.attend(q, k, v)
         images = zip(*(x.split(packing.lengths, dim=2) for x in (q, k, v)))
@@ -193,7 +193,8 @@ class _Formula(_Hook):
         return weights @ v  # [B, A, T, d]
 
 
-def _formula(slot: Attend) -> _Formula | None:
+def formula(slot: Attend) -> _Formula | None:
+    """What computes this slot's output while its scores or weights are patched; None if they are not."""
     return next((hook for hook in slot._forward_hooks.values() if isinstance(hook, _Formula)), None)
 
 
@@ -201,7 +202,7 @@ def _recompute(slot: Attend) -> Callable[[], Any]:
     """Let a `_Formula` give the slot's output. Returns what ends this."""
     if not slot.exact:
         raise ValueError(_not_softmax(slot))
-    if _formula(slot):
+    if formula(slot):
         raise ValueError(f"scores or weights of block {slot.block} are patched already: give one vit.patch all changes")
     return slot.register_forward_hook(_Formula(), prepend=True).remove  # before what sees the heads
 

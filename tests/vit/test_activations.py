@@ -143,6 +143,14 @@ def test_scores_of_packed_images(tiny):
         assert difference(tiny.forward_packed(x), alone) <= FLOAT32 < difference(alone, plain)
 
 
+def test_a_slot_called_by_hand_while_patched(tiny):
+    q, k, v = images(3, 1, 2, 5, 32)
+    slot = tiny.attends[0]
+    with vit.patch(tiny, {"blocks.0.attention.scores": torch.zeros_like}):
+        assert difference(slot(q, k, v), uniform(q, k, v)) <= FLOAT32
+    assert difference(slot(q, k, v), uniform(q, k, v)) > 1e-2
+
+
 def test_activation_patching(tiny):
     """What one image has after block 1, put into the pass of another: the result is that of the first."""
     one, other = images(2, 3, 24, 40, seed=5), X
@@ -297,7 +305,13 @@ def test_copies_and_maps_while_patched(tiny, tmp_path):
             file = vit.save_checkpoint(tiny, tmp_path / f"{part}.safetensors")  # weights and names, which are not
         assert torch.equal(vit.load_pretrained(file)(x), plain)
     assert torch.equal(copy.deepcopy(tiny)(x), plain)
-    with vit.patch(tiny, {"blocks.1.attention.q": torch.zeros_like}), pytest.warns(UserWarning, match="do not see"):
+    for part in ("q", "k", "v", "scores", "weights"):
+        change = {f"blocks.1.attention.{part}": torch.zeros_like}
+        with vit.patch(tiny, change), pytest.warns(UserWarning, match="patched, but not in these maps"):
+            vit.attention_maps(tiny, x, blocks=[1])
+            tiny(x)
+    with vit.patch(tiny, {"blocks.1.attention.heads": torch.zeros_like}), warnings.catch_warnings():
+        warnings.simplefilter("error")  # these maps are right
         vit.attention_maps(tiny, x, blocks=[1])
         tiny(x)
     with pytest.raises(ValueError, match="the change of blocks.1 must be a function or a tensor, not float"), \
