@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of as many as there are cores: of the processes that it starts, too
+if "PYTEST_XDIST_WORKER" in os.environ:  # one worker per core: it and the processes that it starts use one thread
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -31,7 +31,7 @@ def default_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["float32", "int8"])
 def optimized_dtype(request: pytest.FixtureRequest) -> str:
-    """What a model can be optimized to; skipped where this machine cannot compute so."""
+    """A dtype that a model can be optimized to; skipped if this machine cannot compute in it."""
     from vit.kernels.cpu.model import missing
 
     if reason := missing(request.param):

@@ -1,4 +1,4 @@
-"""The examples run, and what ships with the package is what they write."""
+"""The examples run, print what they promise, and wrote what ships with the package."""
 
 import importlib.util
 import math
@@ -58,7 +58,7 @@ def test_training_on_digits(tmp_path):
             assert new.read_text() == shipped.read_text()
 
 
-def test_the_shipped_model_reads_what_it_was_not_trained_on():
+def test_the_shipped_model_is_right_on_heldout_digits():
     model = vit.load_pretrained("vit_digits_patch4_32")
     digits, truth = digit_images()
     assert len(digits) == len(truth) == 360
@@ -67,11 +67,11 @@ def test_the_shipped_model_reads_what_it_was_not_trained_on():
         with torch.inference_mode():
             guesses = model(torch.stack([transform(image) for image in digits])).argmax(dim=1)
         assert (guesses == truth).float().mean() >= least, size
-    assert (guesses == truth.roll(1)).float().mean() < 0.3  # the labels do belong to the images
+    assert (guesses == truth.roll(1)).float().mean() < 0.3  # shifted labels are mostly wrong
 
 
 def test_timm_reads_the_shipped_model():
-    """Trained weights, through timm's own loader: our file is a checkpoint of timm's."""
+    """timm's own loader reads our trained weights: the file is a timm checkpoint."""
     import timm
 
     twin = timm.create_model(
@@ -147,7 +147,7 @@ def test_what_counts_as_promised(line, printed, wrong):
 @pytest.mark.examples
 @pytest.mark.parametrize("name", RESEARCH)
 def test_research(name, tmp_path):
-    """It runs from a folder of the reader's, and prints and draws what it says."""
+    """It runs from any folder, and prints and draws what its docstring says."""
     assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 80
     lines = run(f"{name}.py", "-o", tmp_path / "picture.png", folder=tmp_path).splitlines()
     for line in promised(f"{name}.py"):
@@ -172,7 +172,7 @@ def test_research_says_what_to_expect(name):
 
 @pytest.fixture
 def load(monkeypatch):
-    """What gives an example as a module. It may import another, which is forgotten afterwards."""
+    """A function that imports an example. If the example imports another, that one is forgotten afterwards."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
     def load_example(name: str) -> ModuleType:
@@ -191,13 +191,13 @@ def qkv(T: int, seed: int = 0) -> Tensor:
 
 
 def weights(attend, T: int, seed: int = 0) -> Tensor:
-    """[2, 4, T, T], how much each token takes of each: what comes of one-hot values."""
+    """[2, 4, T, T], the attention weights: the output for one-hot values."""
     q, k, _ = qkv(T, seed)
     return attend(q, k, torch.eye(T).expand(2, 4, T, T))
 
 
 def runs_in_a_model(attention, **options) -> None:
-    """It serves whole images of any grid, packed ones alike, and changes what comes out."""
+    """It runs for any grid, gives the same for packed images, and changes the output."""
     model = randomize(vit.ViT(TINY)).eval().requires_grad_(False)
     pixels = [images(1, 3, *size)[0] for size in ((24, 40), (12, 28), (4, 4))]
     plain = model(pixels[0][None])
@@ -211,7 +211,7 @@ def runs_in_a_model(attention, **options) -> None:
 
 
 def test_windows(load):
-    """They are as Swin draws them; whoever is in another one is not heard, but the prefix is; a large one is all."""
+    """Windows lie as in Swin; patches attend within their window and to the prefix; one large window is `sdpa`."""
     example = load("windowed")
     assert example.windows((4, 6), 4, block=0).unique(return_inverse=True)[1].tolist() == [[0] * 4 + [1] * 2] * 4
     shifted = [[0, 0, 1, 1, 1, 1, 2]] * 2 + [[3, 3, 4, 4, 4, 4, 5]] * 3  # 5x7, moved by 2: none is divisible
@@ -232,7 +232,7 @@ def test_windows(load):
 
 
 def test_relative_bias(load):
-    """A table of zeros is `sdpa`; a bias depends on the offset alone, tells directions apart, and spares the prefix."""
+    """A table of zeros is `sdpa`; a bias depends on the offset alone, has directions, and leaves out the prefix."""
     example = load("relative_bias")
     attend = example.RelativeBias(TINY, 0).requires_grad_(False)  # of a grid of 6x10
     assert attend.table.shape == (4, 11, 19)
@@ -256,7 +256,7 @@ def test_relative_bias(load):
 
 
 def test_rotary(load):
-    """Scores depend on differences of places only, and on rows as on columns; the prefix does not turn."""
+    """Scores depend on differences of rows and of columns only; the prefix is not rotated."""
     example = load("rotary")
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(3)).expand(2, 1, 1, 38, 16)
     turned_q, turned_k = (example.rotate(x, (5, 7), prefix=3, span=None)[0, 0] for x in (q, k))  # the same everywhere
@@ -277,7 +277,7 @@ def test_rotary(load):
 
 
 def test_log_n(load):
-    """At the trained number of tokens it is `sdpa`; elsewhere scores, not biases, grow with the logarithm."""
+    """At the trained number of tokens it is `sdpa`; otherwise scores, but not biases, grow with the logarithm."""
     example = load("log_n_temperature")
     assert torch.equal(example.log_n(*qkv(64), trained=64), sdpa(*qkv(64)))
     (q, k, v), bias = qkv(64), torch.randn(64, 64)

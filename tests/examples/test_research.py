@@ -1,4 +1,4 @@
-"""The research examples compute what they say: the heart of each, on small random models."""
+"""The research examples compute what they say: the central function of each, on small random models."""
 
 import importlib.util
 import sys
@@ -22,7 +22,7 @@ def tiny() -> vit.ViT:
 
 
 def load(name: str) -> ModuleType:
-    """An example as a module; pytest would take its name for one of the tests'."""
+    """Import an example as a module, under a name that no test module has."""
     spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -37,20 +37,20 @@ def head_ablation(monkeypatch) -> ModuleType:
 
 
 def shake_values(model: vit.ViT, block: int, head: int) -> None:
-    """Change what one head finds, and nothing else: the rows of its values."""
+    """Change the values of one head and nothing else."""
     d = TINY.embed_dim // TINY.num_heads
     start = 2 * TINY.embed_dim + head * d
     model.blocks[block].attention.qkv.weight[start : start + d] += images(d, TINY.embed_dim, seed=7)
 
 
-def test_no_head_out_changes_nothing(tiny, head_ablation):
+def test_ablating_no_head_changes_nothing(tiny, head_ablation):
     x = images(3, 3, 24, 40)
     means = head_ablation.mean_heads(tiny, x)
     assert [mean.shape for mean in means] == [(1, 4, 61, 16)] * 3
     assert torch.equal(head_ablation.without(tiny, x, [], means), tiny(x))
 
 
-def test_a_head_that_is_out_says_nothing_of_the_image(tiny, head_ablation):
+def test_an_ablated_head_carries_nothing_of_the_image(tiny, head_ablation):
     x, means = images(3, 3, 24, 40), head_ablation.mean_heads(tiny, images(5, 3, 24, 40, seed=2))
     out = [(2, 3), (1, 2), (1, 0)]
     before = head_ablation.without(tiny, x, out, means)
@@ -59,12 +59,12 @@ def test_a_head_that_is_out_says_nothing_of_the_image(tiny, head_ablation):
         shake_values(tiny, block, head)
     assert torch.equal(head_ablation.without(tiny, x, out, means), before)
     assert difference(tiny(x), before) > 0.01
-    shake_values(tiny, 1, 1)  # one that is in
+    shake_values(tiny, 1, 1)  # a head that is not ablated
     assert difference(head_ablation.without(tiny, x, out, means), before) > 0.01
 
 
-def test_a_head_that_is_out_gives_its_mean(tiny, head_ablation):
-    """The mean over one image is that image's own."""
+def test_an_ablated_head_gives_its_mean(tiny, head_ablation):
+    """The mean over a single image is the image's own output."""
     x, out = images(1, 3, 24, 40), [(0, 1), (2, 0)]
     assert torch.equal(head_ablation.without(tiny, x, out, head_ablation.mean_heads(tiny, x)), tiny(x))
     two = torch.cat([x, images(1, 3, 24, 40, seed=2)])
@@ -82,7 +82,7 @@ def test_merging_none_is_the_model(tiny):
 
 @pytest.mark.parametrize("r", [1, 8, 100])
 def test_no_token_is_lost(tiny, r):
-    """Each is in one token that is left, as many as that one's size; the class token is by itself."""
+    """Each token is in one remaining token, whose size counts them; the class token stays alone."""
     x = images(2, 3, 32, 56)  # 113 tokens
     _, sizes, places = load("token_merging").merging(tiny, x, r)
     left = 113
@@ -104,7 +104,7 @@ def test_the_most_alike_are_matched():
 
 
 def test_size_weighs_like_the_tokens_themselves(tiny):
-    """Patches of five kinds and no positions: equal tokens are merged, and attention cannot tell if it weighs them."""
+    """Five kinds of patches, no positions: only equal tokens are merged, and if weighed they leave the logits alone."""
     merging = load("token_merging").merging
     tiny.position_embedding[:, 1:] = 0
     kinds = images(5, 3, 4, 4)

@@ -1,4 +1,4 @@
-"""Reading and changing activations: each place holds what it says, and leaves no trace."""
+"""Reading and changing activations by name; afterwards the model is as before."""
 
 import copy
 import io
@@ -23,7 +23,7 @@ def tiny() -> vit.ViT:
 
 
 def by_hand(model: vit.ViT, x: torch.Tensor, number: int) -> dict[str, torch.Tensor]:
-    """One block's insides, from its weights alone."""
+    """The activations of one block, computed from its weights alone."""
     for block in model.blocks[:number]:
         x = block(x)
     block = model.blocks[number]
@@ -40,7 +40,7 @@ def by_hand(model: vit.ViT, x: torch.Tensor, number: int) -> dict[str, torch.Ten
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "reference"])
-def test_each_place_holds_what_it_says(tiny, backend):
+def test_each_name_gives_its_activation(tiny, backend):
     tiny.set_attention(backend)
     expected = by_hand(tiny, tiny.embed(X), 1)
     found = vit.record(tiny, X, expected)
@@ -51,7 +51,7 @@ def test_each_place_holds_what_it_says(tiny, backend):
     assert torch.equal(vit.record(tiny, X, "head")["head"], tiny(X))
 
 
-def test_all_names_can_be_recorded_but_those_that_are_not_reached(tiny):
+def test_all_names_can_be_recorded_unless_not_reached(tiny):
     names = vit.record(tiny, X, "?")
     assert len(names) == len(set(names)) and {"blocks.0.attention.scores", "patch_embed", "blocks.2.mlp.act"} <= set(
         names
@@ -65,7 +65,7 @@ def test_all_names_can_be_recorded_but_those_that_are_not_reached(tiny):
         vit.record(headless, X, ["unused", "norm"])
 
 
-def test_scores_are_computed_only_where_asked(tiny, monkeypatch):
+def test_scores_are_computed_only_if_asked_for(tiny, monkeypatch):
     shapes = []
     plain = torch.Tensor.__matmul__
     monkeypatch.setattr(
@@ -84,7 +84,7 @@ def test_gradients_flow_through_what_is_recorded(tiny):
 
 
 @pytest.mark.parametrize("part", ["qkv", "q", "k", "v", "heads"])
-def test_what_comes_later_has_gradients_of_what_is_recorded(tiny, part):
+def test_later_activations_have_gradients_of_recorded_ones(tiny, part):
     name = f"blocks.0.attention.{part}"
     kept = vit.record(tiny, X, [name, "head"])
     (gradient,) = torch.autograd.grad(kept["head"].sum(), kept[name])
@@ -92,8 +92,8 @@ def test_what_comes_later_has_gradients_of_what_is_recorded(tiny, part):
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v", "scores", "weights", "heads", "out"])
-def test_what_is_written_is_what_comes_next(tiny, part):
-    """A change at a place changes the result as the same change by hand does, and leaving it restores every bit."""
+def test_a_patch_equals_the_same_change_by_hand(tiny, part):
+    """A patch gives what the same change by hand gives, and leaving it restores every bit."""
     name = f"blocks.2.attention.{part}"
     plain = tiny(X)
     with vit.patch(tiny, {name: lambda x: x}):
@@ -126,14 +126,14 @@ def test_several_changes_and_nested_ones(tiny):
 
 
 def test_heads_patched_outside_of_scores(tiny):
-    """The scores come first, however the patches are nested: what replaces the heads replaces what they give."""
+    """Heads are patched after scores, whichever patch is the outer one."""
     heads, scores = "blocks.0.attention.heads", "blocks.0.attention.scores"
     with vit.patch(tiny, {heads: torch.ones_like}), vit.patch(tiny, {scores: lambda x: x * 2}):
         assert vit.record(tiny, X, heads)[heads].unique().tolist() == [1]
 
 
 def test_scores_of_packed_images(tiny):
-    """Each image by itself, as its attention is."""
+    """Each packed image has scores of its own."""
     x = [images(3, 24, 40), images(3, 8, 16)]
     plain = tiny.forward_packed(x)
     with vit.patch(tiny, {"blocks.1.attention.scores": lambda scores: scores}):
@@ -152,7 +152,7 @@ def test_a_slot_called_by_hand_while_patched(tiny):
 
 
 def test_activation_patching(tiny):
-    """What one image has after block 1, put into the pass of another: the result is that of the first."""
+    """The tokens of one image after block 1, put into the pass of another: the output is that of the first."""
     one, other = images(2, 3, 24, 40, seed=5), X
     kept = vit.record(tiny, one, "blocks.1")
     with vit.patch(tiny, kept):
@@ -231,7 +231,7 @@ def test_attention_set_while_patched(tiny):
             tiny(X)
 
 
-def test_what_would_bypass_hooks(tiny):
+def test_what_bypasses_hooks_is_refused(tiny):
     checkpointed = vit.ViT(TINY.override(grad_checkpointing=True))
     with pytest.raises(ValueError, match="gradient checkpointing runs blocks again"):
         vit.record(checkpointed, X, "head")
@@ -246,7 +246,7 @@ def test_what_would_bypass_hooks(tiny):
         vit.record(tiny, X, "blocks.-1.attention.q")
 
 
-def test_what_changes_q_in_place_does_not_change_the_record(tiny):
+def test_a_function_that_changes_q_in_place_does_not_change_the_record(tiny):
     def wiped(q, k, v, *, bias=None):
         q *= 0
         return sdpa(q, k, v, bias=bias)
@@ -255,7 +255,7 @@ def test_what_changes_q_in_place_does_not_change_the_record(tiny):
     with torch.no_grad():
         expected = vit.record(tiny, x, "blocks.0.attention.q")["blocks.0.attention.q"]
         tiny.set_attention(wiped)
-        names = (name for name in ["blocks.0.attention.q"])  # which can be read once
+        names = (name for name in ["blocks.0.attention.q"])  # a generator can be read only once
         assert torch.equal(vit.record(tiny, x, names)["blocks.0.attention.q"], expected)
         qkv = vit.record(tiny, x, "blocks.0.attention.qkv")["blocks.0.attention.qkv"]
         assert torch.equal(qkv.view(1, -1, 3, *expected.shape[1::2])[:, :, 0].transpose(1, 2), expected)
@@ -266,7 +266,7 @@ def test_what_changes_q_in_place_does_not_change_the_record(tiny):
     assert expected.abs().max() > 0
 
 
-def test_warnings_point_to_the_line_that_led_to_them(tiny):
+def test_warnings_point_to_the_callers_line(tiny):
     class Own(torch.nn.Module):
         def __init__(self, config, block):
             super().__init__()
@@ -302,7 +302,7 @@ def test_copies_and_maps_while_patched(tiny, tmp_path):
                 for one in (tiny, tiny.blocks):
                     with pytest.raises(ValueError, match="the model is patched, and a copy would stay patched"):
                         again(one)
-            file = vit.save_checkpoint(tiny, tmp_path / f"{part}.safetensors")  # weights and names, which are not
+            file = vit.save_checkpoint(tiny, tmp_path / f"{part}.safetensors")  # which no patch changes
         assert torch.equal(vit.load_pretrained(file)(x), plain)
     assert torch.equal(copy.deepcopy(tiny)(x), plain)
     for part in ("q", "k", "v", "scores", "weights"):

@@ -39,7 +39,7 @@ def test_keywords_come_by_name(tiny):
     assert torch.equal(tiny(x), expected)
     assert seen == [((6, 10), 3, i, 63) for i in range(3)]
     seen.clear()
-    tiny.forward_packed([images(3, 8, 12), images(3, 16, 4)])  # it knows no lengths: image by image
+    tiny.forward_packed([images(3, 8, 12), images(3, 16, 4)])  # without lengths it is called image by image
     assert seen == [(grid, 3, i, 3 + grid[0] * grid[1]) for i in range(3) for grid in ((2, 3), (4, 1))]
     seen.clear()
     tiny.forward_intermediates(x, [0])
@@ -48,7 +48,7 @@ def test_keywords_come_by_name(tiny):
     assert seen == [((6, 10), 3, 0, 63)] * 2
 
 
-def test_a_function_that_knows_lengths_gets_all_images_with_their_grids(tiny):
+def test_a_function_with_lengths_gets_all_images_with_their_grids(tiny):
     seen = []
 
     def packed(q, k, v, *, bias=None, lengths=None, grid=None):
@@ -72,8 +72,8 @@ def test_a_block_called_by_hand_has_no_grid(tiny):
     assert tiny.blocks[0](tokens, Packing((2, 2))).shape == tokens.shape
 
 
-def test_the_seam_dispatches_nothing_of_its_own(tiny):
-    """The operations of a forward pass through the seam are those of the call written out."""
+def test_the_slot_adds_no_operations(tiny):
+    """A call through the slot runs the operations of the function alone."""
 
     class Log(TorchDispatchMode):
         def __init__(self):
@@ -86,11 +86,11 @@ def test_the_seam_dispatches_nothing_of_its_own(tiny):
 
     q, k, v = images(3, 1, 2, 197, 32)
     attend = tiny.attends[0]
-    with torch.no_grad(), Log() as seam:
+    with torch.no_grad(), Log() as slot:
         attend(q, k, v, Packing((14, 14)))
     with torch.no_grad(), Log() as plain:
         torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    assert seam.ops == plain.ops and plain.ops
+    assert slot.ops == plain.ops and plain.ops
 
 
 # What must come back
@@ -140,7 +140,7 @@ def test_nan_is_found_where_it_begins(tiny):
         tiny(x * float("inf"))
 
 
-def test_errors_of_other_kinds_say_where(tiny):
+def test_other_errors_name_the_block(tiny):
     def broken(q, k, v, *, bias=None):
         return q @ k
 
@@ -176,7 +176,7 @@ def test_a_module_goes_where_the_model_is(tiny):
     assert tiny(images(1, 3, 32, 32).bfloat16()).dtype == torch.bfloat16
 
 
-def test_weights_that_are_dropped_are_said(tiny):
+def test_dropping_weights_warns(tiny):
     tiny.set_attention(Scaled, [1])
     with pytest.warns(UserWarning, match="blocks 1: the weights of their attention are dropped"):
         tiny.set_attention("sdpa")
@@ -194,7 +194,7 @@ class Complex(nn.Module):
 
 
 class Masked(nn.Module):
-    """Half of the tokens are not looked at."""
+    """Every token attends to the first nine only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class Masked(nn.Module):
         return sdpa(q, k, v, bias=self.mask)
 
 
-def test_buffers_stay_what_they_are(tiny, registered, tmp_path):
+def test_buffers_keep_their_dtype_and_values(tiny, registered, tmp_path):
     tiny.set_attention(Complex, [0])
     assert tiny.attends[0].fn.turn.dtype == torch.complex64 and tiny.attends[0].fn.turn.imag.abs().min() > 0.5
     tiny.set_attention(registered("masked", lambda config, block: Masked()), [0])
@@ -237,7 +237,7 @@ def test_copies_and_pickles(tiny, registered):
 
 @pytest.mark.parametrize(("name", "options"), [("sdpa", {}), ("by name", {"power": 3.0}), ("scaled", {"start": 0.5})])
 def test_pickles_of_version_1(tiny, registered, name, options):
-    """Slots used to hold what is now a `Choice` in attributes of their own; functions went by name there, too."""
+    """Slots used to hold what is now a `Choice` in attributes; functions were pickled by name there as well."""
     registered("by name", lambda q, k, v, *, bias=None, block, power: sharp(q, k, v, power=power + block))
     registered("scaled", Scaled)
     tiny.set_attention(name, **options)

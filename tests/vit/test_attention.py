@@ -69,7 +69,7 @@ def test_checkpoints_remember_names_options_and_weights(tiny, registered, tmp_pa
     vit.load_pretrained(vit.save_checkpoint(tiny, tmp_path / "timm", layout="timm"))
 
 
-def test_checkpoints_that_cannot_be_had_again(tiny, registered, tmp_path):
+def test_checkpoints_that_cannot_be_restored(tiny, registered, tmp_path):
     file = tmp_path / "m.safetensors"
     tiny.set_attention(Scaled, [1])
     with pytest.raises(CheckpointError, match=r"block 1: attention 'Scaled' has weights and has no name .*register"):
@@ -114,7 +114,7 @@ def test_options_that_json_cannot_hold(tiny, registered, tmp_path):
 @pytest.mark.parametrize(
     "bad", [{}, [1], [{"name": 1, "options": {}}], [{"name": "sdpa"}], [{"name": "sdpa", "options": {}}]]
 )
-def test_headers_that_say_otherwise(tiny, tmp_path, bad):
+def test_contradictory_headers_are_refused(tiny, tmp_path, bad):
     from safetensors.torch import load_file, save_file
 
     file = vit.save_checkpoint(tiny, tmp_path / "m.safetensors")
@@ -124,7 +124,7 @@ def test_headers_that_say_otherwise(tiny, tmp_path, bad):
         vit.load_pretrained(file)
 
 
-def test_a_name_that_means_something_else_by_now(tiny, registered, tmp_path):
+def test_saving_warns_of_a_name_registered_again(tiny, registered, tmp_path):
     registered("mine", sharp)
     tiny.set_attention("mine")
     expected = tiny(images(1, 3, 32, 32))

@@ -75,14 +75,14 @@ def test_nonsense_is_refused_in_one_line(small, case):
 
 
 @torch.no_grad()
-def test_the_thinnest_images_that_are_right_are_taken(small):
+def test_the_thinnest_valid_images_are_accepted(small):
     for size in ((4, 4), (4, 9992), (1, 10000)):
         assert small(images(1, 3, *size), ragged="pad").isfinite().all()
     for size in ((2, 2), (2, 57)):
         assert small(images(1, 3, *size), ragged="resize").isfinite().all()
 
 
-# Sides that are no multiples of the patch
+# Sides that are not multiples of the patch
 
 
 def cropped(x: torch.Tensor, p: int) -> torch.Tensor:
@@ -141,7 +141,7 @@ def test_pad_equals_timms_dynamic_img_pad():
     assert difference(model(at_the_left), twin(images(2, 3, 30, 33))) > 100 * FLOAT32
 
 
-def test_crop_says_how_much_and_the_others_say_nothing(small):
+def test_only_crop_warns_and_says_how_much(small):
     with pytest.warns(UserWarning, match="^2 rows of 30 and 1 columns of 33 were cropped$"):
         small(images(1, 3, 30, 33), ragged="crop")
     with warnings.catch_warnings():

@@ -41,22 +41,22 @@ def watched(model: vit.ViT, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.fixture
-def looking() -> vit.ViT:
+def peaked() -> vit.ViT:
     model = vit.ViT(MINI.override(depth=3, reg_tokens=2))
     randomize(model)
     with torch.no_grad():
         for block in model.blocks:
-            block.attention.qkv.weight.mul_(3)  # else the weights are nearly uniform
+            block.attention.qkv.weight.mul_(3)  # otherwise the weights are nearly uniform
     return model.eval()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])
 @pytest.mark.parametrize("grid", [(14, 14), (9, 5), (1, 13), (1, 1), (11, 17)])
-def test_attention_maps_equal_the_weights_that_are_used(looking, attention, grid):
+def test_attention_maps_equal_the_weights_that_are_used(peaked, attention, grid):
     x = pixels(grid, count=2)
-    looking.set_attention(attention)
-    expected = watched(looking, x)
-    maps = vit.attention_maps(looking, x, blocks=[2, 0, -2], queries="all")
+    peaked.set_attention(attention)
+    expected = watched(peaked, x)
+    maps = vit.attention_maps(peaked, x, blocks=[2, 0, -2], queries="all")
     T = 3 + grid[0] * grid[1]
     for found, i in zip(maps, (2, 0, 1), strict=True):
         assert found.shape == (2, 3, T, T) and found.dtype == torch.float32 and not found.requires_grad
@@ -68,65 +68,65 @@ def test_attention_maps_equal_the_weights_that_are_used(looking, attention, grid
 
 
 @torch.no_grad()
-def test_maps_of_any_blocks_in_any_order(looking):
+def test_maps_of_any_blocks_in_any_order(peaked):
     x = pixels((5, 7), count=2)
-    every = vit.attention_maps(looking, x, blocks=[0, 1, 2], queries="all")
-    assert all(difference(found, one) <= FLOAT32 for found, one in zip(every, watched(looking, x)))
+    every = vit.attention_maps(peaked, x, blocks=[0, 1, 2], queries="all")
+    assert all(difference(found, one) <= FLOAT32 for found, one in zip(every, watched(peaked, x)))
     for asked in ([0], [0, -1], [-1, 0, 0], [-3], [2, 1]):
-        found = vit.attention_maps(looking, x, blocks=asked, queries="all")
+        found = vit.attention_maps(peaked, x, blocks=asked, queries="all")
         assert len(found) == len(asked)
         assert all(torch.equal(one, every[i]) for one, i in zip(found, asked))
     assert min(difference(every[i], every[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 0.01
-    looking.blocks[0].register_forward_pre_hook(lambda *_: pytest.fail("block 0 ran"))
-    vit.attention_maps(looking, x, blocks=[0])  # reads the tokens before it
+    peaked.blocks[0].register_forward_pre_hook(lambda *_: pytest.fail("block 0 ran"))
+    vit.attention_maps(peaked, x, blocks=[0])  # reads the tokens before it
 
 
-def test_heads_and_rows_are_those_asked(looking):
+def test_heads_and_rows_are_those_asked(peaked):
     x = pixels((5, 7), count=2)
-    full = watched(looking, x)[-1]  # [2, 3, 38, 38]
+    full = watched(peaked, x)[-1]  # [2, 3, 38, 38]
     for heads in (None, [0], [2, 0], [-1, -1, 1], (1,)):
         for queries in ("class", "all", [0], [3, -1, 17, 3], range(3, 38), [1, 2]):
             rows = {"class": [0], "all": range(38)}[queries] if isinstance(queries, str) else queries
-            (found,) = vit.attention_maps(looking, x, heads=heads, queries=queries)
+            (found,) = vit.attention_maps(peaked, x, heads=heads, queries=queries)
             expected = full[:, list(range(3) if heads is None else heads)][:, :, list(rows)]
             assert difference(found, expected) <= FLOAT32, (heads, queries)
-    (mistaken,) = vit.attention_maps(looking, x, heads=[0, 2])
+    (mistaken,) = vit.attention_maps(peaked, x, heads=[0, 2])
     assert difference(mistaken, full[:, [2, 0], :1]) > 0.01
 
 
-def test_maps_of_another_function_are_said_to_be_softmax(looking):
+def test_maps_of_another_function_are_softmax_with_a_warning(peaked):
     x = pixels((5, 7))
-    expected = watched(looking, x)
+    expected = watched(peaked, x)
 
     def even(q, k, v, *, bias=None):
         return v.mean(dim=2, keepdim=True).expand_as(v)
 
-    looking.set_attention(even, blocks=[1])
+    peaked.set_attention(even, blocks=[1])
     with pytest.warns(UserWarning, match="attends by another function"):
-        maps = vit.attention_maps(looking, x, blocks=[0, 1, 2], queries="all")
+        maps = vit.attention_maps(peaked, x, blocks=[0, 1, 2], queries="all")
     assert difference(maps[0], expected[0]) <= FLOAT32 and difference(maps[1], expected[1]) <= FLOAT32
     assert difference(maps[2], expected[2]) > 1e-3  # it comes after what `even` did
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        vit.attention_maps(looking, x, blocks=[0, 2])
+        vit.attention_maps(peaked, x, blocks=[0, 2])
 
 
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float16, 5e-3), (torch.bfloat16, 5e-2), (torch.float64, 1e-5)])
-def test_maps_of_half_models(looking, dtype, bar):
+def test_maps_of_half_models(peaked, dtype, bar):
     x = pixels((5, 7), count=2)
-    expected = watched(looking, x)
-    maps = vit.attention_maps(looking.to(dtype), x.to(dtype), blocks=[0, 1, 2], queries="all")
+    expected = watched(peaked, x)
+    maps = vit.attention_maps(peaked.to(dtype), x.to(dtype), blocks=[0, 1, 2], queries="all")
     for found, one in zip(maps, expected):
         assert found.dtype == torch.float32
         assert (found - one).abs().max() <= bar
         assert (found.sum(dim=-1) - 1).abs().max() <= FLOAT32
 
 
-def test_maps_are_float32_under_autocast(looking):
+def test_maps_are_float32_under_autocast(peaked):
     x = pixels((5, 7), count=2)
-    expected = watched(looking, x)
+    expected = watched(peaked, x)
     with torch.autocast("cpu", torch.bfloat16):
-        maps = vit.attention_maps(looking, x, blocks=[0, 1, 2], queries="all")
+        maps = vit.attention_maps(peaked, x, blocks=[0, 1, 2], queries="all")
     for found, one in zip(maps, expected):
         assert found.dtype == torch.float32
         assert (found - one).abs().max() <= 5e-2
@@ -134,7 +134,7 @@ def test_maps_are_float32_under_autocast(looking):
 
 
 class Largest(TorchDispatchMode):
-    """The largest tensor that any operation makes, in numbers."""
+    """The size of the largest tensor that any operation returns, in elements."""
 
     def __init__(self):
         super().__init__()
@@ -152,17 +152,17 @@ class Largest(TorchDispatchMode):
     ("blocks", "heads", "queries"),
     [([0], None, "class"), ([2], [1], [0, 5, 9]), ([0, 2], None, "all"), ([-1], [0], "all"), ([2], None, "class")],
 )
-def test_maps_take_little_memory_beyond_the_result(looking, blocks, heads, queries):
+def test_maps_take_little_memory_beyond_the_result(peaked, blocks, heads, queries):
     x = pixels((40, 23))
     T, D = 3 + 40 * 23, 48
     with Largest() as taken:
-        maps = vit.attention_maps(looking, x, blocks, heads, queries)
+        maps = vit.attention_maps(peaked, x, blocks, heads, queries)
     through = 3 * D * T if blocks == [0] else 4 * D * T  # queries, keys and values; the MLP's hidden layer
     assert taken.numel <= max(maps[0].numel(), through) < 3 * T * T + 1
-    looking.set_attention("reference")
+    peaked.set_attention("reference")
     with Largest() as taken:
-        looking.forward_features(x)
-    assert taken.numel == 3 * T * T  # what fused attention is spared is seen where it is not spared
+        peaked.forward_features(x)
+    assert taken.numel == 3 * T * T  # holds all weights, so the check above can fail
 
 
 @torch.no_grad()

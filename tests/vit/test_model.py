@@ -49,7 +49,7 @@ def test_shapes_of_every_stage(tiny):
 
 @torch.no_grad()
 def test_equal_token_counts_are_not_equal_grids(tiny):
-    """4x16 patches are as many as 8x8: the same tokens, laid out otherwise, must get other positions."""
+    """4x16 patches are as many as 8x8: as many tokens in another grid must get other positions."""
     x = images(1, 3, 32, 32)
     strip = images(1, 3, 16, 64)
     assert tiny.embed(x).shape == tiny.embed(strip).shape
@@ -164,13 +164,13 @@ def test_the_default_dtype_changes_no_position():
         torch.set_default_dtype(torch.float32)
 
 
-def test_shapes_can_be_asked_for_on_the_meta_device():
+def test_shapes_on_the_meta_device():
     with torch.device("meta"):
         model = vit.ViT(TINY)
     assert model(torch.empty(2, 3, 40, 24, device="meta")).shape == (2, 7)
 
 
-def test_blocks_may_be_any_numbers(tiny):
+def test_blocks_are_any_iterable_of_numbers(tiny):
     tiny.set_attention("reference", blocks=(i for i in [-1]))
     assert [attend.name for attend in tiny.attends] == ["sdpa", "reference"]
     for blocks, message in ((0, "must be a list"), (["0"], "must be a whole number"), ([True], "whole number")):
@@ -207,7 +207,7 @@ def test_a_step_at_384_trains_the_stored_grid():
 
 
 @torch.no_grad()
-def test_loading_keeps_the_stored_grid_whatever_size_is_wanted(small, tmp_path):
+def test_loading_keeps_the_stored_grid(small, tmp_path):
     vit.save_checkpoint(small, tmp_path / "m.safetensors")
     again = vit.load_pretrained(tmp_path / "m.safetensors")
     assert again.config.img_size == (56, 56) and torch.equal(again.position_embedding, small.position_embedding)

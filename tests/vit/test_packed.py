@@ -30,7 +30,7 @@ GRIDS = [(5, 7), (1, 1), (3, 2), (1, 9), (6, 6), (7, 5), (2, 2)]
 
 
 def image_by_image(fn, q, k, v, lengths):
-    """Attention within each of several images, of functions that know nothing of them."""
+    """Attention within each packed image, by a function that takes one image."""
     parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)))
     return torch.cat([fn(*part) for part in parts], dim=2)
 
@@ -40,7 +40,7 @@ def listed(grids: list[tuple[int, int]], seed: int = 1) -> list[Tensor]:
 
 
 def make(config: ViTConfig) -> vit.ViT:
-    """Attention far from uniform, so that a token of another image would be seen."""
+    """Attention far from uniform, so that attending to another image would be noticed."""
     model = randomize(vit.ViT(config)).eval()
     with torch.no_grad():
         for block in model.blocks:
@@ -121,7 +121,7 @@ def test_packed_intermediates_equal_one_by_one(name, norm, grids, budget, blocks
 
 
 @torch.no_grad()
-def test_tokens_of_other_images_are_never_seen(tiny):
+def test_images_do_not_attend_to_each_other(tiny):
     x = listed(GRIDS)
     expected = tiny.forward_features_packed(x)
     for i in range(len(x)):
@@ -132,7 +132,7 @@ def test_tokens_of_other_images_are_never_seen(tiny):
 
 
 @torch.no_grad()
-def test_wrong_lengths_would_be_seen(tiny):
+def test_wrong_lengths_would_be_noticed(tiny):
     x = listed(GRIDS)
     expected = torch.stack(alone(tiny, x))
 
@@ -153,7 +153,7 @@ def test_wrong_lengths_would_be_seen(tiny):
 
 
 def watch(calls: list, fn=vit.attention.sdpa, lengthy: bool = True):
-    """An attention function that notes the lengths it is called with, or where it takes none the shapes."""
+    """An attention function that notes the lengths that it is called with or, without lengths, the shapes."""
 
     def with_lengths(q, k, v, *, bias=None, lengths=None):
         calls.append((q.shape[0], q.shape[2], list(lengths)))
@@ -185,7 +185,7 @@ def test_a_function_with_lengths_is_called_once_per_block_and_part(tiny):
 
 
 @torch.no_grad()
-def test_its_result_is_what_is_used(tiny):
+def test_the_result_of_a_function_with_lengths_is_used(tiny):
     def even(q, k, v, *, bias=None, lengths=None):
         return v.mean(dim=2, keepdim=True).expand_as(v)  # over all images
 
@@ -194,7 +194,7 @@ def test_its_result_is_what_is_used(tiny):
     tiny.set_attention(even, blocks=[1])
     together = tiny.forward_packed(x)
     assert difference(together, expected) > 1e-2
-    assert difference(together, torch.stack(alone(tiny, x))) > 1e-3  # this one does see other images
+    assert difference(together, torch.stack(alone(tiny, x))) > 1e-3  # this function does attend to other images
     assert difference(tiny.forward_packed(x, budget=1), torch.stack(alone(tiny, x))) <= FLOAT32
 
 
@@ -223,7 +223,7 @@ def test_blocks_may_differ_in_their_function(tiny):
 
 
 @torch.no_grad()
-def test_a_single_batch_is_handed_no_lengths(tiny):
+def test_a_batch_of_one_size_has_no_lengths(tiny):
     def picky(q, k, v, *, bias=None, lengths=None):
         assert lengths is None
         return vit.attention.sdpa(q, k, v)
@@ -342,7 +342,7 @@ def test_gradient_checkpointing_changes_no_gradient(budget):
     assert all(one.abs().max() > 0 for one in plain_images)
 
 
-# Other ways in
+# Other inputs
 
 
 @torch.no_grad()

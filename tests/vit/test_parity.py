@@ -135,7 +135,7 @@ def test_the_parity_test_can_fail(wrong):
 
 
 @torch.no_grad()
-def test_another_rule_for_positions_would_be_seen(monkeypatch):
+def test_another_rule_for_positions_would_be_noticed(monkeypatch):
     """Through the whole model: bicubic without antialiasing, which is transformers' rule."""
 
     def plain_bicubic(old, new, device):
@@ -215,7 +215,7 @@ def outputs(model: vit.ViT, x: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("peer", PEERS)
-def test_every_grid_equals_other_peoples_models(peer):
+def test_every_grid_equals_other_libraries(peer):
     layout, config, rule = PEERS[peer]
     other = {"timm": "transformers", "transformers": "timm"}[rule]
     model = randomize(vit.ViT(config.override(position_rule=rule))).eval()

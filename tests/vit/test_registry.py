@@ -23,7 +23,7 @@ def test_attention_refusals(tiny):
         tiny.set_attention("sdpaa")
     with pytest.raises(ValueError, match="block 3 is out of range"):
         tiny.set_attention("reference", blocks=[0, 3])
-    assert all(attend.fn is vit.attention.sdpa for attend in tiny.attends)  # nothing half-done
+    assert all(attend.fn is vit.attention.sdpa for attend in tiny.attends)  # nothing was changed
     with pytest.raises(ValueError, match=r"must be callable as fn\(q, k, v, \*, bias=None\)"):
         tiny.set_attention(lambda q, k: q)
     with pytest.raises(ValueError, match="is registered already"):
@@ -46,7 +46,7 @@ def test_options(tiny):
     tiny.set_attention(sharp, blocks=[1], power=2.0)
     assert torch.equal(tiny(x), doubled)
     bias = torch.zeros(1, 1, 1, 63).index_fill(3, torch.tensor([0]), float("-inf"))
-    tiny.set_attention("sdpa", bias=bias)  # nobody looks at the class token
+    tiny.set_attention("sdpa", bias=bias)  # no token attends to the class token
     assert difference(tiny(x), plain) > 1e-3 and tiny(x).isfinite().all()
 
 
@@ -70,13 +70,13 @@ def checked(q, k, v, *, bias=None, check=False):
         (lambda c, i: Scaled(c, i), {}, r"must be callable as fn\(q, k, v, .*or a factory as fn\(config, block\)"),
     ],
 )
-def test_what_cannot_be_called_so_is_refused(tiny, fn, options, message):
+def test_what_cannot_be_called_as_attention_is_refused(tiny, fn, options, message):
     with pytest.raises(ValueError, match=message):
         tiny.set_attention(fn, **options)
     assert all(attend.fn is sdpa for attend in tiny.attends)
 
 
-def test_nothing_is_half_done(tiny):
+def test_a_failing_factory_changes_nothing(tiny):
     def third_fails(config, block):
         if block == 2:
             raise ValueError("no third one")
@@ -121,7 +121,7 @@ def test_a_refused_attention_changes_no_slot(tiny, fn, settings, message):
     assert list(tiny.state_dict()) == names and torch.equal(tiny(x), expected)
 
 
-def test_other_things_than_functions_are_refused(tiny):
+def test_what_is_no_function_is_refused(tiny):
     for wrong, message in (
         (torch.nn.Linear(2, 2), "is a module: pass its class or a factory"),
         ([], r"must be a registered name or a function, not \[\]"),
@@ -150,12 +150,12 @@ def test_names(registered):
         get_attention("mime")
 
 
-def test_names_of_functions_are_found(tiny):
+def test_registered_functions_are_known_by_name(tiny):
     tiny.set_attention(sdpa)
     assert [attend.name for attend in tiny.attends] == ["sdpa"] * 3 and tiny.attends[0].exact
 
 
-def test_backends_names_are_taken_from_the_start():
+def test_names_of_backends_are_taken():
     with pytest.raises(ValueError, match="'flash' is registered already"):
         vit.register_attention("flash", sharp)
 
@@ -168,12 +168,12 @@ def test_registering_changes_no_other_model():
         vit.register_attention("sdpa", vit.attention.sdpa, exact=True, overwrite=True)
 
 
-def test_exactness_decides_who_is_warned(tiny, registered, recwarn):
+def test_maps_warn_of_inexact_attention_only(tiny, registered, recwarn):
     registered("as good", lambda q, k, v, *, bias=None: sdpa(q, k, v), exact=True)
     tiny.set_attention("as good")
     vit.attention_maps(tiny, images(1, 3, 32, 32))
     assert not [w for w in recwarn if "attends by another" in str(w.message)]
-    registered("as good", sharp)  # what was set before stays what it was
+    registered("as good", sharp)  # what was set before stays as it was
     vit.attention_maps(tiny, images(1, 3, 32, 32))
     assert not [w for w in recwarn if "attends by another" in str(w.message)]
     tiny.set_attention("as good")
@@ -181,7 +181,7 @@ def test_exactness_decides_who_is_warned(tiny, registered, recwarn):
         vit.attention_maps(tiny, images(1, 3, 32, 32))
 
 
-def test_an_attention_function_of_another_kind_is_said_where_it_would_be_lost(tmp_path):
+def test_maps_and_checkpoints_warn_of_another_function(tmp_path):
     model = vit.create_model("vit_digits_patch4_32", depth=2).eval()
     model.set_attention(lambda q, k, v, *, bias=None: v, blocks=[0])
     with pytest.warns(UserWarning, match="attends by another function"):
