@@ -66,6 +66,14 @@ def require_float(name: str, value: object, above: float | None = None) -> None:
         raise ValueError(f"{name} must be above {above}, not {value!r}")
 
 
+def as_dtype(dtype: object) -> torch.dtype:
+    """A floating dtype, given as torch.bfloat16 or by its name, "bfloat16"."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be a floating dtype such as torch.bfloat16 or 'bfloat16', not {dtype!r}")
+    return found
+
+
 def as_numbers(name: str, one: str, numbers: object, count: int) -> list[int]:
     """Numbers of things that there are `count` of, from 0: negative ones count from the end, None is all of them.
 

@@ -27,12 +27,12 @@ from vit.kernels import optimizing
 from vit.kernels.gpu import blocks, plain
 from vit.kernels.gpu import model as gpu_model
 from vit.kernels.gpu.tiles import default
-from vit.weights.peers import timm_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from harness import environment, write_json
 from int8 import pictures, trained
+from peers import timm_model
 
 
 def timm_twin(model: vit.ViT, images: Tensor) -> nn.Module:

@@ -307,7 +307,7 @@ def test_any_keys_are_some_layouts_or_refused(keys):
 # --- what no shape shows
 
 
-@pytest.mark.filterwarnings("ignore:.*cannot say")
+@pytest.mark.filterwarnings("ignore:.*cannot hold")
 @pytest.mark.parametrize(
     ("layout", "file", "wrong"),
     [

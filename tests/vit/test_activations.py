@@ -272,7 +272,7 @@ def test_copies_and_maps_while_patched(tiny, tmp_path):
                     again(tiny)
     with (
         vit.patch(tiny, {"blocks.1.attention.weights": lambda w: w}),
-        pytest.raises(ValueError, match="block 1 is patched: leave vit.patch before saving"),
+        pytest.raises(ValueError, match="block 1 is patched: save the model after"),
     ):
         tiny(x)
         vit.save_checkpoint(tiny, tmp_path / "patched")

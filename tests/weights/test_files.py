@@ -3,11 +3,13 @@
 import argparse
 import hashlib
 import json
+import re
 import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import check_conversion
 import numpy as np
 import pytest
 import timm
@@ -17,6 +19,7 @@ from helpers import FLOAT32, difference, images, randomize, timm_twin
 from hub_server import COMMIT, HubServer
 from layout_cases import BASE, _transformers
 from onnx_oracle import onnx_path, onnx_tokens
+from peers import check
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage import data
@@ -27,6 +30,7 @@ from vit.cli.options import setting
 from vit.image import create_transform
 from vit.weights import CheckpointError
 from vit.weights.hub import download
+from vit.weights.load import find, load
 from vit.weights.save import report_path
 from vit.weights.verify import compare, convert_file
 
@@ -78,7 +82,7 @@ def test_transformers_reads_what_we_write(kind, tmp_path):
     assert same(ours, again) and again.config == config.override(position_rule=rule)
     assert again.categories == ours.categories
     if config.img_size[0] != config.img_size[1]:  # how a rectangle is covered cannot be said
-        with pytest.warns(UserWarning, match="cannot say preprocessing"):
+        with pytest.warns(UserWarning, match="cannot hold preprocessing"):
             vit.save_checkpoint(ours, tmp_path, layout=layout)
         assert again.preprocessing.mode == "squash"
         return
@@ -154,7 +158,7 @@ def test_a_hub_repository_in_transformers_format(weights, tmp_path, monkeypatch)
         hub.stop()
         assert download("org/vit", endpoint=hub.endpoint, cache_dir=tmp_path / "cache") == files and asked > 3
     assert files.preprocessor is not None
-    monkeypatch.setattr("vit.weights.load.download", lambda repo, revision: files)
+    monkeypatch.setattr("vit.weights.source.download", lambda repo, revision: files)
     model = vit.load_pretrained("hf-hub:org/vit")
     assert torch.equal(model.head.weight, theirs.classifier.weight) and model.preprocessing.mode == "squash"
     assert (files.sha256 is None) == (weights == "pytorch_model.bin")  # which this Hub has no hash of
@@ -266,8 +270,8 @@ def test_what_a_file_cannot_say_is_warned_of(tmp_path, model):
         vit.save_checkpoint(model, tmp_path / "m.npz", layout="augreg")
     said = " ".join(str(warning.message) for warning in caught)
     for name in ("gelu", "position_rule", "preprocessing", "categories"):
-        assert f"cannot say {name}" in said
-    with pytest.raises(CheckpointError, match="an npz file cannot say that its grid is 4x8, not square"):
+        assert f"cannot hold {name}" in said
+    with pytest.raises(CheckpointError, match="an npz file cannot hold that the grid is 4x8"):
         vit.save_checkpoint(vit.ViT(TINY.override(img_size=(32, 64))), tmp_path / "n.npz", layout="augreg")
     assert [path.name for path in tmp_path.iterdir()] == ["m.npz"]
     vit.save_checkpoint(randomize(vit.ViT(TINY.override(depth=1))), tmp_path, layout="timm")
@@ -408,7 +412,7 @@ def test_a_hash_that_is_asked_for(tmp_path, model):
     assert same(model, vit.load_pretrained(path, sha256=right.upper()))
     with pytest.raises(CheckpointError, match=f"has sha256 {right}, expected {'0' * 64}"):
         vit.load_pretrained(path, sha256="0" * 64)
-    with pytest.raises(ValueError, match="sha256 must be 64 hexadecimal digits, not 'abc'"):
+    with pytest.raises(ValueError, match="sha256 must be 64 hexadecimal digits, got 'abc'"):
         vit.load_pretrained(path, sha256="abc")
 
 
@@ -438,7 +442,7 @@ def test_files_that_we_wrote_carry_their_hash(tmp_path, layout):
 
 def test_a_report_is_written_beside_the_result(tmp_path, model):
     source = vit.save_checkpoint(model, tmp_path / "a.safetensors")
-    report = convert_file(source, tmp_path / "b", "transformers", check=False)
+    report = convert_file(source, tmp_path / "b", "transformers")
     file = report_path(tmp_path / "b" / "model.safetensors")
     assert file.name == "model.safetensors.report.json" and json.loads(file.read_text()) == json.loads(
         json.dumps(report)
@@ -455,23 +459,30 @@ def test_a_report_is_written_beside_the_result(tmp_path, model):
         "config.json", "model.safetensors", "model.safetensors.report.json", "preprocessor_config.json"]  # fmt: skip
 
 
+def checked(source: object, result: object) -> dict[str, float | str]:
+    return check(load(find(source)), load(find(result)))[0]
+
+
 def test_check_runs_the_source_in_its_own_library(tmp_path):
     vit.save_checkpoint(randomize(vit.ViT(TINY.override(gelu="tanh"))), tmp_path / "a", layout="timm")
-    report = convert_file(tmp_path / "a", tmp_path / "b.npz", "augreg", check=True)
-    assert set(report["check"]) == {"source in timm against source in vit", "result in vit against source in vit",
-                                    "result in timm against source in vit"}  # fmt: skip
-    assert max(report["check"].values()) <= FLOAT32
+    convert_file(tmp_path / "a", tmp_path / "b.npz", "augreg")
+    rows = checked(tmp_path / "a", tmp_path / "b.npz")
+    assert set(rows) == {"source in timm against source in vit", "result in vit against source in vit",
+                         "result in timm against source in vit"}  # fmt: skip
+    assert max(rows.values()) <= FLOAT32
 
 
-@pytest.mark.parametrize("layout", ["timm", "transformers", "torchvision", "dino", "moco"])
+@pytest.mark.parametrize("layout", ["timm", "transformers", "torchvision", "dino", "moco", "big_vision_scanned"])
 def test_check_runs_the_half_that_has_a_library(tmp_path, model, layout):
     """One of both files is in this project's own layout, which no other library reads."""
     if layout in ("dino", "moco"):
         model.reset_classifier(0)
         model.config = model.config.override(num_classes=0)
     source = vit.save_checkpoint(model, tmp_path / "a.safetensors")
-    there = convert_file(source, tmp_path / "b", layout, check=True)["check"]
-    back = convert_file(tmp_path / "b", tmp_path / "c.safetensors", "vit", check=True)["check"]
+    result = Path(convert_file(source, tmp_path / "b", layout)["target"]["files"][0])
+    there = checked(source, result)
+    convert_file(tmp_path / "b", tmp_path / "c.safetensors", "vit")
+    back = checked(tmp_path / "b", tmp_path / "c.safetensors")
     library = layout if layout in ("transformers", "torchvision") else "timm"
     assert list(there) == ["source in its own library against source in vit", "result in vit against source in vit",
                            f"result in {library} against source in vit"]  # fmt: skip
@@ -486,25 +497,24 @@ def test_a_check_that_can_run_nothing_is_refused(tmp_path, model, monkeypatch):
     ours = vit.save_checkpoint(model, tmp_path / "a.safetensors")
     theirs = vit.save_checkpoint(model, tmp_path / "b", layout="timm")
     with pytest.raises(CheckpointError, match="nothing to check against: no other library reads the vit layout"):
-        convert_file(ours, tmp_path / "c.safetensors", "vit", check=True)
+        checked(ours, ours)
     monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
-    with pytest.raises(CheckpointError, match="nothing to check against: --check needs timm: pip install timm"):
-        convert_file(theirs, tmp_path / "c.safetensors", "vit", check=True)
-    assert not (tmp_path / "c.safetensors").exists()
-    half = convert_file(theirs, tmp_path / "c", "torchvision", check=True)["check"]
-    assert half["source in timm against source in vit"] == "not run: --check needs timm: pip install timm"
+    with pytest.raises(CheckpointError, match="nothing to check against: timm is not installed: pip install timm"):
+        checked(theirs, theirs)
+    convert_file(theirs, tmp_path / "c", "torchvision")
+    half = checked(theirs, tmp_path / "c")
+    assert half["source in timm against source in vit"] == "not run: timm is not installed: pip install timm"
     assert half["result in torchvision against source in vit"] <= FLOAT32
 
 
-def test_check_reads_the_result_as_anybody_would(tmp_path, model):
-    """An npz file cannot say that its GELU is the exact one: whoever loads it gets the other."""
+def test_check_reads_the_result_as_any_user_would(tmp_path, model, capsys):
+    """An npz file cannot hold that its GELU is the exact one: whoever loads it gets the other."""
     source = vit.save_checkpoint(model, tmp_path / "a", layout="timm").parent
-    with pytest.raises(CheckpointError) as error:
-        convert_file(source, tmp_path / "b.npz", "augreg", check=True)
-    assert str(error.value).startswith("result in vit against source in vit: the largest difference is")
-    assert "the result cannot say gelu 'erf', which its reader takes to be 'tanh'" in str(error.value)
-    assert not (tmp_path / "b.npz").exists()
     assert "gelu" in convert_file(source, tmp_path / "b.npz", "augreg")["unsaid"]
+    assert check_conversion.main([str(source), str(tmp_path / "b.npz")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("check_conversion: error: result in vit against source in vit: the largest difference is")
+    assert "these settings of the source changed: gelu 'erf' (the result has 'tanh')" in error
 
 
 def test_what_was_assumed_is_reported(tmp_path, capsys):
@@ -513,13 +523,17 @@ def test_what_was_assumed_is_reported(tmp_path, capsys):
     vit.save_checkpoint(wide, tmp_path / "a", layout="transformers")
     save_file(load_file(tmp_path / "a" / "model.safetensors"), tmp_path / "bare.safetensors")
     bare, ours = str(tmp_path / "bare.safetensors"), str(tmp_path / "b.safetensors")
-    assert main(["convert", bare, ours, "--to", "vit", "--check"]) == 0
-    printed = capsys.readouterr().out
-    assert (
+    assert main(["convert", bare, ours, "--to", "vit"]) == 0
+    assumed = (
         "assumed     num_heads 3, eps 1e-12, gelu erf, position_rule transformers "
         "(the transformers layout's defaults; --set states others)\n"
-        "note        both sides of the check ran with what is assumed, so that it does not prove that\n"
-    ) in printed
+    )
+    assert assumed in capsys.readouterr().out
+    assert check_conversion.main([bare, ours]) == 0
+    note = "note        both sides of the check ran with what is assumed, so it does not prove that\n"
+    assert capsys.readouterr().out.startswith(
+        assumed + note + "check       source in transformers against source in vit"
+    )
     report = json.loads(report_path(Path(ours)).read_text())
     assert report["assumed"]["num_heads"] == {"value": 3, "from": "the transformers layout's default"}
     assert report["assumed"].keys() == {"num_heads", "eps", "gelu", "position_rule"}
@@ -530,8 +544,9 @@ def test_what_was_assumed_is_reported(tmp_path, capsys):
     assert "categories     1000, assumed to be ImageNet-1k's, by way of the file's header" in printed
     report = convert_file(bare, tmp_path / "c.safetensors", "vit", overrides={"num_heads": 6, "eps": 1e-6})
     assert report["assumed"].keys() == {"gelu", "position_rule"} and report["notes"] == []
-    told = convert_file(tmp_path / "a", tmp_path / "d.safetensors", "vit", check=True)
-    assert told["assumed"].keys() == {"position_rule"} and told["notes"] == []  # its config.json says the others
+    told = convert_file(tmp_path / "a", tmp_path / "d.safetensors", "vit")
+    assert told["assumed"].keys() == {"position_rule"}  # its config.json says the others
+    assert check(load(find(tmp_path / "a")), load(find(tmp_path / "d.safetensors")))[1] == []
 
 
 def test_where_categories_come_from(tmp_path, model, capsys):
@@ -558,7 +573,7 @@ def test_labels_are_attached(tmp_path, model, capsys):
     source = str(vit.save_checkpoint(model, tmp_path / "a.safetensors"))
     command = ["convert", source, str(tmp_path / "b"), "--to", "timm", "--labels", str(tmp_path / "names.txt")]
     for text, message in ((b"one\ntwo\n", "there are 2 categories for 5 classes"), (b"a\n\nb\n", "line 2 is empty"),
-                          (b"\xff", "is no text in UTF-8")):  # fmt: skip
+                          (b"\xff", "is not UTF-8 text")):  # fmt: skip
         (tmp_path / "names.txt").write_bytes(text)
         assert main(command) == 2 and message in capsys.readouterr().err
     (tmp_path / "names.txt").write_text("one\ntwo\nthree\nvier, fünf\nsix\n", encoding="utf-8")
@@ -566,16 +581,31 @@ def test_labels_are_attached(tmp_path, model, capsys):
     assert vit.load_pretrained(tmp_path / "b").categories == ["one", "two", "three", "vier, fünf", "six"]
 
 
-def test_a_config_that_is_wrong_is_seen_by_check(tmp_path, model):
+def test_a_config_that_is_wrong_is_seen_by_check(tmp_path, model, capsys):
     """The weights fit with any number of heads; only running the source shows that 4 is not what it has."""
     vit.save_checkpoint(model, tmp_path / "a", layout="timm")
     convert_file(tmp_path / "a", tmp_path / "b.safetensors", "vit", overrides={"num_heads": 4})
-    before = (tmp_path / "b.safetensors").read_bytes()
-    with pytest.raises(
-        CheckpointError, match="source in timm against source in vit: .* difference is .*; nothing was written"
-    ):
-        convert_file(tmp_path / "a", tmp_path / "b.safetensors", "vit", overrides={"num_heads": 4}, check=True)
-    assert (tmp_path / "b.safetensors").read_bytes() == before
+    command = [str(tmp_path / "a"), str(tmp_path / "b.safetensors"), "--set", "num_heads=4"]
+    assert check_conversion.main(command) == 2
+    error = capsys.readouterr().err
+    assert re.search(
+        "source in timm against source in vit: the largest difference is .*, expected at most 1e-04", error
+    )
+
+
+def test_the_former_option_names_the_script(tmp_path, model, capsys):
+    source = str(vit.save_checkpoint(model, tmp_path / "a.safetensors"))
+    assert main(["convert", source, str(tmp_path / "b"), "--to", "timm", "--check"]) == 2
+    assert f"run `python tests/reports/check_conversion.py {source} {tmp_path / 'b'}`" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_optimized_model_is_named_first(tmp_path, capsys):
+    """Whatever else is wrong with the command."""
+    source = str(tmp_path / "a.safetensors")
+    save_file({"x": torch.ones(1)}, source, {"vit.optimized": "{}"})
+    assert main(["convert", source, str(tmp_path / "b.pth"), "--to", "vit"]) == 2
+    assert "a.safetensors: it holds an optimized model, no checkpoint" in capsys.readouterr().err
 
 
 def test_a_conversion_that_does_not_read_back_changes_nothing(tmp_path, model, monkeypatch):
@@ -588,14 +618,12 @@ def test_a_conversion_that_does_not_read_back_changes_nothing(tmp_path, model, m
         write(path, {name: tensor.half().float() for name, tensor in tensors.items()}, metadata)
 
     monkeypatch.setattr("vit.weights.save.write_safetensors", lossy)
-    with pytest.raises(CheckpointError, match="did not come back as written in the torchvision layout"):
+    with pytest.raises(CheckpointError, match="did not read back as written in the torchvision layout"):
         convert_file(source, tmp_path / "b", "torchvision")
     assert target.read_bytes() == before and [p.name for p in (tmp_path / "b").iterdir()] == ["model.safetensors"]
 
 
 def test_compare(tmp_path, model):
-    from vit.weights.load import find, load
-
     a = vit.save_checkpoint(model, tmp_path / "a.safetensors")
     b = vit.save_checkpoint(model, tmp_path / "b", layout="transformers")
     assert all(row.difference == 0 and not row.remark for row in compare(load(find(a)), load(find(b))))
@@ -612,7 +640,7 @@ def test_settings_that_differ_say_whether_it_matters(tmp_path, model, default_ch
     convert_file(default_checkpoint, ours, "vit")
     convert_file(ours, theirs, "transformers")  # where crop_pct is 224 / 248: as many pixels as 0.9 gives
     assert main(["inspect", ours, theirs]) == 1
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "weights" / "README.md").read_text(encoding="utf-8")
     assert f"```text\n{capsys.readouterr().out}```\n" in readme
 
     a = str(vit.save_checkpoint(model, tmp_path / "a.safetensors"))

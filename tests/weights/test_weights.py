@@ -221,6 +221,7 @@ def test_overrides(timm_file):
     model = vit.load_pretrained(timm_file, num_heads=12, eps=1e-5, drop_path_rate=0.1, dtype=torch.bfloat16)
     assert (model.config.num_heads, model.config.eps, model.config.drop_path_rate) == (12, 1e-5, 0.1)
     assert model.head.weight.dtype == torch.bfloat16
+    assert vit.load_pretrained(timm_file, dtype="bfloat16").head.weight.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="unknown config field 'num_head'. Did you mean 'num_heads'"):
         vit.load_pretrained(timm_file, num_head=12)
     with pytest.raises(CheckpointError, match="embed_dim is declared to be 192, but the weights have 384"):
@@ -240,7 +241,7 @@ BAD_TENSORS = {
     "unexpected keys: norm.(weight|bias), norm": lambda sd: sd.update(
         {"fc_norm.weight": torch.ones(64), "fc_norm.bias": torch.ones(64)}
     ),
-    "norm_pre.weight shows a ViT with a norm before its blocks": lambda sd: sd.update(
+    "norm_pre.weight belongs to a ViT with a norm before its blocks": lambda sd: sd.update(
         {"norm_pre.weight": torch.ones(64)}
     ),
     r"missing keys: .*blocks.1.norm1.weight.*unexpected keys: .*blocks.7.norm1.weight": lambda sd: [
@@ -259,13 +260,11 @@ BAD_TENSORS = {
     r"several dtypes, expected one: torch.float32 \(.*\), torch.float16 \(norm.weight\)": lambda sd: sd.update(
         {"norm.weight": torch.ones(64, dtype=torch.float16)}
     ),
-    "position_embedding has 26 rows, which img_size .* does not give": lambda sd: sd.update(
+    "position_embedding has 26 rows, which does not fit img_size": lambda sd: sd.update(
         {"pos_embed": torch.ones(1, 26, 64)}
     ),
     "position_embedding has shape .*, expected 3 dimensions": lambda sd: sd.update({"pos_embed": torch.ones(25, 64)}),
-    "unknown layout: it comes nearest to timm, but expected its marker keys": lambda sd: sd.pop(
-        "blocks.0.attn.qkv.weight"
-    ),
+    "unknown layout: the nearest is timm, which has the keys blocks.0": lambda sd: sd.pop("blocks.0.attn.qkv.weight"),
     "fit several layouts: timm, vit": lambda sd: sd.update({"blocks.0.attention.qkv.weight": torch.ones(192, 64)}),
 }
 
@@ -297,9 +296,9 @@ def test_what_shapes_cannot_tell_is_asked_for():
     square = timm_twin(CONFIG.override(img_size=32)).state_dict()
     assert vit.weights.convert(square).config.num_heads == 1  # 64 wide
     wide = timm_twin(CONFIG.override(embed_dim=96, num_heads=3)).state_dict()
-    with pytest.raises(CheckpointError, match="nothing says how many heads share the width 96: state num_heads"):
+    with pytest.raises(CheckpointError, match="the number of heads is not known for the width 96: state num_heads"):
         vit.weights.convert(wide)
-    with pytest.raises(CheckpointError, match=r"25 rows, which leave no square grid: state img_size="):
+    with pytest.raises(CheckpointError, match=r"25 rows, which do not make a square grid: state img_size="):
         vit.weights.convert(timm_twin(CONFIG.override(init_values=None)).state_dict())
     registers = CONFIG.override(img_size=40, reg_tokens=2, class_position=False)
     assert vit.weights.convert(timm_twin(registers).state_dict()).config.img_size == (40, 40)
@@ -447,7 +446,7 @@ def test_bad_configs(timm_file, message):
 def test_paths_that_lead_nowhere(tmp_path, model):
     (tmp_path / "empty").mkdir()
     for source, kind, message in (
-        (tmp_path / "empty", FileNotFoundError, "empty holds none of model.safetensors"),
+        (tmp_path / "empty", FileNotFoundError, "empty has none of model.safetensors"),
         (tmp_path / "gone.safetensors", FileNotFoundError, "gone.safetensors does not exist"),
         ("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", FileNotFoundError, "is written hf-hub:timm/vit_small"),
         ("vit_smal_patch16_224.augreg_in21k_ft_in1k", ValueError, "Did you mean 'vit_small_patch16_224.augreg_in21k"),
@@ -456,9 +455,9 @@ def test_paths_that_lead_nowhere(tmp_path, model):
     ):
         with pytest.raises(kind, match=message):
             vit.load_pretrained(source)
-    with pytest.raises(ValueError, match="revision='main' is for repositories of the Hub"):
+    with pytest.raises(ValueError, match="revision='main' is for repositories on the Hub"):
         vit.load_pretrained(tmp_path / "empty", revision="main")
-    with pytest.raises(ValueError, match="names a revision already"):
+    with pytest.raises(ValueError, match="already contains a revision"):
         vit.load_pretrained("hf-hub:a/b@main", revision="main")
     with pytest.raises(ValueError, match=r"unknown layout 'tim'. Did you mean 'timm'"):
         vit.save_checkpoint(model, tmp_path / "m.safetensors", layout="tim")
@@ -512,7 +511,7 @@ def test_what_does_not_fit_the_model_is_not_saved(tmp_path, model):
             with pytest.raises(CheckpointError, match=message):
                 vit.save_checkpoint(model, tmp_path / "m", layout=layout)
         model.categories, model.preprocessing = None, original
-    with pytest.raises(ValueError, match="expected a vit.ViT, not Linear"):
+    with pytest.raises(ValueError, match="expected a vit.ViT, got Linear"):
         vit.save_checkpoint(torch.nn.Linear(2, 2), tmp_path / "m")
     with pytest.raises(CheckpointError, match="has no values: .* on device meta"):
         vit.save_checkpoint(vit.ViT(CONFIG).to("meta"), tmp_path / "m")
@@ -537,7 +536,7 @@ def test_a_link_stays_a_link(tmp_path, model):
 
 def test_our_own_names_without_our_header_say_nothing_of_heads(tmp_path, model):
     save_file(model.state_dict(), tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match="nothing says how many heads share the width 64"):
+    with pytest.raises(CheckpointError, match="the number of heads is not known for the width 64"):
         vit.load_pretrained(tmp_path / "m.safetensors", img_size=(32, 48))
     assert same(model, vit.load_pretrained(tmp_path / "m.safetensors", img_size=(32, 48), num_heads=1))
 
@@ -613,15 +612,16 @@ def test_arguments_of_other_kinds(timm_file):
         "in_chans must be a whole number of at least 1, not 0": {"in_chans": 0},
         "in_chans must be a whole number of at least 1, not '3'": {"in_chans": "3"},
         "num_classes must be a whole number": {"num_classes": -1},
-        "dtype must be a floating torch.dtype": {"dtype": torch.int32},
-        "dtype must be a floating": {"dtype": "bfloat16"},
+        "dtype must be a floating dtype such as torch.bfloat16 or 'bfloat16', not torch.int32": {"dtype": torch.int32},
+        "dtype must be a floating dtype .* not 'int32'": {"dtype": "int32"},
+        "dtype must be a floating dtype .* not 'fp16'": {"dtype": "fp16"},
         r"unknown layout \[\]": {"layout": []},
         "unknown layout 'timn'. Did you mean 'timm'": {"layout": "timn"},
     }.items():
         with pytest.raises(ValueError, match=message):
             vit.load_pretrained(timm_file, **arguments)
     for source in (None, "", 3):
-        with pytest.raises(ValueError, match="expected the name of a model, a file or a folder"):
+        with pytest.raises(ValueError, match="expected the name of a model, a file or a folder, got"):
             vit.load_pretrained(source)
     with pytest.raises(CheckpointError, match="is of type int, expected a tensor"):
         vit.weights.convert({"blocks.0.attn.qkv.weight": 3})
@@ -640,5 +640,5 @@ def test_loading_for_another_size_keeps_the_stored_grid(tmp_path):
     assert finer.preprocessing.size == (48, 48) and finer.config.img_size == (16, 16)
     with pytest.raises(ValueError, match="size 50 x 50 is not made of whole patches of 4 x 4"):
         vit.load_pretrained("vit_digits_patch4_32", size=50)
-    with pytest.raises(ValueError, match="65 rows, which img_size 48x48 does not give.*size=... sets the one"):
+    with pytest.raises(ValueError, match="65 rows, which does not fit img_size 48x48.*size=... sets the size"):
         vit.load_pretrained("vit_digits_patch4_32", img_size=48)

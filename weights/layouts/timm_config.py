@@ -13,6 +13,7 @@ from vit.resources import imagenet_categories
 
 from ..checkpoint import CheckpointError
 from ..description import IMAGENET, Attributes, Description
+from ..keymap import Files
 
 # timm's model arguments -> our fields, where name and value are the same in both
 _SAME = (
@@ -204,3 +205,10 @@ def _architecture(config: ViTConfig) -> str:
         if named.tag and all(getattr(named.config, field) == getattr(config, field) for field in same):
             return name
     return "vit_small_patch16_224"
+
+
+FILES = Files(
+    beside=("config.json",),
+    write=lambda config, attributes: {"config.json": write_config(config, attributes)},
+    read=lambda contents: read_config(contents["config.json"], "config.json"),
+)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from vit.config import ViTConfig
@@ -11,6 +13,7 @@ from vit.metadata import Preprocessing
 
 from ..checkpoint import CheckpointError
 from ..description import Attributes, Description
+from ..keymap import Files
 
 # transformers' names -> our fields, where the value is the same in both
 _SAME = {
@@ -199,3 +202,18 @@ def write_preprocessing(attributes: Attributes) -> dict[str, Any]:
         "size": {"shortest_edge": int(min(height, width) / settings.crop_pct)},
         "crop_size": {"height": height, "width": width},
     }
+
+
+def _write(config: ViTConfig, attributes: Attributes) -> dict[str, dict[str, Any]]:
+    return {
+        "config.json": write_config(config, attributes),
+        "preprocessor_config.json": write_preprocessing(attributes),
+    }
+
+
+def _read(contents: Mapping[str, dict[str, Any]]) -> Description:
+    (config, about), (preprocessor, settings) = contents.items()
+    return replace(read_config(about, config), preprocessing=read_preprocessing(settings, preprocessor))
+
+
+FILES = Files(beside=("config.json", "preprocessor_config.json"), write=_write, read=_read)

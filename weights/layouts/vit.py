@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -14,7 +13,7 @@ from vit.metadata import Preprocessing, Provenance
 
 from ..checkpoint import CheckpointError
 from ..description import ANSWERS, IMAGENET, AttentionSetting, Attributes, Description, assumptions, by_header
-from ..keymap import Entry, Layout
+from ..keymap import Assumptions, Detection, Entry, Holds, Layout
 
 _OURS = (
     "class_token", "dist_token", "register_tokens", "position_embedding",
@@ -32,15 +31,19 @@ VIT = Layout(
     "vit",
     "this project's own",
     tuple(Entry(name, (name,)) for name in _OURS),
-    markers=("blocks.0.attention.qkv.weight",),
-    class_rows="either",
+    Detection(("blocks.0.attention.qkv.weight",)),
+    assumptions=Assumptions(class_rows="either"),
+    holds=Holds(attention=True),
 )
 
+LAYOUTS = (VIT,)
 
-def key_of_attention(key: str) -> bool:
-    """Does it name a weight of an attention module that a user has put into a block? Any name may follow there."""
-    return re.match(r"blocks\.\d+\.attention\.attend\.fn\.", key) is not None
 
+# What is wrong with a file of `vit.kernels.save`.
+OPTIMIZED = (
+    "it holds an optimized model, no checkpoint: vit.kernels.load reads it, and so do vit predict, features,"
+    " evaluate and bench; convert, inspect and fine-tune the checkpoint that it was made of"
+)
 
 _PARTS = ("vit.config", "vit.assumed", "vit.preprocessing", "vit.categories", "vit.attention", "vit.provenance")
 
@@ -68,10 +71,7 @@ def read_header(metadata: Mapping[str, str]) -> Description:
         CheckpointError: a part that is not what `write_header` writes; it is named. An optimized model's header.
     """
     if "vit.optimized" in metadata:
-        raise CheckpointError(
-            "it holds an optimized model, no checkpoint: vit.kernels.load reads it, and so do vit predict, features,"
-            " evaluate and bench; convert, inspect and fine-tune the checkpoint that it was made of"
-        )
+        raise CheckpointError(OPTIMIZED)
     parts: dict[str, Any] = {}
     for key in _PARTS:
         if key in metadata:
