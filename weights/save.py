@@ -60,7 +60,7 @@ def save_checkpoint(model: ViT, path: str | Path, layout: str = "vit") -> Path:
     attributes = Attributes(model.preprocessing, model.categories, license, attention=settings_of(model))
     # checked as the weights of a file are; the config still says who stated what
     ours = to_ours(model.state_dict(), VIT.name, {"the model": model.config.to_dict()})
-    ours = replace(ours, config=replace(ours.config, sources=ours.config.sources | model.config.sources))
+    ours = replace(ours, config=replace(ours.config, sources={**ours.config.sources, **model.config.sources}))
     converted = write(ours, attributes, file, layout, lambda: model.provenance)
     for name, value in converted.report.unsaid.items():
         warnings.warn(f"{file} cannot hold {name}: readers will assume {value!r}", stacklevel=2)
