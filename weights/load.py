@@ -191,7 +191,7 @@ def describe(
 def _remember(ours: Ours, about: Description) -> Ours:
     """Note in `config.sources` which of the settings in a header were assumed when it was written."""
     sources = dict(ours.config.sources)
-    sources |= {name: whose for name, whose in about.guessed.items() if sources[name] == about.where}
+    sources |= {name: whose for name, whose in about.guessed.items() if sources.get(name) == about.where}
     return replace(ours, config=replace(ours.config, sources=sources))
 
 
@@ -210,8 +210,6 @@ def _attributes(found: Source, about: Description, ours: Ours, stated: Sequence[
         raise CheckpointError(
             f"preprocessing has {len(preprocessing.mean)} channels, the weights have {config.in_chans}"
         )
-    if about.attention is not None and len(about.attention) != config.depth:
-        raise CheckpointError(f"the header names attention for {len(about.attention)} blocks, expected {config.depth}")
     return Attributes(preprocessing, categories, about.license or found.license, whence, about.attention)
 
 

@@ -172,13 +172,13 @@ def test_a_hub_repository_in_transformers_format(weights, tmp_path, monkeypatch)
 
 BAD_CONFIGS = {
     "model_type 'swin', expected one of vit, deit": {"model_type": "swin"},
-    "nothing for transformers' setting qkv_bias=False": {"qkv_bias": False},
+    "transformers' setting qkv_bias=False is not supported": {"qkv_bias": False},
     "hidden_act 'relu', expected one of gelu": {"hidden_act": "relu"},
     "embed_dim is declared to be 64, but the weights have 128": {"hidden_size": 64},
     "eps must be above 0.0, not -1": {"layer_norm_eps": -1},
     "id2label must number its labels from 0 to 1": {"id2label": {"1": "a", "2": "b"}},
     "there are 2 categories for 5 classes": {"id2label": {"0": "a", "1": "b"}},
-    "intermediate_size and hidden_size must be numbers": {"intermediate_size": "x"},
+    "config.json cannot be used: TypeError": {"intermediate_size": "x"},
 }
 
 

@@ -1,6 +1,6 @@
 """Google's Flax checkpoints: AugReg's npz files (vision_transformer) and big_vision's, plain and scanned.
 
-Flax multiplies from the left, x @ kernel, so that its kernels are our weights transposed, and keeps the heads apart.
+Flax computes x @ kernel, so its kernels are our weights transposed, and it keeps the heads apart.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def unstack(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise CheckpointError(f"{key} has shape [], expected the blocks along its first dimension")
         depths.add(tensor.shape[0])
         if len(depths) > 1:
-            raise CheckpointError(f"{key} holds {tensor.shape[0]} blocks, others {min(depths - {tensor.shape[0]})}")
+            raise CheckpointError(f"{key} has {tensor.shape[0]} blocks, others have {min(depths - {tensor.shape[0]})}")
         for i, one in enumerate(tensor):
             result[f"Transformer/encoderblock_{i}/{key.removeprefix(_STACKED)}"] = one.clone()  # memory of its own
     return result

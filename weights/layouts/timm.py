@@ -39,7 +39,7 @@ def _entries(scale: str = "ls{}.gamma", registers: str = "reg_token") -> tuple[E
 
 _QKV = "blocks.0.attn.qkv.weight"
 _DISTILLED = (*same("dist_token", "dist_token"), *pair("head_dist", "head_dist"))
-_PRE_LOGITS = "the representation layer of older ImageNet-21k files; timm's models do not use it either"
+_PRE_LOGITS = "the representation layer of older ImageNet-21k files, which timm's models do not use either"
 _USUAL = Assumptions(head_width=64, preprocessing=_IMAGENET)  # heads are 64 wide in ViT-Ti, S, B and L
 _BACKBONE = {"dist_token": (False,), "global_pool": ("token",), "fc_norm": (False,), "num_classes": (0,)}
 _PLAIN_BACKBONE = {**_BACKBONE, "reg_tokens": (0,)}
@@ -142,12 +142,12 @@ def without_chunk(key: str) -> str:
 
 
 def _without_chunks(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`blocks.0.7.norm1` -> `blocks.7.norm1`: large models were trained with their blocks in chunks."""
+    """The same for a whole state dict: large DINOv2 models were trained with their blocks in chunks."""
     result: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
         name = without_chunk(key)
         if name in result:
-            raise CheckpointError(f"{key} is a second {name}")
+            raise CheckpointError(f"{key} and another key are both {name}")
         result[name] = tensor
     return result
 
