@@ -85,6 +85,27 @@ def test_the_table_in_the_readme():
     assert all(float(number) <= FLOAT32 for line in shown for number in numbers.findall(line))
 
 
+def test_the_layout_that_the_readme_adds(monkeypatch):
+    """Its example is a whole layout: detected, converted to and from bit for bit, and complete."""
+    (example,) = re.findall(r"^```python\n(from vit\.weights\.keymap.*?)^```$", README.read_text("utf-8"), re.S | re.M)
+    file: dict = {}
+    exec(example, file)
+    (acme,) = file["LAYOUTS"]
+    monkeypatch.setitem(LAYOUTS, acme.name, acme)  # as its name in layouts/__init__.py does
+    config = TINY.override(eps=1e-5)
+    ours = randomize(vit.ViT(config)).state_dict()
+    theirs = convert(ours, target="acme", config=config).state_dict
+    assert "layers.1.k.bias" in theirs and detect_layout(theirs) == "acme"
+    again = convert(theirs)
+    assert again.config == config and again.report.source == "acme"
+    assert again.state_dict.keys() == ours.keys()
+    assert all(torch.equal(again.state_dict[name], ours[name]) for name in ours)
+    with pytest.raises(CheckpointError, match="do not fit the acme layout: missing keys: layers.1.k.bias"):
+        convert({key: tensor for key, tensor in theirs.items() if key != "layers.1.k.bias"})
+    with pytest.raises(CheckpointError, match="the acme layout cannot hold register_tokens"):
+        convert(vit.ViT(TINY.override(reg_tokens=2)).state_dict(), target="acme", config=TINY.override(reg_tokens=2))
+
+
 # --- round trips
 
 

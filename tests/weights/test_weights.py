@@ -500,7 +500,7 @@ def test_what_does_not_fit_the_model_is_not_saved(tmp_path, model):
     for change, message in (
         (lambda: setattr(model, "categories", ["a"]), "1 categories for 7 classes"),
         (lambda: setattr(model, "categories", list(range(7))), "must be a list of texts"),
-        (lambda: setattr(model, "preprocessing", vit.Preprocessing(32, (0.5,), (0.5,))), "1 channels, the model 3"),
+        (lambda: setattr(model, "preprocessing", vit.Preprocessing(32, (0.5,), (0.5,))), "1 channels, the model has 3"),
         (lambda: model.norm.weight.data.fill_(math.nan), "norm.weight holds values that are not finite"),
     ):
         change()
