@@ -340,7 +340,7 @@ def test_contradicting_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="used as both a.weight and b.weight"):
         read_onnx(path)
     path = write(tmp_path / "2.onnx", nodes[:2], {"w_1/": values(4, 4), "a.weight": values(4, 4, seed=1), **biases})
-    with pytest.raises(CheckpointError, match=r"should be a\.weight, which another"):
+    with pytest.raises(CheckpointError, match=r"should be a\.weight, which is a constant"):
         read_onnx(path)
     nodes = [nodes[0], nodes[1], node("Gemm", "x w_1/ a.bias", "u", transB=1)]
     path = write(tmp_path / "3.onnx", nodes, {"w_1/": values(4, 4), **biases})
@@ -364,10 +364,10 @@ def test_external_data_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.onnx.data").write_bytes(bytes(8))
     proto = onnx.TensorProto(name="norm.weight", data_type=FLOAT, dims=[2], data_location=1)
     proto.external_data.add(key="location", value="model.onnx.data")
-    with pytest.raises(CheckpointError, match=r"model\.onnx: norm\.weight is kept in another file"):
+    with pytest.raises(CheckpointError, match=r"model\.onnx: norm\.weight is in another file"):
         read_onnx(write(tmp_path / "model.onnx", [], [proto]))
     proto.ClearField("data_location")  # without which onnx itself would read it as empty
-    with pytest.raises(CheckpointError, match=r"model\.onnx: norm\.weight is kept in another file"):
+    with pytest.raises(CheckpointError, match=r"model\.onnx: norm\.weight is in another file"):
         read_onnx(write(tmp_path / "model.onnx", [], [proto]))
 
 
@@ -375,7 +375,7 @@ def test_one_weight_under_a_thousand_names_is_refused(tmp_path: Path) -> None:
     names = [f"a{i}.weight" for i in range(1000)]
     several = [node("Identity", "a.weight", name) for name in names]
     for nodes in (several, [onnx.helper.make_node("Identity", ["a.weight"], names)]):
-        with pytest.raises(CheckpointError, match="names its weights so often"):
+        with pytest.raises(CheckpointError, match="repeats its weights until they outgrow"):
             read_onnx(write(tmp_path / "model.onnx", nodes, {"a.weight": values(1000, 100)}))
 
 
@@ -422,7 +422,7 @@ def test_values_beyond_their_dtype_are_refused(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"a\.b holds"):
             read_onnx(write(tmp_path / "model.onnx", [], [proto]))
     proto = onnx.TensorProto(name="a.b", data_type=onnx.TensorProto.STRING, dims=[1], string_data=[b"x"])
-    with pytest.raises(CheckpointError, match=r"a\.b has ONNX's data type 8"):
+    with pytest.raises(CheckpointError, match=r"a\.b has ONNX data type 8"):
         read_onnx(write(tmp_path / "model.onnx", [], [proto]))
 
 

@@ -1,4 +1,4 @@
-"""`vit inspect`: what a checkpoint holds, whether or not it can be loaded, and how two of them differ."""
+"""`vit inspect`: what a checkpoint holds, whether or not it can be loaded, and how two checkpoints differ."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tensors and, where they make a model, its config; raises CheckpointError where they do not."""
+    """Print the tensors and the config of the model; raises CheckpointError if they do not make one."""
     reading = options.reading(args)
     overrides = {name: reading.pop(name) for name, _ in args.settings}
     if args.other is not None:
@@ -74,7 +74,7 @@ def show(args: argparse.Namespace, reading: dict[str, Any], overrides: dict[str,
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """The facts as aligned lines: tensors first, what sums them up last."""
+    """The facts as aligned lines: tensors first, the summary last."""
     tensors = facts["tensors"]
     width = max(map(len, tensors), default=0)
     lines = [
