@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.utils.serialization
 from torch import Tensor, nn
 
 from vit.weights.checkpoint import Checkpoint, CheckpointError
@@ -822,7 +823,7 @@ def test_legacy_files_that_lie_are_refused(tmp_path: Path) -> None:
         read_pickled, path, legacy(good(b"](" + tensor(OLD) + tensor(other, size=(3,), stride=(1,)) + b"e")), "disagree"
     )
     many = b"".join(tensor(storage(key=str(i), count=60, more=b"N")) for i in range(9))
-    refused(read_pickled, path, legacy(good(b"](" + many + b"e")), "ask for more: it is truncated")
+    refused(read_pickled, path, legacy(good(b"](" + many + b"e")), "need more: it is truncated")
 
 
 @pytest.mark.parametrize(

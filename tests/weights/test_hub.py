@@ -55,7 +55,7 @@ def refusal(call: Any, *args: Any) -> str:
     start = time.monotonic()
     with pytest.raises(HubError) as caught:
         call(*args)
-    assert time.monotonic() - start < 5, "a failure must not take longer than a few seconds"
+    assert time.monotonic() - start < 15, "a failure must not take as long as huggingface_hub's own 24 seconds"
     text = str(caught.value)
     assert "\n" not in text and ";" in text, "one line: what and why; how to go on"
     return text
