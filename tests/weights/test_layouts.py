@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import TINY
 from helpers import FLOAT32, GRADIENT, difference, images, randomize
 from layout_cases import BASE, CASES, WRITTEN_ONLY, case_config, read_theirs, written_to_them
 from layout_table import as_markdown, rows
@@ -18,7 +19,6 @@ from vit.weights.layouts import LAYOUTS, google
 from vit.weights.layouts.timm import DINOV2
 
 README = Path(__file__).parents[2] / "weights" / "README.md"
-TINY = vit.ViTConfig(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, num_classes=5)
 
 
 def holdable(layout: str) -> vit.ViTConfig:
@@ -305,7 +305,7 @@ def test_chunks_of_dinov2():
     ours = convert(under("teacher.backbone.", chunked) | {"teacher.dino_head.mlp.0.weight": torch.ones(2)})
     assert "projection heads" in ours.report.dropped["teacher.dino_head.mlp.0.weight"]
     assert torch.equal(ours.state_dict["blocks.2.norm1.bias"], plain["blocks.2.norm1.bias"])
-    with pytest.raises(CheckpointError, match="is a second blocks.2.norm1.bias"):
+    with pytest.raises(CheckpointError, match="are both blocks.2.norm1.bias"):
         convert(chunked | {"blocks.0.2.norm1.bias": torch.ones(128)}, "dinov2", "vit")
 
 

