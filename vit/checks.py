@@ -28,6 +28,20 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}.{hint} Known: {', '.join(known) or 'none'}."
 
 
+def dtype_name(dtype: object, known: Iterable[str]) -> str:
+    """The name, such as "bfloat16", of one of the `known` dtypes, given as a torch.dtype or by name."""
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    known = list(known)
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(unknown("dtype", name if isinstance(name, str) else type(name).__name__, known))
+    return name
+
+
+def as_dtype(dtype: object, known: Iterable[str]) -> torch.dtype:
+    """One of the `known` dtypes, given as a torch.dtype or by name."""
+    return getattr(torch, dtype_name(dtype, known))
+
+
 def as_pair(value: object, name: str) -> tuple[int, int]:
     """`value` as (height, width); a whole number means a square."""
     pair = (value, value) if isinstance(value, int) else value

@@ -79,10 +79,7 @@ class NumberedLayer(nn.Module):
 def _run(
     number: Tensor, x: Tensor, residual: Tensor | None, width: int, dtype: torch.dtype, gelu: str | None
 ) -> Tensor:
-    layer = _layers.get(int(number))
-    if layer is None:
-        raise RuntimeError("the optimized model that this was compiled from is gone")
-    return layer.compute(x, residual, dtype, gelu)
+    return _layers[int(number)].compute(x, residual, dtype, gelu)
 
 
 def _shape(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from hashlib import sha256
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vit.checks import warn
+from vit.files import replacing
 
 from . import capture
 from .tiles import FEW, INTERPRETER, TILES, Tile
@@ -143,7 +143,8 @@ def remembered() -> dict[str, Any]:
 def read() -> dict[str, Any]:
     """What the file holds, where JSON keeps a `Tile` as a list; nothing where there is none."""
     try:
-        return {key: choice_of(value) for key, value in json.loads(path().read_text()).items()}
+        known = json.loads(path().read_text())
+        return {key: Tile(*value) if isinstance(value, list) else value for key, value in known.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -151,26 +152,15 @@ def read() -> dict[str, Any]:
         return {}
 
 
-def choice_of(value: object) -> Tile | str | None:
-    """What a value in the file stands for. TypeError or ValueError for what no process wrote."""
-    if isinstance(value, list) and all(isinstance(number, int) for number in value):
-        return Tile(*value)
-    if value is None or isinstance(value, str):
-        return value
-    raise ValueError(f"expected whole numbers, a name or null, not {value}")
-
-
 def remember(new: dict[str, Any]) -> None:
-    """Write it for the next process; a folder that cannot be written to costs only the time to measure again."""
-    file = path()
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    """Write choices for the next process; where the file cannot be written, that one measures again."""
     together = read() | new  # another process may have measured meanwhile
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(together, indent=1, sort_keys=True))
-        os.replace(temporary, file)
+        path().parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path()) as temporary:
+            temporary.write_text(json.dumps(together, indent=1, sort_keys=True))
     except OSError as error:
-        warn(f"{file} cannot be written, so the next process measures again: {error}")
+        warn(f"{path()} cannot be written, so the next process measures again: {error}")
 
 
 def path() -> Path:

@@ -252,10 +252,8 @@ def test_saved_small_and_loaded_without_calibrating(tmp_path: Path, monkeypatch:
     loaded = vit.kernels.load(file)
     x = images(2, 3, 64, 48)
     assert torch.equal(loaded(x), fast(x))
-    with pytest.raises(ValueError, match="a zero from 0 to 255, not .* and 300"):
-        CPUViT(fast.config, "int8", fast.tensors() | {"blocks.0.mlp.fc2.zero": torch.tensor(300, dtype=torch.int32)})
     file.write_bytes(file.read_bytes().replace(b"blocks.0.mlp.wide1.bias", b"blocks.0.mlp.wide3.bias"))
-    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.wide1\.bias is none"):
+    with pytest.raises(ValueError, match="the file is damaged"):
         vit.kernels.load(file)
 
 
@@ -276,7 +274,7 @@ def test_looking_inside() -> None:
 @needs
 def test_images_that_do_not_look_normalised_are_warned_of() -> None:
     pixels = torch.rand(40, 3, 64, 64)
-    for given, text in ((pixels, "all above their mean"), (255 * pixels - 1, "where pixels are from -1 to 1")):
+    for given, text in ((pixels, "all above their mean"), (255 * pixels - 1, "where pixels range from -1 to 1")):
         with pytest.warns(UserWarning, match=text):
             vit.kernels.optimize(model(), "int8", given)
     with warnings.catch_warnings():
@@ -291,7 +289,7 @@ def bad(change: Callable[[Tensor], object]) -> Tensor:
     return good
 
 
-@pytest.mark.filterwarnings("ignore:the images to calibrate on are from")
+@pytest.mark.filterwarnings("ignore:the images to calibrate on range from")
 @needs
 @pytest.mark.parametrize(
     ("calibration", "text"),
@@ -326,14 +324,8 @@ def test_photographs_that_ship() -> None:
     x = photographs(model(), each=5)
     assert x.shape == (35, 3, 64, 64) and torch.equal(x, photographs(model(), each=5))
     assert len({round(one.mean().item(), 4) for one in x}) == 35
-    with pytest.raises(ValueError, match="1 or 3 channels, and the model 5: give images= of your own"):
+    with pytest.raises(ValueError, match="1 or 3 channels, and the model takes 5: calibrate on images of your own"):
         photographs(model(in_chans=5))
-
-
-@needs
-def test_channels_that_cannot_be_parted_are_refused() -> None:
-    with pytest.raises(ValueError, match="mlp_dim is at least 2, not 1"):
-        vit.kernels.optimize(model(mlp_ratio=1 / 64), "int8", images(32, 3, 64, 64))
 
 
 def test_a_processor_without_vnni_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
