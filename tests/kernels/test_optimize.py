@@ -9,131 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import FLOAT32, difference, images, operations, randomize
+from cpu_cases import SMALL, model
+from helpers import FLOAT32, difference, images, randomize
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import vit
-from vit.kernels.base import GRIDS, OptimizedViT
-from vit.kernels.cpu import float32
-from vit.kernels.cpu.model import PART, missing
-
-SMALL = {"img_size": 64, "embed_dim": 64, "num_heads": 2, "depth": 3, "num_classes": 10}
-RELATIVES = {
-    "plain": {},
-    "tanh": {"gelu": "tanh"},
-    "layer scale": {"init_values": 0.5},
-    "registers": {"reg_tokens": 4, "class_position": False},
-    "distilled": {"dist_token": True, "global_pool": "dist"},
-    "average": {"global_pool": "avg", "fc_norm": True},
-    "both": {"global_pool": "token_avg"},
-    "no head": {"num_classes": 0},
-    "one block": {"depth": 1},
-    "other patch and width": {"patch_size": 8, "embed_dim": 96, "num_heads": 3, "mlp_ratio": 2.5},
-}
-SIZES = [(64, 64), (16, 16), (112, 448), (48, 80)]
-
-
-def model(**changes: object) -> vit.ViT:
-    """A small one, with weights that matter."""
-    made = vit.create_model("vit_small_patch16_224", **(SMALL | changes))
-    randomize(made)
-    return made.eval()
-
-
-@torch.inference_mode()
-@pytest.mark.parametrize("gelu", ["erf", "tanh"])
-@pytest.mark.parametrize("fuses", [True, False])
-def test_gelu_in_the_product_or_behind_it(monkeypatch: pytest.MonkeyPatch, fuses: bool, gelu: str) -> None:
-    monkeypatch.setattr(float32, "FUSES_GELU", fuses)
-    plain = model(gelu=gelu)
-    fast = vit.kernels.optimize(plain)
-    x = images(2, 3, 64, 64)
-    ran = operations(lambda: fast(x))
-    assert ("aten::gelu" in ran, ran.get("aten::gelu_", 0)) == (False, 0 if fuses else 3)
-    with torch.inference_mode():
-        assert difference(fast(x), plain(x)) <= FLOAT32
-        assert difference(fast.forward_features(x), plain.forward_features(x)) <= FLOAT32
-
-
-@pytest.mark.parametrize("relative", RELATIVES)
-@torch.inference_mode()
-def test_float32_gives_the_same(relative: str) -> None:
-    plain = model(**RELATIVES[relative])
-    fast = vit.kernels.optimize(plain)
-    for size in SIZES:
-        x = images(2, 3, *size)
-        assert difference(fast(x), plain(x)) <= FLOAT32
-        assert difference(fast.forward_features(x), plain.forward_features(x)) <= FLOAT32
-        for ours, theirs in zip(fast.forward_intermediates(x, norm=True), plain.forward_intermediates(x, norm=True)):
-            assert difference(ours, theirs) <= FLOAT32
-    mixed = [images(3, 64, 32), images(3, 16, 80), images(3, 48, 48)]
-    assert difference(fast.forward_packed(mixed), plain.forward_packed(mixed)) <= FLOAT32
-    assert difference(fast(images(1, 3, 50, 70), ragged="pad"), plain(images(1, 3, 50, 70), ragged="pad")) <= FLOAT32
-
-
-@torch.inference_mode()
-def test_float32_of_the_whole_model_at_its_size() -> None:
-    plain = vit.create_model("vit_small_patch16_224")
-    randomize(plain)
-    fast = vit.kernels.optimize(plain.eval())
-    x = images(2, 3, 224, 224)
-    assert difference(fast(x), plain(x)) <= FLOAT32
-
-
-def test_packed_products_run_and_the_last_block_is_cut() -> None:
-    fast = vit.kernels.optimize(model())
-    x = images(2, 3, 64, 64)
-    ran = operations(lambda: fast(x))
-    assert ran["mkldnn::_linear_pointwise"] == 4 * 3
-    assert "aten::gelu" not in ran
-    tokens: list[int] = []
-    first = fast.blocks[-1].mlp.fc1.forward
-    fast.blocks[-1].mlp.fc1.forward = lambda x, **kind: tokens.append(x.shape[1]) or first(x, **kind)
-    with torch.inference_mode():
-        fast(x)
-        fast.forward_features(x)
-    assert tokens == [1, 17]
-
-
-@torch.inference_mode()
-def test_a_forgotten_gelu_would_be_seen() -> None:
-    plain = model()
-    fast = vit.kernels.optimize(plain)
-    fc1 = fast.blocks[1].mlp.fc1
-    fc1.forward = lambda x, gelu: float32.PackedLinear.forward(fc1, x)
-    assert difference(fast(images(2, 3, 64, 64)), plain(images(2, 3, 64, 64))) > 100 * FLOAT32
-
-
-@torch.inference_mode()
-def test_a_cut_that_loses_keys_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = model()
-    fast = vit.kernels.optimize(plain)
-    cut = float32.FloatBlock.first
-    monkeypatch.setattr(float32.FloatBlock, "first", lambda block, x, n: cut(block, x[:, :-1], n))
-    assert difference(fast(images(2, 3, 64, 64)), plain(images(2, 3, 64, 64))) > 100 * FLOAT32
-
-
-@torch.inference_mode()
-def test_large_batches_go_through_in_parts() -> None:
-    plain = model(depth=1)
-    fast = vit.kernels.optimize(plain)
-    x = images(2 * PART // 17 + 3, 3, 64, 64)
-    assert difference(fast(x), plain(x)) <= FLOAT32
-    assert difference(fast.forward_features(x), plain.forward_features(x)) <= FLOAT32
-    assert operations(lambda: fast(x))["mkldnn::_linear_pointwise"] == 4 * 3
-
-
-@torch.inference_mode()
-def test_kept_positions_are_bounded_and_right() -> None:
-    plain = model()
-    fast = vit.kernels.optimize(plain)
-    for _ in range(2):
-        for h in range(1, GRIDS + 4):
-            x = images(1, 3, 16 * h, 32)
-            assert difference(fast(x), plain(x)) <= FLOAT32
-    assert len(fast._positions) == GRIDS
+from vit.kernels.base import OptimizedViT
+from vit.kernels.cpu.model import missing
 
 
 @torch.inference_mode()
@@ -242,15 +126,6 @@ def test_looking_inside() -> None:
     assert difference(ours, theirs) <= FLOAT32
 
 
-@torch.inference_mode()
-def test_looking_inside_large_batches() -> None:
-    plain = model(depth=1)
-    fast = vit.kernels.optimize(plain)
-    x = images(PART // 17 + 3, 3, 64, 64)
-    for name in ("blocks.0", "norm"):
-        assert difference(vit.record(fast, x, name)[name], vit.record(plain, x, name)[name]) <= FLOAT32
-
-
 def test_optimizing_while_patched_is_refused() -> None:
     plain = model()
     with vit.patch(plain, {"blocks.1.attention.weights": torch.zeros_like}):
@@ -291,99 +166,6 @@ def test_copies_keep_hooks() -> None:
     fast.blocks[0].mlp.fc2.register_forward_hook(lambda module, given, out: seen.append(out.shape))
     copy.deepcopy(fast)(images(2, 3, 64, 64))
     assert seen == [(2, 17, 64)]
-
-
-@torch.inference_mode()
-def test_saved_and_loaded(tmp_path: Path) -> None:
-    plain = model(init_values=0.3)
-    plain.set_attention("reference", [1])
-    plain.categories = [f"class {i}" for i in range(10)]
-    parent = vit.metadata.Provenance("a.pth", "0" * 64, "timm")
-    plain.provenance = vit.metadata.Provenance("b.safetensors", "1" * 64, "vit", parent=parent)
-    fast = vit.kernels.optimize(plain)
-    file = vit.kernels.save(fast, tmp_path / "fast.safetensors")
-    loaded = vit.kernels.load(file)
-    x = images(2, 3, 64, 48)
-    assert torch.equal(loaded(x), fast(x))
-    for part in ("config", "preprocessing", "categories", "provenance"):
-        assert getattr(loaded, part) == getattr(fast, part)
-    assert [attend.name for attend in loaded.attends] == ["sdpa", "reference", "sdpa"]
-    assert list(tmp_path.iterdir()) == [file]
-    other = tmp_path / "other"
-    other.touch()
-    assert file.stat().st_mode == other.stat().st_mode
-    other.unlink()
-    for categories in (["one"], list(range(10)), dict.fromkeys("abcdefghij")):
-        fast.categories = categories
-        with pytest.raises(ValueError, match="categories must be 10 strings or None"):
-            vit.kernels.save(fast, tmp_path / "other.safetensors")
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_what_is_not_saved(tmp_path: Path) -> None:
-    plain = model()
-    with pytest.raises(ValueError, match=r"expected what vit\.kernels\.optimize returns, not ViT"):
-        vit.kernels.save(plain, tmp_path / "a.safetensors")
-    fast = vit.kernels.optimize(plain)
-    with pytest.raises(ValueError, match=r"a\.pt must end in \.safetensors"):
-        vit.kernels.save(fast, tmp_path / "a.pt")
-    fast.set_attention(lambda q, k, v, *, bias=None: v, [2])
-    with pytest.raises(ValueError, match=r"block 2: a file cannot name its attention .*lambda"):
-        vit.kernels.save(fast, tmp_path / "a.safetensors")
-    assert not list(tmp_path.iterdir())
-
-
-def test_files_that_are_not_loaded(tmp_path: Path) -> None:
-    file = vit.kernels.save(vit.kernels.optimize(model()), tmp_path / "fast.safetensors")
-    whole = file.read_bytes()
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        vit.kernels.load(tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match="no optimized model: load it with vit.load_pretrained"):
-        vit.kernels.load(vit.save_checkpoint(model(), tmp_path / "plain.safetensors"))
-    with pytest.raises(ValueError, match="not a complete safetensors file"):
-        file.write_bytes(whole[:-4])
-        vit.kernels.load(file)
-    for before, after in [
-        (b"blocks.0.mlp.fc1.bias", b"blocks.0.mlp.fc9.bias"),
-        (b'\\"embed_dim\\": 64', b'\\"embed_dim\\": 32'),
-        (b'\\"embed_dim\\": 64', b'\\"embed_din\\": 64'),
-        (b'\\"num_heads\\": 2', b'\\"num_heads\\": 4'),
-        (b'[\\"sdpa\\", ', b"[          "),
-        (b'\\"sdpa\\"', b'\\"sdpb\\"'),
-        (b'\\"categories\\": null', b'\\"categories\\": 4444'),
-        (b'\\"dtype\\": \\"float32', b'\\"dtype\\": \\"float33'),
-        (b'\\"sha256\\"', b'\\"sha257\\"'),
-        (b'{\\"dtype\\"', b'[\\"dtype\\"'),
-    ]:
-        content = whole.replace(before, after)
-        assert content != whole
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"fast\.safetensors.* is damaged"):
-            vit.kernels.load(file)
-
-
-def test_a_damaged_byte_is_seen(tmp_path: Path) -> None:
-    file = vit.kernels.save(vit.kernels.optimize(model()), tmp_path / "fast.safetensors")
-    whole = bytearray(file.read_bytes())
-    for place in (len(whole) - 1, len(whole) // 2, len(whole) - 40_000):
-        whole[place] ^= 1
-        file.write_bytes(whole)
-        with pytest.raises(ValueError, match="fast.safetensors: the file is damaged"):
-            vit.kernels.load(file)
-        whole[place] ^= 1
-    file.write_bytes(whole)
-    vit.kernels.load(file)
-
-
-def test_checkpoints_and_optimized_models_are_not_mixed_up(tmp_path: Path) -> None:
-    file = vit.kernels.save(vit.kernels.optimize(model()), tmp_path / "fast.safetensors")
-    for call in (lambda: vit.load_pretrained(file), lambda: vit.load_pretrained(file, num_heads=2)):
-        with pytest.raises(ValueError, match=r"holds an optimized model, no checkpoint: vit\.kernels\.load reads it"):
-            call()
-    with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
-        vit.kernels.save(vit.kernels.optimize(model()), tmp_path / "nowhere" / "fast.safetensors")
-    with pytest.raises(FileNotFoundError, match="is not a file"):
-        vit.kernels.load(tmp_path)
 
 
 def with_relu(plain: vit.ViT) -> vit.ViT:
@@ -612,20 +394,3 @@ def test_what_was_compiled_is_remembered_whatever_the_weights(dtype: str) -> Non
             together = torch.compile(fast, fullgraph=True, dynamic=False)
             assert difference(together(x), fast(x)) <= (FLOAT32 if dtype == "float32" else 0.05)
             assert [name for name in counters["inductor"] if "cache" in name] == [event]
-
-
-@torch.inference_mode()
-def test_modes(tmp_path: Path) -> None:
-    plain = model()
-    fast = vit.kernels.optimize(plain, mode="latency")
-    file = vit.kernels.save(fast, tmp_path / "fast.safetensors")
-    x = images(2, 3, 64, 64)
-    assert torch.equal(vit.kernels.load(file, mode="latency")(x), fast(x))
-    for mode, text in {
-        "throughput": r"mode='throughput' is for bfloat16 and float16 on a GPU, not for float32: leave out mode",
-        "fast": "unknown mode 'fast'",
-    }.items():
-        with pytest.raises(ValueError, match=text):
-            vit.kernels.optimize(plain, mode=mode)
-        with pytest.raises(ValueError, match=text):
-            vit.kernels.load(file, mode=mode)

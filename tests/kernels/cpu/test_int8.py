@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import difference, images, operations, randomize
+from cpu_cases import model
+from helpers import difference, images, operations
 from torch import Tensor
 
 import vit
@@ -21,7 +22,6 @@ from vit.kernels.cpu.model import CPUViT, missing
 from vit.resources import digit_images
 
 needs = pytest.mark.skipif(missing("int8") is not None, reason=f"int8 does not run here: {missing('int8')}")
-SMALL = {"img_size": 64, "embed_dim": 64, "num_heads": 2, "depth": 3, "num_classes": 10}
 # A rounding error of float32 may move a number over an edge between two of 255 steps. bfloat16, in which int8 models
 # attend where the processor can, has steps of its own.
 SAME = 0.005
@@ -37,13 +37,6 @@ RELATIVES = {
     "one block": {"depth": 1},
     "other patch and width": {"patch_size": 8, "embed_dim": 96, "num_heads": 3, "mlp_ratio": 2.5},
 }
-
-
-def model(**changes: object) -> vit.ViT:
-    """A small one, with weights that matter."""
-    made = vit.create_model("vit_small_patch16_224", **(SMALL | changes))
-    randomize(made)
-    return made.eval()
 
 
 def quantized(plain: vit.ViT) -> OptimizedViT:
