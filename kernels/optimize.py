@@ -120,7 +120,7 @@ def check(model: object, dtype: str) -> None:
     if not isinstance(model, ViT):
         raise ValueError(f"expected a vit.ViT, not {type(model).__name__}: optimize the model before compiling it")
     if isinstance(model, OptimizedViT):
-        raise ValueError(f"the model is already optimized, to {model.optimized}: optimize the one it was made from")
+        raise ValueError(f"the model is already optimized, to {model.optimized}: optimize the original model")
     if model.training:
         raise ValueError("the model is in training mode, and an optimized model only infers: call model.eval() first")
     device = machine(dtype)

@@ -1,8 +1,8 @@
-"""float32 on a CPU: the same numbers from oneDNN's products, whose weights lie in its own layout from the start.
+"""float32 on a CPU: the same numbers from oneDNN's products, with weights stored in its own layout.
 
 oneDNN (https://uxlfoundation.github.io/oneDNN) multiplies fastest by weights in blocks that fit its registers. Eager
-PyTorch hands them over as rows, in every call; here they are brought into that layout once, GELU is applied to a
-product while it is still in registers, where there are enough registers, and LayerScale is a part of the weights.
+PyTorch passes them in rows, in every call; here they are brought into that layout once, GELU is applied to a product
+while it is still in registers, if there are enough of them, and LayerScale is folded into the weights.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from vit.model import MLP, Block
 from ..base import frozen, is_hooked
 from .numbered import NumberedLayer
 
-# Within a product GELU shares its registers, of which AVX2 has 16: there it takes two to three times as long as behind.
+# In a product GELU shares its registers. AVX2 has only 16: there it takes two to three times as long as after it.
 FUSES_GELU = torch.cpu._is_avx512_supported() or not torch.cpu._is_avx2_supported()
 
 
 def epilogue(gelu: str | None) -> tuple[str, list, str]:
-    """How oneDNN's products are told to end in a GELU, approximated by "none" or "tanh", or in nothing."""
+    """oneDNN's arguments for ending a product in a GELU, approximated by "none" or "tanh", or in nothing."""
     return ("gelu", [], gelu) if gelu else ("none", [], "")
 
 
 class PackedLinear(NumberedLayer):
-    """x W^T + b, and a GELU where it is asked for: in the product, or on AVX2 in place behind it."""
+    """x W^T + b, and optionally a GELU: in the product, or on AVX2 in place after it."""
 
     bias: Tensor
 

@@ -1,4 +1,4 @@
-"""The blocks of a ViT as a few fused kernels each, and what they are made of."""
+"""The blocks of a ViT as a few fused kernels each, and the tensors that they are made of."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .tiles import Tile
 from .tuning import fastest
 
 LAYERS = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2")  # of a block
-OPAQUE = "a block of Triton kernels, chosen by measurement, is fused already"  # to torch.compile, which leaves it out
+OPAQUE = "a block of Triton kernels, chosen by measurement, is fused already"  # why torch.compile leaves it out
 NORMS = {"attention.qkv": "norm1", "mlp.fc1": "norm2"}  # which are folded into them
 
 
 def half_tensors(model: ViT, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A model's weights in `dtype`, LayerScale and the blocks' norms folded in; biases of products stay float32."""
+    """A model's weights in `dtype`, LayerScale and the blocks' norms folded in; biases of products stay in float32."""
     tensors = float_tensors(model)
     for i in range(model.config.depth):
         for layer in LAYERS:
@@ -37,7 +37,7 @@ def half_tensors(model: ViT, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def expected(model: ViT, dtype: torch.dtype) -> Kinds:
-    """What such a model is made of."""
+    """The shapes and dtypes of the tensors that such a model is made of, by name."""
     kinds: Kinds = {}
     for name, x in model.named_parameters():
         layer, _, part = name.rpartition(".")
@@ -81,7 +81,7 @@ class FusedLinear(nn.Module):
 
 
 def add_to(residual: Tensor | None, layer: FusedLinear, x: Tensor) -> Tensor:
-    """residual + layer(x), in one kernel unless somebody is to see what the layer gives."""
+    """residual + layer(x), in one kernel unless the layer has hooks, which see its output alone."""
     if residual is not None and is_hooked([layer]):
         return residual + layer(x)
     return layer(x, residual)

@@ -33,7 +33,7 @@ def test_other_attention_stays() -> None:
     x = images(2, 3, 64, 64)
     assert difference(fast(x), plain(x)) <= FLOAT32
     plain.set_attention("sdpa")
-    assert difference(fast(x), plain(x)) > 100 * FLOAT32  # what it was made of may change
+    assert difference(fast(x), plain(x)) > 100 * FLOAT32  # the original model may change
     fast.set_attention("reference")
     assert difference(fast(x), plain(x)) <= FLOAT32
 
@@ -231,7 +231,7 @@ def nan(plain: vit.ViT) -> vit.ViT:
     ("make", "text"),
     [
         (lambda: nn.Linear(2, 2), r"expected a vit\.ViT, not Linear"),
-        (lambda: vit.kernels.optimize(model()), "already optimized, to float32: optimize the one it was made from"),
+        (lambda: vit.kernels.optimize(model()), "already optimized, to float32: optimize the original model"),
         (lambda: model().train(), r"in training mode.*call model\.eval\(\) first"),
         (lambda: model().half(), r"made from a model in torch\.float32, and its class_token is torch\.float16"),
         (lambda: model().to("meta"), "needs a model on cpu, and its class_token is on meta"),
@@ -333,7 +333,7 @@ def test_compiled_by_others(dtype: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:The tensor attribute")  # about what is kept, before it is refused
 def test_an_optimized_model_is_not_exported() -> None:
-    with torch.no_grad(), pytest.raises(ValueError, match="export the model that it was made of"):
+    with torch.no_grad(), pytest.raises(ValueError, match="export the original model"):
         torch.export.export(vit.kernels.optimize(model()), (images(1, 3, 64, 64),), strict=False)
 
 
@@ -350,9 +350,9 @@ def test_what_an_optimized_model_refuses(tmp_path: Path) -> None:
         (lambda: fast.train(), "cannot be trained"),
         (lambda: fast.requires_grad_(), "no gradients"),
         (lambda: fast.half(), "cannot be moved to torch.float16 on cpu"),
-        (lambda: fast.to("meta"), "stays on cpu and in torch.float32: it cannot be moved to torch.float32 on meta"),
-        (lambda: fast.state_dict(), r"saved with vit\.kernels\.save"),
-        (lambda: fast.load_state_dict({}), "takes no other weights"),
+        (lambda: fast.to("meta"), "stays in torch.float32 on cpu: it cannot be moved to torch.float32 on meta"),
+        (lambda: fast.state_dict(), r"no state dict: save it with vit\.kernels\.save"),
+        (lambda: fast.load_state_dict({}), "keeps its weights: load others into the original model"),
         (lambda: fast.reset_classifier(5), "keeps its classifier"),
         (lambda: vit.save_checkpoint(fast, tmp_path / "a.safetensors"), r"vit\.kernels\.save"),
         (lambda: fast(x.double()), "float64: cast one of them"),

@@ -45,7 +45,7 @@ def quantized(plain: vit.ViT) -> OptimizedViT:
 
 
 class Twin:
-    """What an int8 model computes, from what it is made of, by multiplications in float32."""
+    """What an int8 model computes, from its tensors, by multiplications in float32."""
 
     def __init__(self, fast: OptimizedViT) -> None:
         self.fast, self.tensors = fast, fast.tensors()
@@ -91,7 +91,7 @@ def float32_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def calibrated(plain: vit.ViT) -> dict[str, Tensor]:
-    """What an int8 model is made of, which any processor can find out."""
+    """The tensors of an int8 model, which any processor can compute."""
     return calibrate.int8_tensors(plain, batches(plain, images(32, 3, 64, 64, seed=3)))
 
 
@@ -125,7 +125,7 @@ def test_attention_that_it_was_not_calibrated_for_is_warned_of() -> None:
         warnings.simplefilter("error")
         fast.set_attention("reference")
     for name in (lambda q, k, v, *, bias=None: v, "sdpa"):
-        with pytest.warns(UserWarning, match="calibrated for other attention: set it on the model before"):
+        with pytest.warns(UserWarning, match="calibrated for other attention: set it on the original model"):
             fast.set_attention(name)
 
 
@@ -296,7 +296,7 @@ def bad(change: Callable[[Tensor], object]) -> Tensor:
         ([(images(3, 64, 64), 1)] * 40, r"list of tensors \[C, H, W\] to calibrate on, not a list with tuple"),
         (40, "to calibrate on, not int"),
         (images(3, 64, 64), r"to calibrate on, not a tensor \[3, 64, 64\]"),
-        (1e30 * images(40, 3, 64, 64), "give blocks.* values that are not finite: are they normalised"),
+        (1e30 * images(40, 3, 64, 64), "give blocks.* values that are not finite: normalise them"),
     ],
 )
 def test_bad_images_to_calibrate_on(calibration: Tensor | list[Tensor], text: str) -> None:
@@ -323,7 +323,7 @@ def test_photographs_that_ship() -> None:
 
 def test_a_processor_without_vnni_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    with pytest.raises(ValueError, match=r"cannot run int8: its processor lacks VNNI.*use float32 instead"):
+    with pytest.raises(ValueError, match=r"cannot run int8: its processor lacks VNNI.*: use float32"):
         vit.kernels.optimize(model(), "int8")
 
 
