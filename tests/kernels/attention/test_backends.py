@@ -204,7 +204,7 @@ def test_threads_that_insist_on_kernels_disturb_no_others():
     [
         ("flex", lambda x: x[:, :, :0], r"takes no empty tensors, not q \[1, 1, 5, 32\] and k \[1, 1, 0, 32\]"),
         ("flash", lambda x: x[:, :, :0], r"takes no empty tensors, not q \[1, 1, 5, 32\] and k \[1, 1, 0, 32\]"),
-        ("flash", lambda x: x.mT.contiguous().mT, "whose numbers lie one after another in each head"),
+        ("flash", lambda x: x.mT.contiguous().mT, "takes q, k and v whose last stride is 1"),
     ],
 )
 def test_what_would_end_the_process_or_be_read_wrongly(name, change, text):
