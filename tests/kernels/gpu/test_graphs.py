@@ -96,12 +96,13 @@ def test_graphs_of_parts_that_were_replaced_are_dropped(monkeypatch: pytest.Monk
         assert len(fast._graphs.kept) == 1
         return found
 
-    before = called()
+    assert called().shape == (2, 10)
     fast.head = torch.nn.Identity()
-    assert called().shape == (2, 96)
+    before = called()
+    assert before.shape == (2, 96)
     fast.blocks = fast.blocks[:1]
     assert difference(called(), fast.forward_head(fast.forward_features(x))) <= loss(NAMES[0])
-    assert not torch.equal(called(), before)
+    assert difference(called(), before) > 10 * loss(NAMES[0])
     fast.norm.weight = torch.nn.Parameter(torch.zeros_like(fast.norm.weight), requires_grad=False)
     assert torch.equal(called(), fast.norm.bias.expand(2, 96))
     seen = []
