@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from vit.cli import timing
+from vit.files import replacing
 
 
 def interleave(contestants: dict[str, Callable[[], object]], rounds: int, title: str = "") -> dict[str, list[float]]:
@@ -59,6 +60,5 @@ def environment() -> dict:
 def write_json(path: Path | None, content: object) -> None:
     """Write the figures to `path`, if there is one, whole or not at all."""
     if path is not None:
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
