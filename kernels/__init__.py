@@ -4,7 +4,7 @@ Importing this package registers its attention backends; `vit` imports it when i
 """
 
 if __name__ == "vit.kernels":  # in a checkout, transformers imports this folder as `kernels`
-    from vit.attention import register_attention
+    from vit.registry import register_attention
 
     from .attention.backends import BACKENDS, available, explain
     from .base import OptimizedViT

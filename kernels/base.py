@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import chain
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.autograd.forward_ad import unpack_dual
 
 from vit.config import ViTConfig
 from vit.model import ViT
+from vit.packed import Packing
 
 GRIDS = 16  # whose resampled position embeddings are kept
 PREFIX = {"token": 1, "dist": 2}  # how many of the first tokens the head reads, if it reads no others
@@ -49,7 +51,18 @@ class OptimizedViT(ViT):
     def tokens_read(self) -> int | None:
         """How many of the first tokens `forward` computes in the last block, if no hooks are registered; None: all."""
 
-    def accept(self, images: Tensor, ragged: str) -> Tensor:
+    def read(self, images: Tensor) -> Tensor:
+        """[B, n, D] tokens of accepted images after the final norm: the n that `tokens_read` says, or all."""
+        x, packing, n = self.embed(images), Packing(self.grid_of(images)), self.tokens_read()
+        if n is None:
+            x, _ = self.encode(x, packing)  # [B, T, D]
+        else:  # of the last block, for which all other tokens are keys and values only
+            before, last = len(self.blocks) - 2, cast(Any, self.blocks[-1])
+            _, kept = self.encode(x, packing, {before: partial(last.first, n=n)})
+            x = kept[before]  # [B, n, D]
+        return self.norm(x)
+
+    def accept(self, images: Tensor, ragged: str = "error") -> Tensor:
         """As `ViT.accept`; ValueError where a gradient would be wanted, or autocast another dtype."""
         if torch.is_grad_enabled() and isinstance(images, Tensor) and images.requires_grad:
             raise ValueError("an optimized model has no gradients: detach the images, or use the original model")
@@ -164,10 +177,10 @@ def is_watched(model: ViT) -> bool:
     """Whether hooks are registered, or `vit.patch` is active."""
     if isinstance(model, OptimizedViT) and not torch.compiler.is_compiling():
         parts = model.listed()
-        modules, attends = [model, *parts.modules], parts.attends
+        modules = [model, *parts.modules]
     else:
-        modules, attends = list(model.modules()), model.attends
-    return is_hooked(modules) or any(attend.patched for attend in attends)
+        modules = list(model.modules())
+    return is_hooked(modules)
 
 
 def is_hooked(modules: Iterable[nn.Module]) -> bool:

@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from vit.attention import registered
 from vit.config import ViTConfig
 from vit.files import replacing
 from vit.metadata import Preprocessing, Provenance
+from vit.registry import registered
 
 from .base import OptimizedViT
 from .optimize import check_mode, kind, machine, missing
@@ -50,7 +50,7 @@ def save(model: OptimizedViT, path: str | Path) -> Path:
         raise FileNotFoundError(f"there is no folder {path.parent}")
     for attend in model.attends:
         if attend.options or attend.state_dict() or registered(attend.name) is not attend.source:
-            raise ValueError(f"block {attend.block}: a file cannot name its attention {attend.called}")
+            raise ValueError(f"block {attend.block}: a file cannot name its attention {attend.choice.called!r}")
     tensors = model.tensors()
     header = {
         "dtype": model.optimized, "config": model.config.to_dict(),

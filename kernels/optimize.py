@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vit.attend import Attend
-from vit.attention import get_attention, sdpa
+from vit.attention import sdpa
 from vit.checks import dtype_name, unknown
 from vit.model import ViT
+from vit.registry import choose, get_attention
 
 from . import gpu
 from .attention import flash
@@ -63,13 +64,13 @@ def optimize(
         raise ValueError(f"images are for calibrating int8, and dtype is {dtype}: leave out images")
     with torch.no_grad(), torch.autocast(machine(dtype), enabled=False):
         fast = kind(dtype)(model.config, dtype, tensors_for(model, dtype, images), mode)
-        better = faster_attention(model, dtype)
+        better = choose(faster_attention(model, dtype), {})
     fast.preprocessing, fast.categories, fast.provenance = model.preprocessing, model.categories, model.provenance
-    for block, attend in zip(fast.select_blocks(), model.attends):
+    for block, attend in zip(fast.blocks, model.attends):
         options = {id(x): copy.deepcopy(detached(x)) for x in attend.options.values() if isinstance(x, Tensor)}
         block.attention.attend = copy.deepcopy(attend, options).requires_grad_(False)  # options without gradients
-        if attend.source is sdpa and not attend.options and better != "sdpa":
-            block.attention.attend.set(get_attention(better), better, {}, attend.check)
+        if attend.source is sdpa and not attend.options and better.source is not sdpa:
+            block.attention.attend.set(better, better.make(model.config, attend.block), attend.check)
     return fast
 
 

@@ -13,7 +13,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from vit.checks import bad_bias, fit_bias
+from vit.attention import bad_bias, fit_bias
 
 ScoreMod = Callable[..., Tensor]
 MaskMod = Callable[..., Tensor]

@@ -53,7 +53,7 @@ class CPUViT(OptimizedViT):
         if is_watched(self):
             return super().forward(images, ragged)
         parts = self._parts(self.accept(images, ragged))
-        return torch.cat([self.forward_head(self._read(part)) for part in parts])
+        return torch.cat([self.forward_head(self.read(part)) for part in parts])
 
     def forward_features(self, images: Tensor, ragged: str = "error") -> Tensor:
         """As `ViT.forward_features`."""
@@ -67,17 +67,6 @@ class CPUViT(OptimizedViT):
         h, w = self.grid_of(images)
         most = max(1, PART // (self.config.num_prefix_tokens + h * w))
         return images.tensor_split(-(-len(images) // most))
-
-    def _read(self, images: Tensor) -> Tensor:
-        """[B, n, D], the tokens that the head reads at the least."""
-        if not self._is_plain():
-            return super().forward_features(images)
-        grid, n = self.grid_of(images), self.tokens_read()
-        x = self.embed(images)  # [B, T, D]
-        for block in self.blocks[:-1]:
-            x = block(x, grid)  # [B, T, D]
-        last: Any = self.blocks[-1]
-        return self.norm(last(x, grid) if n is None else last.first(x, n))  # [B, T or n, D]
 
     def tokens_read(self) -> int | None:
         """As `OptimizedViT.tokens_read`."""

@@ -29,7 +29,7 @@ LENGTHS = (577, 785, 1025)
 class WrittenOut(Attention):
     """Attention without the seam."""
 
-    def forward(self, x: Tensor, grid: object = None, lengths: object = None) -> Tensor:
+    def forward(self, x: Tensor, packing: object = None) -> Tensor:
         """See `Attention`."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)

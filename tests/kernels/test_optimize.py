@@ -136,7 +136,7 @@ def test_optimizing_while_patched_is_refused() -> None:
 
 @torch.inference_mode()
 def test_attention_that_took_a_name_over_is_not_cut() -> None:
-    before = vit.attention.get_attention("reference")
+    before = vit.registry.get_attention("reference")
     try:
         vit.register_attention("reference", lambda q, k, v, *, bias=None: v * q.shape[2], overwrite=True)
         plain = model()

@@ -11,9 +11,10 @@ from helpers import FLOAT32, difference, images, randomize
 from matrix import BACKWARD, DEVICE, DTYPES, FORWARD, Cell, Found, cells, check_kernel, run, table
 
 import vit
-from vit.attention import get_attention, reference
+from vit.attention import reference
 from vit.kernels.attention.backends import REFUSALS
 from vit.kernels.attention.flex import flex
+from vit.registry import get_attention
 
 TINY = vit.ViTConfig(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=2, num_classes=7)
 BACKENDS = [name for name in REFUSALS if name != "flex"]  # which compiles for seven seconds, for each case

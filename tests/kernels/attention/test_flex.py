@@ -7,8 +7,9 @@ from matrix import DEVICE, DTYPES, Cell, cells, run
 
 import vit
 import vit.kernels.attention.flex as flex_module
-from vit.attention import get_attention, reference
+from vit.attention import reference
 from vit.kernels.attention.flex import flex, remembered_mask
+from vit.registry import get_attention
 
 TINY = vit.ViTConfig(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=2, num_classes=7)
 CPU_ONLY = pytest.mark.skipif(DEVICE != "cpu", reason="says what a machine without CUDA says")
