@@ -17,7 +17,7 @@ from vit.config import ViTConfig
 from vit.model import ViT
 from vit.packed import Packing
 
-GRIDS = 16  # whose resampled position embeddings are kept
+GRIDS = 16  # the number of grids whose resampled position embeddings are kept
 PREFIX = {"token": 1, "dist": 2}  # how many of the first tokens the head reads, if it reads no others
 
 Kinds = dict[str, tuple[list[int], torch.dtype]]  # name -> shape and dtype of a tensor that a model is made of
@@ -52,7 +52,7 @@ class OptimizedViT(ViT):
         """How many of the first tokens `forward` computes in the last block, if no hooks are registered; None: all."""
 
     def read(self, images: Tensor) -> Tensor:
-        """[B, n, D] tokens of accepted images after the final norm: the n that `tokens_read` says, or all."""
+        """Accepted images -> [B, n, D], the first n = `tokens_read()` tokens after the final norm, or all."""
         x, packing, n = self.embed(images), Packing(self.grid_of(images)), self.tokens_read()
         if n is None:
             x, _ = self.encode(x, packing)  # [B, T, D]
@@ -63,7 +63,7 @@ class OptimizedViT(ViT):
         return self.norm(x)
 
     def accept(self, images: Tensor, ragged: str = "error") -> Tensor:
-        """As `ViT.accept`; ValueError where a gradient would be wanted, or autocast another dtype."""
+        """As `ViT.accept`; ValueError for images with gradients, and under autocast."""
         if torch.is_grad_enabled() and isinstance(images, Tensor) and images.requires_grad:
             raise ValueError("an optimized model has no gradients: detach the images, or use the original model")
         if isinstance(images, Tensor) and unpack_dual(images).tangent is not None:
@@ -73,7 +73,7 @@ class OptimizedViT(ViT):
         return super().accept(images, ragged)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """As `ViT.positions`, of the last grids from memory: weights do not change here."""
+        """As `ViT.positions`, kept for the last grids, since the weights do not change."""
         positions = self._positions.get(grid)
         if positions is None:
             positions = super().positions(grid)

@@ -325,12 +325,12 @@ def padded(d: int) -> int:
 
 
 def heads_apart(x: Tensor) -> Tensor:
-    """Memory for a result of x's shape [B, A, T, d] that lies as [B, T, A, d]: merging its heads copies nothing."""
+    """Memory for a result of x's shape [B, A, T, d], laid out as [B, T, A, d]: merging its heads copies nothing."""
     return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)  # [B, A, T, d]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention, and what its backward pass needs besides.
+    """Attention, and what its backward pass needs.
 
     Args:
         q, k, v: [B, A, T, d], any strides.

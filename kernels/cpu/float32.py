@@ -60,7 +60,7 @@ class PackedLinear(NumberedLayer):
 
 
 class PackedMLP(MLP):
-    """`vit.model.MLP`, whose GELU is applied by fc1 unless somebody looks between them."""
+    """`vit.model.MLP` with its GELU applied by fc1, unless one of the two has hooks."""
 
     def forward(self, x: Tensor) -> Tensor:
         if type(self.act) is not nn.GELU or is_hooked((self.fc1, self.act)):
@@ -69,11 +69,11 @@ class PackedMLP(MLP):
 
 
 class FloatBlock(Block):
-    """A block whose products are packed: what runs is `vit.model.Block`."""
+    """`vit.model.Block` with packed products."""
 
     def __init__(self, config: ViTConfig, block: int, tensors: Mapping[str, Tensor]) -> None:
         """`tensors`: the block's, by their names in it."""
-        with torch.device("meta"):  # all that it would fill with random numbers is replaced
+        with torch.device("meta"):  # all of its tensors are replaced
             super().__init__(config, block, drop_path_rate=0.0)
             self.mlp = PackedMLP(config)
         self.scale1 = self.scale2 = None
@@ -86,7 +86,7 @@ class FloatBlock(Block):
             setattr(self.get_submodule(owner), layer, packed)
 
     def first(self, x: Tensor, n: int) -> Tensor:
-        """[B, T, D] -> [B, n, D], what the block makes of the first n tokens: the others are keys and values only."""
+        """[B, T, D] -> [B, n, D], the block's result for the first n tokens; the others are only keys and values."""
         B, T, D = x.shape
         qkv = self.attention.qkv(self.norm1(x)).view(B, T, 3, self.attention.num_heads, -1)  # [B, T, 3, A, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, A, T, d]
@@ -95,7 +95,7 @@ class FloatBlock(Block):
         return x + self.mlp(self.norm2(x))  # [B, n, D]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it was made of."""
+        """The tensors that it was made of, by their names in it."""
         tensors: dict[str, Tensor] = dict(self.named_parameters())
         for name, module in self.named_modules():
             if isinstance(module, PackedLinear):

@@ -165,9 +165,9 @@ class Int8Attention(nn.Module):
         return torch.bfloat16 if self.attend.name == "bmm" and self.multiplies_bfloat16 else torch.float32
 
     def forward(self, x: Tensor, residual: Tensor | None, packing: Packing | None = None) -> Tensor:
-        """[B, T, D] bytes, and the stream [B, T', D] -> [B, T', D]: of the first T' tokens as queries.
+        """[B, T, D] bytes, and the residual stream [B, T', D] -> [B, T', D], with the first T' tokens as queries.
 
-        Without the stream what is to be added to it.
+        If the residual stream is None, what is to be added to it.
         """
         B, T, D = x.shape
         n = T if residual is None else residual.shape[1]
@@ -210,14 +210,14 @@ class Int8Block(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """As `vit.model.Block.forward`."""
-        if is_hooked((self.attention, self.mlp)):  # which are to see what the model's would
+        if is_hooked((self.attention, self.mlp)):  # hooks see the same as in the original model
             x = x + self.attention(self.norm1(x), None, packing)  # [B, T, D]
             return x + self.mlp(self.norm2(x), None)  # [B, T, D]
         x = self.attention(self.norm1(x), x, packing)  # [B, T, D]
         return self.mlp(self.norm2(x), x)  # [B, T, D]
 
     def first(self, x: Tensor, n: int) -> Tensor:
-        """[B, T, D] -> [B, n, D], what the block makes of the first n tokens: the others are keys and values only."""
+        """[B, T, D] -> [B, n, D], the block's result for the first n tokens; the others are only keys and values."""
         x = self.attention(self.norm1(x), x[:, :n].contiguous())  # [B, n, D]
         return self.mlp(self.norm2(x), x)  # [B, n, D]
 

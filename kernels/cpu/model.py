@@ -49,7 +49,7 @@ class CPUViT(OptimizedViT):
         torch.empty(KEPT, dtype=torch.uint8)
 
     def forward(self, images: Tensor, ragged: str = "error") -> Tensor:
-        """As `ViT.forward`; of the last block only what the head reads is computed, where nobody looks inside."""
+        """As `ViT.forward`; without hooks, the last block computes only the tokens that the head reads."""
         if is_watched(self):
             return super().forward(images, ragged)
         parts = self._parts(self.accept(images, ragged))
@@ -73,7 +73,7 @@ class CPUViT(OptimizedViT):
         return PREFIX.get(self.config.global_pool) if self._is_plain() else None
 
     def _is_plain(self) -> bool:
-        """Is the last block ours, and does it attend by softmax, for any queries, without a bias?"""
+        """Whether the last block is ours, with softmax attention for any number of queries, without options."""
         last: Any = self.blocks[-1]
         if type(last) is not BLOCKS[self.optimized]:
             return False

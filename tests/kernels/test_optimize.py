@@ -1,4 +1,4 @@
-"""Optimized models: the same answers, by other kernels, and nothing that they cannot do done wrongly."""
+"""Optimized models: what they keep of the original model, and what they refuse."""
 
 import copy
 import gc
@@ -131,7 +131,7 @@ def test_optimizing_while_patched_is_refused() -> None:
     with vit.patch(plain, {"blocks.1.attention.weights": torch.zeros_like}):
         with pytest.raises(ValueError, match="hooks"):
             vit.kernels.optimize(plain)
-        plain(images(1, 3, 64, 64))  # a change that nothing reaches is warned of
+        plain(images(1, 3, 64, 64))  # vit.patch warns of a patch that never ran
 
 
 @torch.inference_mode()
@@ -219,7 +219,7 @@ def with_hook(plain: vit.ViT) -> vit.ViT:
 
 
 class Other(vit.ViT):
-    """A model of another kind."""
+    """A subclass."""
 
 
 def nan(plain: vit.ViT) -> vit.ViT:
@@ -297,13 +297,13 @@ def test_a_dtype_by_name_or_as_torch_has_it_and_autocast_changes_nothing(dtype: 
 def test_parts_that_were_replaced() -> None:
     plain, random = model(), torch.get_rng_state()
     fast, seen = vit.kernels.optimize(plain), []
-    assert torch.equal(random, torch.get_rng_state())  # nobody else's numbers change
+    assert torch.equal(random, torch.get_rng_state())  # the global generator is left alone
     x = images(2, 3, 64, 64)
     fast(x)
     fast.blocks[-1].mlp = torch.nn.Sequential(fast.blocks[-1].mlp)
     fast.blocks[-1].mlp.register_forward_hook(lambda module, given, out: seen.append(out.shape))
     fast(x)
-    assert seen == [(2, 17, 64)]  # of all tokens, where somebody looks
+    assert seen == [(2, 17, 64)]  # of all tokens, since there is a hook
     fast.blocks[0].mlp.act = nn.ReLU()
     assert difference(fast(x), plain(x)) > 0.01
     fast.blocks[-1] = model().blocks[-1]
@@ -317,11 +317,11 @@ def test_parts_that_were_replaced() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @torch.inference_mode()
 def test_compiled_by_others(dtype: str) -> None:
-    """As one graph, which heeds hooks that are set later."""
+    """As one graph, which calls hooks that are registered later."""
     if missing(dtype):
         pytest.skip(missing(dtype))
     fast = vit.kernels.optimize(model(depth=2), dtype, images(32, 3, 64, 64) if dtype == "int8" else None)
-    torch._dynamo.reset()  # it compiles one function eight times at most
+    torch._dynamo.reset()  # it compiles one function at most eight times
     together, seen = torch.compile(fast, fullgraph=True, dynamic=False), []
     for batch in (2, 1):
         x = images(batch, 3, 64, 64)

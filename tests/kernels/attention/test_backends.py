@@ -1,4 +1,4 @@
-"""The backends: a part of the matrix every day, refusals, and what `available` and `explain` say.
+"""The backends: a part of the matrix, refusals, and what `available` and `explain` say.
 
 `python tests/reports/matrix.py` runs all of it; `pytest -m matrix` runs what compiles for long.
 """
@@ -17,7 +17,7 @@ from vit.kernels.attention.flex import flex
 from vit.registry import get_attention
 
 TINY = vit.ViTConfig(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=2, num_classes=7)
-BACKENDS = [name for name in REFUSALS if name != "flex"]  # which compiles for seven seconds, for each case
+BACKENDS = [name for name in REFUSALS if name != "flex"]  # flex compiles each case for seven seconds
 CPU_ONLY = pytest.mark.skipif(DEVICE != "cpu", reason="says what a machine without CUDA says")
 
 
@@ -41,7 +41,7 @@ def test_matrix_compiled(backend, dtype):
 
 
 def test_the_matrix_can_fail(monkeypatch):
-    """A backend that is wrong by a little, one that is not what ran, and one that should have refused."""
+    """A backend with a small error, one that did not run, and one that should have refused."""
     cell = Cell("math", torch.float32, 17, bias=True, backward=True, compiled=False)
     wrong = lambda q, k, v, *, bias=None: get_attention("math")(q, k, v * (1 + 1e-4), bias=bias)  # noqa: E731
     monkeypatch.setattr("matrix.get_attention", lambda name: wrong)

@@ -39,7 +39,7 @@ def test_matrix_flex(dtype):
 @pytest.mark.matrix
 @torch.no_grad()
 def test_flex_with_both_modifications():
-    """A window whose width depends on the head, over scores that fall with the distance, off 128 tokens."""
+    """A window whose width depends on the head, over scores that fall with the distance; T is no multiple of 128."""
     q, k, v = images(3, 2, 2, 150, 32).to(DEVICE)
     i = torch.arange(150, device=DEVICE)
     distance = (i[:, None] - i).abs()

@@ -1,4 +1,4 @@
-"""int8 models against a plain twin, which rounds as they do and computes in float32; and what calibration refuses."""
+"""int8 models against a plain twin that rounds as they do and computes in float32; what calibration refuses."""
 
 import copy
 import math
@@ -22,11 +22,11 @@ from vit.kernels.cpu.model import CPUViT, missing
 from vit.resources import digit_images
 
 needs = pytest.mark.skipif(missing("int8") is not None, reason=f"int8 does not run here: {missing('int8')}")
-# A rounding error of float32 may move a number over an edge between two of 255 steps. bfloat16, in which int8 models
-# attend where the processor can, has steps of its own.
+# A rounding error of float32 may move a number across the edge between two of 255 steps. bfloat16, in which int8 models
+# compute attention if the processor can, has coarser steps.
 SAME = 0.005
 COARSE = 0.05
-LOSS = 0.1  # the most that int8 costs these
+LOSS = 0.1  # the largest error of int8 in these models
 RELATIVES = {
     "plain": {},
     "tanh": {"gelu": "tanh"},
@@ -51,7 +51,7 @@ class Twin:
         self.fast, self.tensors = fast, fast.tensors()
 
     def layer(self, name: str, x: Tensor) -> Tensor:
-        """Round what goes in, multiply by the weight as it stands for."""
+        """Round the input, and multiply by the dequantized weight."""
         scale, zero = self.tensors[f"{name}.scale"], self.tensors[f"{name}.zero"]
         x = ((x / scale).round() + zero).clamp(0, 255).sub(zero) * scale
         weight = self.tensors[f"{name}.weight"].float() * self.tensors[f"{name}.weight_scale"][:, None]
@@ -98,7 +98,7 @@ def calibrated(plain: vit.ViT) -> dict[str, Tensor]:
 @pytest.mark.parametrize("relative", RELATIVES)
 @torch.inference_mode()
 def test_calibration_keeps_what_a_model_means(relative: str) -> None:
-    """By the twin, on any processor; with one scale wrong it would not."""
+    """By the twin, on any processor; a wrong scale is seen."""
     plain = model(**RELATIVES[relative])
     tensors, x = calibrated(plain), images(2, 3, 64, 64)
     assert difference(Twin(CPUViT(plain.config, "int8", tensors))(x), plain(x)) <= LOSS / 2
@@ -117,7 +117,7 @@ def test_v_is_not_smoothed_for_attention_that_may_bend_it() -> None:
 
 
 def test_attention_that_it_was_not_calibrated_for_is_warned_of() -> None:
-    """Of functions that give other numbers, in either order; not of those that give the same."""
+    """For functions that compute something else, in either order; not for those that compute the same."""
     plain = model(depth=1)
     with torch.no_grad():
         fast = CPUViT(plain.config, "int8", calibrated(plain))
@@ -276,7 +276,7 @@ def test_images_that_do_not_look_normalised_are_warned_of() -> None:
 
 
 def bad(change: Callable[[Tensor], object]) -> Tensor:
-    """Images to calibrate on, one of them spoilt."""
+    """Images to calibrate on, one of which is bad."""
     good = images(32, 3, 64, 64)
     change(good)
     return good

@@ -51,7 +51,7 @@ def test_linear(dtype: torch.dtype, norm: bool, gelu: str, tile: Tile | None) ->
         expected = exact(plain.linear, *args)
         ours = fused.linear(*args, tile)
         assert ours.dtype == dtype and difference(ours, expected) <= loss(dtype)
-        if dtype != torch.float32:  # rounding less often than the twin, it is nearer
+        if dtype != torch.float32:  # the kernel rounds less often than the twin, so it is closer
             assert rms(ours, expected) <= rms(plain.linear(*args), expected)
 
 
@@ -77,12 +77,12 @@ def test_mlp(dtype: torch.dtype, gelu: str, tile: Tile | None) -> None:
 @pytest.mark.parametrize("p", [4, 14])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_patches(dtype: torch.dtype, p: int, pixels: torch.dtype | None, tile: Tile | None) -> None:
-    """Images that are not square and lie with gaps; rows before `first` are left alone, all others are written."""
+    """Images that are neither square nor contiguous; rows before `first` are left alone, all others are written."""
     weight = (0.1 * images(72, 3, p, p)).to(DEVICE, dtype)
     bias, positions = images(72).to(DEVICE), images(15, 72, seed=3).to(DEVICE)
     given = (255 * torch.rand(3, 3, 3 * p, 6 * p)).to(DEVICE, pixels or dtype)[..., : 5 * p]
     if dtype != torch.float32 and pixels == torch.float32:
-        given = given.round()  # such that rounding pixels, which the twin in float64 does not, changes nothing
+        given = given.round()  # so that rounding pixels, which the float64 twin does not do, changes nothing
     ours = torch.full((3, 17, 72), torch.nan, dtype=dtype, device=DEVICE)
     expected = ours.double()
     wide = given.double() / 256 if pixels == torch.uint8 else given.double()
@@ -93,7 +93,7 @@ def test_patches(dtype: torch.dtype, p: int, pixels: torch.dtype | None, tile: T
 
 
 def test_a_wrong_kernel_is_seen() -> None:
-    """The tests above, with one thing wrong in what they compare with."""
+    """The tests above, with one mistake in the expected result."""
     dtype = DTYPES[0]
     weight, bias, sums = layer(104, 96, dtype)
     x = (3 + images(2, 37, 96)).to(DEVICE, dtype)
@@ -104,7 +104,7 @@ def test_a_wrong_kernel_is_seen() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_things_are_seen(dtype: torch.dtype) -> None:
-    """Which GELU, and the norm's eps, lie within what half precision may lose: the nearer one is the right one."""
+    """The kind of GELU and eps change less than half precision loses: the right ones give the smaller error."""
     weight, bias, sums = layer(104, 96, dtype)
     x = (1e-3 * images(2, 37, 96)).to(DEVICE, dtype)  # whose variance is about eps
     ours = fused.linear(x, weight, bias, sums, 1e-6, "erf")
@@ -114,7 +114,7 @@ def test_small_things_are_seen(dtype: torch.dtype) -> None:
 
 
 def test_bytes_are_no_smaller_than_other_weights() -> None:
-    """Weights far below float16's smallest normal number, were they divided by 255."""
+    """Weights that would fall below float16's smallest normal number if they were divided by 255."""
     weight, bias, positions = 1e-3 * images(72, 3, 4, 4), torch.zeros(72), torch.zeros(1, 72)
     pixels = torch.randint(256, (2, 3, 4, 4), dtype=torch.uint8)
     ours = torch.empty(2, 1, 72, dtype=torch.float16, device=DEVICE)
@@ -126,7 +126,7 @@ def test_bytes_are_no_smaller_than_other_weights() -> None:
 @needs_cuda
 @pytest.mark.parametrize("kernel", tiles.TILES)
 def test_every_layout_gives_the_same(kernel: tuple[str, bool]) -> None:
-    """As a ViT-S uses it, at a number of rows that no tile divides."""
+    """With the sizes of a ViT-S, at a number of rows that no tile divides."""
     name, dtype = kernel[0], torch.bfloat16
     x = (1 + images(1203, 384)).to(DEVICE, dtype)
     fc1, (fc2, bias, _) = layer(1536, 384, dtype), layer(384, 1536, dtype, seed=9)
@@ -148,7 +148,7 @@ def test_every_layout_gives_the_same(kernel: tuple[str, bool]) -> None:
 
 
 def test_more_tiles_than_programs_and_none_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each program goes from tile to tile."""
+    """Each program takes several tiles, or none."""
     weight, bias, _ = layer(64, 32, DTYPES[0])
     x = images(300, 32).to(DEVICE, DTYPES[0])
     for count in (1, 3, 1000):

@@ -17,7 +17,7 @@ pytestmark = MARKS
 
 
 def test_when_graphs_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third call of a shape; the one not used for longest is forgotten; a failure is told once. On any machine."""
+    """At the third call of a shape; the least recently used is dropped; a failure is warned of once. On any machine."""
     recorded, replayed, eager = [], [], []
     made = graphs.Graphs()
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
@@ -32,13 +32,13 @@ def test_when_graphs_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     call(1, 1, 1, 2, 2, 2, 1)
     assert (recorded, replayed, eager) == ([1, 2], [1, 2, 1], [1, 1, 2, 2])
-    call(3, 3, 3, 1)  # 2 was used before 1 when 3 needed a place
+    call(3, 3, 3, 1)  # 2 was the least recently used when 3 needed a place
     assert recorded == [1, 2, 3] and replayed[3:] == [3, 1]
-    call(*[2] * 6)  # and waits twice as long for one
+    call(*[2] * 6)  # and now waits twice as long
     assert recorded == [1, 2, 3, 2] and replayed[5:] == [2] and eager[4:] == [3, 3, *[2] * 5]
     many = graphs.SHAPES + 1
     call(*list(range(11, 11 + many)) * 40)
-    assert len(recorded) < 5 * many + 4  # more shapes in turn than have a place: hardly any is recorded
+    assert len(recorded) < 5 * many + 4  # more shapes in turn than places: hardly any is recorded
     made.forget()
     eager.clear()
     call(1)
@@ -48,7 +48,7 @@ def test_when_graphs_are_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
         try:
             raise failure
         finally:
-            raise RuntimeError("failed due to a previous error")  # as torch.cuda.graph says of every error
+            raise RuntimeError("failed due to a previous error")  # as torch.cuda.graph raises after any error
 
     monkeypatch.setattr(made, "record", broken)
     failure = torch.OutOfMemoryError("CUDA out of memory")
@@ -80,7 +80,7 @@ class Wrapped(torch.nn.Module):
 
 @torch.inference_mode()
 def test_graphs_of_parts_that_were_replaced_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head, a block or a weight: what was recorded has the old one. On any machine: a tensor is the graph."""
+    """A head, a block or a weight: a graph would use the old one. On any machine, with a tensor for a graph."""
     if not CUDA:
         monkeypatch.setattr(torch.cuda, "device_of", lambda x: contextlib.nullcontext())
         monkeypatch.setattr(CUDAViT, "_is_recordable", lambda self, x: True)
@@ -109,13 +109,13 @@ def test_graphs_of_parts_that_were_replaced_are_dropped(monkeypatch: pytest.Monk
     fast.blocks[0].mlp = Wrapped(fast.blocks[0].mlp)
     fast.blocks[0].mlp.register_forward_hook(lambda module, given, out: seen.append(out.shape))
     fast(x)
-    assert seen == [(2, 17, 96)]  # of all tokens, where somebody looks
+    assert seen == [(2, 17, 96)]  # of all tokens, since there is a hook
 
 
 @needs_cuda
 @torch.inference_mode()
 def test_graphs() -> None:
-    """Recorded for each shape; what they read outlives its place in the cache; all of them in the same memory."""
+    """One for each shape, all in the same memory; what they read outlives its place in the cache."""
     slow = model()
     fast = vit.kernels.optimize(slow, NAMES[0])
     reserved = []
@@ -158,7 +158,7 @@ def test_graphs_of_two_models_on_two_streams() -> None:
 @needs_cuda
 @torch.inference_mode()
 def test_a_graph_keeps_its_memory() -> None:
-    """Whatever is recorded, dropped and given back after it: cuBLAS's workspace is the graph's own."""
+    """Whatever is recorded, dropped and freed after it: a graph has a cuBLAS workspace of its own."""
     slow = model()
     fast = vit.kernels.optimize(slow, NAMES[0])
     x = images(1, 3, 224, 224).to(DEVICE)
@@ -177,7 +177,7 @@ def test_a_graph_keeps_its_memory() -> None:
 
 
 class Asking(torch.nn.Module):
-    """A head that asks the GPU for a number, which no graph can hold."""
+    """A head that reads a number back from the GPU, which cannot be recorded."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * x.sum().item()
@@ -202,7 +202,7 @@ def test_what_cannot_be_recorded_leaves_nothing_behind() -> None:
 @needs_cuda
 @torch.inference_mode()
 def test_recorded_by_others() -> None:
-    """In a graph of somebody else's there is none of ours, before or after one of ours was recorded."""
+    """While the caller records a graph, ours are neither recorded nor replayed."""
     for warm_ups in (2, 4):
         slow = model()
         fast = vit.kernels.optimize(slow, NAMES[0])
@@ -218,7 +218,7 @@ def test_recorded_by_others() -> None:
 
 
 def test_what_ended_a_recording():
-    """Not what the caller was handling by then."""
+    """The error behind PyTorch's, but not one that the caller was already handling."""
     memory, invalid, others = torch.OutOfMemoryError("out of memory"), RuntimeError("invalid"), ValueError("others'")
     for raised, context, handled, lacks, text in [
         (memory, None, None, True, "out of memory"),

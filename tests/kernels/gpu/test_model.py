@@ -57,7 +57,7 @@ def test_the_fused_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("linear", "mlp", "patches"):
         real = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *args, name=name, real=real: ran.append((name, args[0])) or real(*args))
-    if CUDA:  # which would take what is faster there
+    if CUDA:  # which would take whatever is faster
 
         def first(kernel: str, what: str, x: Tensor, rows: int, call: Callable[[Tile | None], Tensor]) -> Tensor:
             return call(tiles.default(kernel, rows, x))
@@ -101,7 +101,7 @@ def test_looking_inside() -> None:
                   ["blocks.0.attention.proj", "blocks.0.mlp.fc1", "blocks.0.mlp.fc2"], ["blocks.1.mlp", "blocks.1"],
                   ["norm"]):  # fmt: skip
         ours, theirs = (vit.record(one, x, names) for one in (fast, slow))
-        if "blocks.0.mlp.fc1" in names:  # which ends in the GELU
+        if "blocks.0.mlp.fc1" in names:  # which includes the GELU
             theirs["blocks.0.mlp.fc1"] = torch.nn.functional.gelu(theirs["blocks.0.mlp.fc1"])
         for name in names:
             assert difference(ours[name], theirs[name]) <= loss(NAMES[0]), name
@@ -205,7 +205,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @torch.inference_mode()
 def test_what_is_only_recorded_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positions, and weights for bytes, that a graph of somebody else's is to compute. On any machine."""
+    """Position embeddings, and weights for bytes, while the caller records a graph. On any machine."""
     fast = vit.kernels.optimize(model(), NAMES[0])
     pixels = (128 + 40 * images(1, 3, 32, 64)).clamp(0, 255).to(DEVICE, torch.uint8)
     monkeypatch.setattr(gpu_model, "is_recording", lambda x: True)

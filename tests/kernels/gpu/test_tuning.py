@@ -35,7 +35,9 @@ def test_the_fastest_is_chosen_once_and_remembered(tmp_path: Path, monkeypatch: 
         assert known["a GPU, torch.float32: something"] == [1, 2, 3, 4, 5, 1]
         tuning.path().write_text(json.dumps({"of another process": None}))
         fewer = {key: call for key, call in calls.items() if key is None}
-        assert tuning.choose("something", x, fewer) is None and len(measured) == 7  # no such layout any more
+        assert (
+            tuning.choose("something", x, fewer) is None and len(measured) == 7
+        )  # the remembered layout no longer exists
         assert set(json.loads(tuning.path().read_text())) == {"of another process", "a GPU, torch.float32: something"}
         for text in ("{", "[1]", '{"a": [1, 2]}'):
             tuning.path().write_text(text)
@@ -47,7 +49,7 @@ def test_the_fastest_is_chosen_once_and_remembered(tmp_path: Path, monkeypatch: 
 
 
 def test_what_does_not_run_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For good if the kernel is at fault; for this process if memory may have been lacking for once."""
+    """Permanently if the kernel is at fault; for this process only if memory may have been short."""
 
     def broken(why: str) -> None:
         raise RuntimeError(why)
