@@ -110,11 +110,10 @@ def faster_attention(model: ViT, dtype: str) -> str:
         return "sdpa"
     if not weights.is_cuda:
         return "triton"
-    from .gpu.tuning import choose
+    from .gpu import tuning
 
-    return choose(
-        f"attention {[T, A, d]}", q, {name: partial(get_attention(name), q, k, v) for name in ("triton", "sdpa")}
-    )
+    calls = {name: partial(get_attention(name), q, k, v) for name in ("triton", "sdpa")}
+    return tuning.choose(f"attention {[T, A, d]}", q, calls)
 
 
 def check(model: object, dtype: str) -> None:
