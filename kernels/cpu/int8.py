@@ -59,10 +59,7 @@ class Quantize(nn.Module):
         """Scalars: float32 above 0, and int32 from 0 to 255."""
         super().__init__()
         self.scale, self.zero = scale.item(), int(zero.item())
-        self.factor, self.offset = (
-            1 / scale.float(),
-            zero.float(),
-        )  # inputs of a compiled graph
+        self.factor, self.offset = 1 / scale.float(), zero.float()  # inputs of a compiled graph
 
     def forward(self, x: Tensor) -> Tensor:
         """x, of any shape, in bytes."""

@@ -22,16 +22,8 @@ from .tiles import Tile
 from .tuning import fastest
 
 GRAPHED = 65536  # tokens in a batch; with more, its kernels take longer than launching them one by one
-CAPTURED = (
-    "sdpa",
-    "reference",
-    "bmm",
-    "math",
-    "flash",
-    "efficient",
-    "cudnn",
-    "triton",
-)  # these read nothing back from the GPU
+# Backends that read nothing back from the GPU, as a CUDA graph requires.
+CAPTURED = ("sdpa", "reference", "bmm", "math", "flash", "efficient", "cudnn", "triton")
 
 
 class CUDAViT(OptimizedViT):

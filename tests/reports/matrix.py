@@ -51,12 +51,8 @@ _KINDS = (  # the columns of the table: with a bias, backward
     ("backward", False, True),
     ("backward, bias", True, True),
 )
-_PLAIN = (
-    "reference",
-    "bmm",
-    "math",
-    "flex",
-)  # none of the fused operators runs; compiled, their own events are missing, too
+# Backends without fused operators; compiled, their own events are missing, too.
+_PLAIN = ("reference", "bmm", "math", "flex")
 
 
 @dataclass(frozen=True)

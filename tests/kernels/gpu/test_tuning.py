@@ -35,9 +35,7 @@ def test_the_fastest_is_chosen_once_and_remembered(tmp_path: Path, monkeypatch: 
         assert known["a GPU, torch.float32: something"] == [1, 2, 3, 4, 5, 1]
         tuning.path().write_text(json.dumps({"of another process": None}))
         fewer = {key: call for key, call in calls.items() if key is None}
-        assert (
-            tuning.choose("something", x, fewer) is None and len(measured) == 7
-        )  # the remembered layout no longer exists
+        assert tuning.choose("something", x, fewer) is None and len(measured) == 7  # that layout no longer exists
         assert set(json.loads(tuning.path().read_text())) == {"of another process", "a GPU, torch.float32: something"}
         for text in ("{", "[1]", '{"a": [1, 2]}'):
             tuning.path().write_text(text)
