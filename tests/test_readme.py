@@ -29,7 +29,7 @@ NOT_RUN = {
     "--device cuda": "needs an NVIDIA GPU",
     "--optimize int8": "calibrates for 20 s, on processors with VNNI; run by tests/cli/test_cli.py",
     "vit bench": "measures for minutes; run by tests/cli/test_bench.py",
-    "vit evaluate digits": "run by test_accuracy_is_what_the_readmes_show",
+    "vit evaluate digits --model vit_digits_patch4_32 --img-size": "run by test_accuracy_is_what_the_readmes_show",
     "vit demo": "run by test_the_demo_prints_what_the_readme_shows",
 }
 NO_INT8 = [('optimize(model, "int8", images)', "optimize(model)")]  # without VNNI
