@@ -164,6 +164,13 @@ def test_accuracy_is_what_the_readmes_show(capsys):
         assert len(shown) == least and all(printed[re.match(r"\|.*?\|.*?\|", line)[0]] in line for line in shown), name
 
 
+def test_examples_promise_what_their_readme_says():
+    for script, figures in re.findall(r"^\| \[`(\w+\.py)`\].*\| (.*) \|$", TEXT["examples/README.md"], re.M):
+        docstring = (ROOT / "examples" / script).read_text(encoding="utf-8").split('"""')[1].replace(" %", "%")
+        for figure in re.findall(r"[\d.]+%", figures.replace(" %", "%")):
+            assert figure in docstring, (script, figure)
+
+
 def test_the_readme_is_short():
     assert len(TEXT["README.md"].splitlines()) <= 220
 
