@@ -70,7 +70,7 @@ model.set_attention(cosine)
 model.set_attention(Temperature)
 model.set_attention("flex", score_mod=None)
 print(vit.attention_names())
-fn = model.select_blocks([3])[0].attention.attend.fn
+fn = model.attends[3].fn
 converted: Converted = vit.weights.convert(model.state_dict(), "vit", "transformers", config=model.config)
 tensors: dict[str, Tensor] = converted.state_dict
 print(converted.report, converted.config.num_heads, vit.weights.detect_layout(model.state_dict()))
