@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ def optimize(
         fast = kind(dtype)(model.config, dtype, tensors_for(model, dtype, images), mode)
         better = choose(faster_attention(model, dtype), {})
     fast.preprocessing, fast.categories, fast.provenance = model.preprocessing, model.categories, model.provenance
-    for block, attend in zip(fast.blocks, model.attends):
+    for block, attend in zip(cast(Any, fast.blocks), model.attends):
         options = {id(x): copy.deepcopy(detached(x)) for x in attend.options.values() if isinstance(x, Tensor)}
         block.attention.attend = copy.deepcopy(attend, options).requires_grad_(False)  # options without gradients
         if attend.source is sdpa and not attend.options and better.source is not sdpa:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .checks import warn
 from .config import ViTConfig
-from .packed import Packing
+from .packed import Grid, Packing
 from .registry import DEFAULT, Call, Choice, choose
 
 
@@ -68,8 +68,9 @@ class Attend(nn.Module):
         try:
             if packing is None or packing.lengths is None or "lengths" in self.filled_in:
                 return self.call(q, k, v, packing)
-            images = zip(*(x.split(packing.lengths, dim=2) for x in (q, k, v)), packing.grid)
-            return torch.cat([self.call(*qkv, Packing(grid)) for *qkv, grid in images], dim=2)
+            n, grids = packing.lengths, cast("list[Grid]", packing.grid)
+            images = zip(zip(q.split(n, dim=2), k.split(n, dim=2), v.split(n, dim=2)), grids)
+            return torch.cat([self.call(*one, Packing(grid)) for one, grid in images], dim=2)
         except ValueError as error:
             raise ValueError(f"block {self.block}: {error}") from error
         except Exception as error:

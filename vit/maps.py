@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def attention_maps(
     rows = as_numbers("queries", "token", names[queries] if isinstance(queries, str) else queries, x.shape[1])
 
     # A block's weights come from the tokens that it reads, those after the block before it.
-    keep = {i - 1: partial(attention_weights, model.blocks[i], heads=chosen, rows=rows) for i in numbers}
+    keep = {i - 1: partial(attention_weights, cast(Block, model.blocks[i]), heads=chosen, rows=rows) for i in numbers}
     _, maps = model.encode(x, Packing(model.grid_of(images)), keep)
     return [maps[i - 1] for i in numbers]
 

@@ -92,7 +92,7 @@ class Choice:
     @property
     def called(self) -> str:
         """How error messages call it."""
-        return self.name or getattr(self.source, "__name__", type(self.source).__name__)
+        return self.name or str(getattr(self.source, "__name__", type(self.source).__name__))
 
     def make(self, config: ViTConfig, block: int) -> Call:
         """What this block calls.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,10 +74,10 @@ class CPUViT(OptimizedViT):
 
     def _is_plain(self) -> bool:
         """Is the last block ours, and does it attend by softmax, for any queries, without a bias?"""
-        last: Any = self.blocks[-1]
+        last = self.blocks[-1]
         if type(last) is not BLOCKS[self.optimized]:
             return False
-        attend = last.attention.attend
+        attend = cast(Any, last).attention.attend
         return attend.source in (sdpa, reference, bmm) and not attend.options
 
     def set_attention(self, *args: Any, **keywords: Any) -> None:
