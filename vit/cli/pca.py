@@ -17,7 +17,7 @@ SIDE = 560  # pixels of a picture's long side in the result
 
 @torch.inference_mode()
 def draw_components(model: ViT, transform: Transform, paths: Sequence[Path], output: Path) -> int:
-    """Draw each image beside its patch features' components, a row per image; all images share the components."""
+    """Draw each image beside the components of its patch features, a row per image; all images share the components."""
     photos = [load_image(path) for path in paths]
     weights = model.class_token
     images = [transform(photo).to(weights.device, weights.dtype) for photo in photos]

@@ -1,0 +1,38 @@
+"""Images for the commands: order, batches and how far decoding runs ahead."""
+
+import time
+from pathlib import Path
+
+import torch
+
+import vit
+from vit.cli.images import batches, decode
+from vit.image import ImageError, create_transform
+
+DIGITS = "vit_digits_patch4_32"
+
+
+def test_batches_keep_order():
+    model = vit.load_pretrained(DIGITS)
+    crop, native = create_transform(model), create_transform(model, mode="native")
+    items = [(Path(str(i)), ImageError("x") if i % 3 else torch.zeros(3, 8, 8)) for i in range(7)]
+    groups = [[int(str(path)) for path, _ in batch] for batch in batches(items, 3, crop)]
+    assert groups == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(batches([], 3, crop)) == []
+    large = [(Path(str(i)), torch.zeros(3, 128, side)) for i, side in enumerate((128, 64, 64, 128, 64, 128))]
+    groups = [[int(str(path)) for path, _ in batch] for batch in batches(large, 4, native)]  # 1024 tokens, or 512
+    assert groups == [[0, 1, 2], [3, 4], [5]]  # 2048 at a time
+    assert len(list(batches(large, 4, crop))) == 2
+
+
+def test_decoding_stays_a_bounded_way_ahead(digit_files):
+    """Thousands of files stream: what is decoded and not yet used is bounded."""
+    decoded = []
+    path = next(digit_files.glob("*.png"))
+    transform = create_transform(vit.load_pretrained(DIGITS))
+    stream = decode([path] * 1000, lambda image: (decoded.append(1), transform(image))[1])
+    first = next(stream)
+    time.sleep(0.2)
+    assert first[1].shape == (3, 32, 32) and 1 <= len(decoded) <= 8 * 8 + 9
+    stream.close()
+    assert len(decoded) < 200
