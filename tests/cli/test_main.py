@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import vit
-from vit.cli import main, one_line_warnings
+from vit.cli import main, make_parser, one_line_warnings
 
 DIGITS = "vit_digits_patch4_32"
 
@@ -77,6 +78,17 @@ def test_without_a_network_the_default_model_says_how_to_go_on(digit_files, tmp_
     assert len(result.stderr.splitlines()) == 1
     for part in ("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", "pass a local file or folder", "`vit demo`"):
         assert part in result.stderr
+
+
+def test_the_help_opens_with_three_commands_that_parse(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0 and lines[3] == "" and lines[4].startswith("usage: vit")
+    for line in lines[:3]:
+        command, _ = re.split(r"   +", line)
+        program, *arguments = shlex.split(command)
+        assert program == "vit" and make_parser().parse_args(arguments).run
 
 
 def test_a_warning_is_one_line_in_the_name_of_the_command(digit_files, tmp_path, run):

@@ -27,9 +27,11 @@ def add_parser(commands: Any) -> None:
         description="Draw where the class token looks, per head and averaged over the heads, over each image. All "
         "images go into one picture, one below the other.",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (searched recursively) or globs")
-    parser.add_argument("-o", "--output", type=Path, default=Path("attention.png"), help="default: %(default)s")
-    parser.add_argument("--block", type=int, default=-1, help="which block; -1 is the last (%(default)s)")
+    options.add_images(parser)
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("attention.png"), metavar="FILE", help="picture; default: %(default)s"
+    )
+    parser.add_argument("--block", type=int, default=-1, help="which block; -1 is the last; default: %(default)s")
     options.add_model(parser)
     options.add_reading(parser)
     options.add_size(parser, default="native")

@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
     options.add_reading(parser)
     parser.add_argument("--device", type=options.device, default="cpu", help="cpu, cuda ... default: %(default)s")
     several = partial(parser.add_argument, metavar="LIST")
-    several("-b", "--batch-size", type=listed(options.positive), default=[1, 8], help="default: 1,8")
+    several("-b", "--batch-size", type=listed(options.positive), default=[1, 8], help="images per call; default: 1,8")
     several("--img-size", type=listed(side), default=[None], help="224,384x160 (height x width); default: the model's")
     several("--dtype", type=listed(dtype), default=["float32"], help="float32,bfloat16,float16; default: float32")
     several("--attention", type=listed(str), help="registered names; default: sdpa, or what --optimize chooses")

@@ -25,8 +25,15 @@ DIGITS = 10
 
 def add_parser(commands: Any) -> None:
     """Declare the command and its options."""
-    parser = commands.add_parser("demo", help="classify bundled images with a bundled model; needs no network")
-    parser.add_argument("-o", "--output", type=Path, default=Path("vit-demo.png"), help="default: %(default)s")
+    parser = commands.add_parser(
+        "demo",
+        help="classify bundled images with a bundled model; needs no network",
+        description="Classify 360 bundled handwritten digits at three image sizes with a bundled model, compare two "
+        "attention functions, and draw where the class token looks. Needs no network.",
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("vit-demo.png"), metavar="FILE", help="picture; default: %(default)s"
+    )
     parser.set_defaults(run=run)
 
 

@@ -40,10 +40,10 @@ def add_parser(commands: Any) -> None:
     add_sizes(parser)
     parser.add_argument(
         "--class-map", type=Path, metavar="FILE",
-        help="a text file with a sub-folder's name in each line, in the order of the model's outputs; or 'name index'",
+        help="a text file of sub-folders, one a line, in the order of the model's outputs; or lines of 'name index'",
     )  # fmt: skip
     parser.add_argument("--limit", type=options.positive, metavar="N", help="use N images, drawn at random")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of that draw (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of that draw; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="one JSON object per line and size")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy against size: .png, .svg or .pdf")
     parser.add_argument(
@@ -63,7 +63,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--mode", choices=("crop", "squash"),
-        help="crop keeps proportions, squash keeps the whole image; default: the model's own, and squash for digits",
+        help="crop cuts out the middle, squash changes the proportions; default: the model's own; squash for digits",
     )  # fmt: skip
     parser.add_argument(
         "--crop-pct", type=float, metavar="SHARE", help="the share of the resized image that a crop keeps"

@@ -32,14 +32,14 @@ def add_parser(commands: Any) -> None:
         description="Write features of images to safetensors files. An interrupted run resumes at the first missing "
         "file.",
     )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (searched recursively) or globs")
+    options.add_images(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="features.safetensors")
     parser.add_argument(
         "--kind", choices=KINDS, default=KINDS[0],
         help="pooled: what the classifier reads; class: the class token after the last norm; dense: the patch tokens "
-        "after it, a map [D, h, w] per image (%(default)s)",
+        "after it, a map [D, h, w] per image; default: %(default)s",
     )  # fmt: skip
-    parser.add_argument("--save-dtype", choices=DTYPES, default="float32", help="dtype on disk (%(default)s)")
+    parser.add_argument("--save-dtype", choices=DTYPES, default="float32", help="dtype on disk; default: %(default)s")
     parser.add_argument(
         "--shard",
         type=options.positive,

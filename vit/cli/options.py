@@ -13,9 +13,17 @@ DEFAULT_MODEL = "vit_small_patch16_224.augreg_in21k_ft_in1k"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """IMAGE, one or more, for `images.find_images`."""
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (searched recursively) or globs")
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model: a name, a file or a folder."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME_OR_PATH", help="default: %(default)s")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, metavar="NAME_OR_PATH",
+        help="a name, or a checkpoint: a file or a folder in any known layout; default: %(default)s",
+    )  # fmt: skip
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +68,8 @@ def add_size(parser: argparse.ArgumentParser, default: str | None = None) -> Non
     )  # fmt: skip
     parser.add_argument(
         "--mode", choices=MODES,
-        help="crop keeps proportions and the middle of the image, squash keeps all of it, native keeps both and makes "
-        "SIZE the short side; default: the model's own",
+        help="crop cuts out the middle, squash changes the proportions, native keeps the proportions and the whole "
+        "image and makes SIZE its short side; default: the model's own",
     )  # fmt: skip
     parser.add_argument(
         "--max-tokens", type=positive, metavar="N", help="refuse images with more patches: attention costs their square"
@@ -80,13 +88,15 @@ def sizing(args: argparse.Namespace) -> dict[str, Any]:
 def add_compute(parser: argparse.ArgumentParser) -> None:
     """--device, --dtype and -b/--batch-size."""
     add_device(parser)
-    parser.add_argument("-b", "--batch-size", type=positive, default=32, help="default: %(default)s")
+    parser.add_argument("-b", "--batch-size", type=positive, default=32, help="images per call; default: %(default)s")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """--device and --dtype."""
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps ... default: %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of weights and images; default: %(default)s"
+    )
 
 
 def check_picture(path: Path) -> None:

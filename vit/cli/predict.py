@@ -21,12 +21,16 @@ from .images import Decoded, batches, decode, find_images, progress, usable
 
 def add_parser(commands: Any) -> None:
     """Declare the command and its options."""
-    parser = commands.add_parser("predict", help="label images", description="Label images: files, folders, globs.")
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (searched through) or globs")
+    parser = commands.add_parser(
+        "predict", help="label images", description="Print the most probable labels of images."
+    )
+    options.add_images(parser)
     options.add_model(parser)
     options.add_reading(parser)
     options.add_size(parser)
-    parser.add_argument("-k", "--top-k", type=options.positive, default=5, help="labels per image (%(default)s)")
+    parser.add_argument(
+        "-k", "--top-k", type=options.positive, default=5, help="labels per image; default: %(default)s"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object per line and image")
     options.add_compute(parser)
     loading.add_optimize(parser)
