@@ -36,13 +36,14 @@ def speed(rows: Sequence[dict[str, Any]]) -> Any:
     for row in rows:
         height, width = row["size"]
         optimized = "optimized, " if row["optimize"] else ""
-        name = f"{height}x{width}, {optimized}{row['dtype']}, {row['attention']}, {row['threads']} thread(s)"
+        name = f"{height}x{width}, {optimized}{row['dtype']}, {row['attention']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
         lines.setdefault(name, []).append((row["batch"], row["images_per_s"]))
     figure = figure_class()(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points)), "o-", label=name)
+    for i, (name, points) in enumerate(lines.items()):  # matplotlib has ten colours
+        axes.plot(*zip(*sorted(points)), ("o-", "s--", "^:")[i // 10 % 3], label=name)
     axes.set_xscale("log", base=2)
+    axes.set_xticks(batches := sorted({row["batch"] for row in rows}), list(map(str, batches)))
     axes.set_xlabel("batch size")
     axes.set_ylabel("images per second")
     axes.set_ylim(bottom=0)
