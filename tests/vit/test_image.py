@@ -605,7 +605,7 @@ def test_models_that_no_image_fits():
         to_mode(CAT, 2)
     without_statistics = ViT(GREY.config)
     without_statistics.preprocessing = create_model("vit_small_patch16_224", depth=1).preprocessing
-    with pytest.raises(ValueError, match=r"model\.preprocessing has 3 channels and the model 1"):
+    with pytest.raises(ValueError, match=r"model\.preprocessing has 3 channels, but the model has 1"):
         create_transform(without_statistics)
     ragged = create_model("vit_small_patch16_224", depth=1)
     ragged.preprocessing = replace(ragged.preprocessing, size=(230, 224))

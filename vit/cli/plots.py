@@ -36,7 +36,8 @@ def speed(rows: Sequence[dict[str, Any]]) -> Any:
     for row in rows:
         height, width = row["size"]
         optimized = "optimized, " if row["optimize"] else ""
-        name = f"{height}x{width}, {optimized}{row['dtype']}, {row['attention']}, {row['threads']} thread{'s' * (row['threads'] > 1)}"
+        threads = f"{row['threads']} thread{'s' * (row['threads'] > 1)}"
+        name = f"{height}x{width}, {optimized}{row['dtype']}, {row['attention']}, {threads}"
         lines.setdefault(name, []).append((row["batch"], row["images_per_s"]))
     figure = figure_class()(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
