@@ -49,7 +49,7 @@ def _blend(strength: np.ndarray, grey: np.ndarray) -> Image.Image:
 
 
 def scale(width: int, numbers: Sequence[str]) -> Image.Image:
-    """A colour bar as `overlay` colours mid-grey pixels, from 0 to the largest weight, numbers evenly spaced below."""
+    """A colour bar from 0 to the largest weight, as `overlay` colours mid-grey pixels, over evenly spaced numbers."""
     bar = _blend(np.linspace(0, 1, width)[None].repeat(12, axis=0), np.full((12, width), 0.5))
     sheet = Image.new("RGB", (width, bar.height + LINE), BACKGROUND)
     sheet.paste(bar, (0, 0))

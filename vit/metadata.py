@@ -47,7 +47,7 @@ class Preprocessing:
             raise ValueError(unknown("mode", self.mode, MODES))
 
     def with_channels(self, channels: int) -> Preprocessing:
-        """The same for another number of channels; for lack of statistics, each gets the averages of `mean` and `std`."""
+        """The same for another number of channels; for lack of statistics, each gets the averages."""
         if channels == len(self.mean):
             return self
         mean, std = (sum(values) / len(values) for values in (self.mean, self.std))

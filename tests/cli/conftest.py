@@ -35,7 +35,7 @@ def run() -> Callable[..., subprocess.CompletedProcess]:
 
 @pytest.fixture
 def call(capsys):
-    """As `run`, in this process, which saves the start."""
+    """Like `run`, but in this process, which is faster."""
 
     def call(*args: object) -> subprocess.CompletedProcess:
         capsys.readouterr()
@@ -50,7 +50,7 @@ def call(capsys):
 
 @pytest.fixture(scope="session")
 def kernels() -> dict[str, str]:
-    """The operation, by PyTorch's name for it, that multiplies in models optimized to each dtype, and in no others."""
+    """PyTorch's name of the operation that multiplies in models optimized to each dtype, and in no other models."""
     return {"float32": "mkldnn::_linear_pointwise", "int8": "onednn::qlinear_pointwise"}
 
 

@@ -1,4 +1,4 @@
-"""Accuracy: the interval, and logits that are not numbers."""
+"""Accuracy: the interval, and NaN among logits."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ DIGITS = "vit_digits_patch4_32"
 
 
 def test_the_interval():
-    """Against the values of Newcombe (1998), table I, method 3, and its ends."""
+    """Against Newcombe (1998), table I, method 3; and at 0 % and 100 %."""
     for right, total, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (1, 29, 0.0061, 0.1718)):
         assert wilson(right, total) == pytest.approx((low, high), abs=6e-5)
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=6e-5)
@@ -21,7 +21,7 @@ def test_the_interval():
         assert wilson(0, total)[0] == 0.0 and wilson(total, total)[1] == 1.0
 
 
-def test_logits_that_are_not_numbers_have_no_accuracy():
+def test_nan_logits_have_no_accuracy():
     model = vit.create_model(DIGITS, depth=1).eval()
     torch.nn.init.constant_(model.head.bias, float("nan"))
     with pytest.raises(ValueError, match="NaN"):

@@ -19,7 +19,7 @@ def small_peak(monkeypatch):
     monkeypatch.setitem(timing.PEAK_SIDE, "cpu", 64)
 
 
-def test_threads_are_set_and_set_back(capsys):
+def test_threads_are_set_and_restored(capsys):
     before = torch.get_num_threads()
     seen = []
     timing.seconds(lambda: seen.append(torch.get_num_threads()), 1, CPU)
@@ -30,7 +30,7 @@ def test_threads_are_set_and_set_back(capsys):
     assert torch.get_num_threads() == before
 
 
-def test_memory_and_profile_are_those_of_a_rows_threads(monkeypatch):
+def test_memory_and_profile_use_the_rows_threads(monkeypatch):
     seen = []
     for name, result in (("peak_memory", 1.0), ("profile_kinds", {})):
         monkeypatch.setattr(timing, name, lambda *_, result=result: seen.append(torch.get_num_threads()) or result)
@@ -74,7 +74,7 @@ def test_optimized(capsys, tmp_path, optimized_dtype):
     assert row.startswith(f"224x224         1  yes       {dtype}") and plot.exists()
 
 
-def test_models_as_they_are_and_optimized_in_one_race(capsys):
+def test_plain_and_optimized_models_in_one_race(capsys):
     command = ["bench", "--model", "vit_digits_patch4_32", "-b", "1,2", "--rounds", "2", "--json"]
     assert main([*command, "--optimize", "none,float32", "--dtype", "float32,bfloat16"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -86,7 +86,7 @@ def test_models_as_they_are_and_optimized_in_one_race(capsys):
     assert counted[0] == pytest.approx(counted[1]) and 0.7 < counted[2] / counted[0] < 0.95  # its last block is cut
 
 
-def test_what_cannot_be_optimized_here_is_refused_by_itself(capsys, monkeypatch):
+def test_a_dtype_that_cannot_run_here_is_refused_alone(capsys, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     command = ["bench", "--model", "vit_digits_patch4_32", "-b", "1", "--rounds", "1", "--optimize"]
     assert main([*command, "int8,none", "--json"]) == 0
@@ -108,7 +108,7 @@ def test_a_checkpoint_is_raced_with_its_own_attention(capsys, tmp_path):
     assert [json.loads(line)["attention"] for line in capsys.readouterr().out.splitlines()] == ["sdpa"] * 2
 
 
-def test_what_there_is_no_memory_for_is_refused_by_itself(capsys, monkeypatch):
+def test_a_case_without_enough_memory_is_refused_alone(capsys, monkeypatch):
     command = ["bench", "--model", "vit_digits_patch4_32", "--rounds", "1", "--json", "-b"]
     assert main([*command, f"1,{10**12}"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -131,7 +131,7 @@ def test_what_there_is_no_memory_for_is_refused_by_itself(capsys, monkeypatch):
         assert "ms" in rows[0] and rows[1]["refused"] == "not enough memory"
 
 
-def test_int8_is_timed_with_the_attention_that_it_takes():
+def test_int8_is_timed_with_the_attention_that_it_chooses():
     if reason := missing("int8"):
         pytest.skip(reason)
     args = make_parser().parse_args(["bench", "--model", "vit_digits_patch4_32", "--optimize", "int8"])

@@ -31,7 +31,7 @@ def test_images_and_order_are_image_folders(labelled):
 
 
 def test_sorted_order_is_image_folders(tmp_path, digits, rows, place):
-    """Names that sort otherwise by number, by case and as people do; placed so that all must be right."""
+    """Names whose order by number, by case or by locale would differ; placed so that all must be right."""
     names = ["c10", "c2", "C3", "b", "a", "é", "z z", "1st", "_", "c1"]
     images, truth = digit_images()
     order = sorted(names)
@@ -77,7 +77,7 @@ def test_refused_classes(names, categories, message):
 
 
 def test_a_subset_of_imagenet(tmp_path, imagenet, rows, place):
-    """Images in the folder of the class that the model predicts are all right; in its second choice's, none."""
+    """In the folder of the model's first choice, all images are right; in that of its second choice, none."""
     model, file = imagenet
     transform = create_transform(model)
     images = digit_images()[0][:12]
@@ -92,7 +92,7 @@ def test_a_subset_of_imagenet(tmp_path, imagenet, rows, place):
 
 
 def test_class_maps(tmp_path, digits, rows, place):
-    """Class names of one's own, by line and by number; the lines' order is the outputs', whatever the sorted order."""
+    """Other class names, by line and by number; the order of the lines is that of the outputs, not the sorted one."""
     images, truth = digit_images()
     words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
     place(tmp_path / "data", images[:60], [words[label] for label in truth[:60]])
@@ -104,7 +104,7 @@ def test_class_maps(tmp_path, digits, rows, place):
         code, (row,), _ = rows(tmp_path / "data", *options, "--class-map", tmp_path / name)
         assert code == 0 and row["top1"] > 0.95 and name in row["classes"]
     _, (row,), _ = rows(tmp_path / "data", *options)
-    assert row["top1"] < 0.5  # the sorted order of the words is another
+    assert row["top1"] < 0.5  # the sorted order of the words differs
 
 
 @pytest.mark.parametrize(

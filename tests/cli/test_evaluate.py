@@ -1,4 +1,4 @@
-"""`vit evaluate`: the figures against direct computations, the classes' order, and what is refused."""
+"""`vit evaluate`: the figures against direct computations, results that are reused, and what is refused."""
 
 import json
 import re
@@ -19,11 +19,11 @@ from vit.resources import digit_images
 DIGITS = "vit_digits_patch4_32"
 
 
-# The figures.
+# The figures
 
 
 def test_the_digits_have_the_readmes_accuracies(capsys):
-    """README.md's table, to the image."""
+    """README.md's table, exactly."""
     expected = {"24x24": 356, "32x32": 357, "32x48": 358, "48x32": 358, "48x48": 359, "64x64": 357}
     assert main(["evaluate", "digits", "--model", DIGITS, "--img-size", "24,32,32x48,48x32,48,64"]) == 0
     out = capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_native_sizes(labelled, digits, rows):
 
 
 def test_modes(labelled, rows):
-    """The labelled's default is the model's own, the digits' is "squash"; "native" takes neither."""
+    """A folder's default is the model's own mode, that of the digits is "squash"; "native" takes neither."""
     for data, own in ((labelled, "crop"), ("digits", "squash")):
         for option, mode in (([], own), (["--mode", "squash"], "squash"), (["--mode", "crop"], "crop")):
             args = (data, "--model", DIGITS, "--img-size", "16,native", *option, "--limit", "1")
@@ -77,10 +77,7 @@ def test_modes(labelled, rows):
     assert (row["mode"], row["crop_pct"]) == ("crop", 0.9)
 
 
-# The classes.
-
-
-# What cannot be read, what is kept, what is refused.
+# Unreadable images, kept results, refusals
 
 
 def test_unreadable_images_are_reported_once_and_left_out(tmp_path, rows, place):
@@ -143,7 +140,7 @@ def test_optimized(optimized_dtype, tmp_path, capsys, monkeypatch, rows):
     measured = []
     monkeypatch.setattr(evaluate, "measure", lambda *args: measured.append(args[0].optimized) or measure(*args))
     code, (fast,), _ = rows(*args, "--optimize", dtype)
-    assert code == 0 and measured == [dtype] and not fast["reused"]  # the other's figures are not its own
+    assert code == 0 and measured == [dtype] and not fast["reused"]  # the plain model's results are not reused
     assert (plain["optimize"], fast["optimize"]) == (None, dtype)
     assert abs(fast["right"] - plain["right"]) <= (0 if dtype == "float32" else 2)
     assert rows(*args, "--optimize", dtype)[1] == [fast | {"reused": True}]
@@ -151,7 +148,7 @@ def test_optimized(optimized_dtype, tmp_path, capsys, monkeypatch, rows):
     assert capsys.readouterr().out.startswith(f"{DIGITS} optimized in {dtype} on digits")
 
     before = {name: value for name, value in plain.items() if name not in ("optimize", "reused")}
-    file.write_text(json.dumps(before) + "\n")  # as it was written before there was --optimize
+    file.write_text(json.dumps(before) + "\n")  # as written before --optimize existed
     assert rows(*args)[1][0]["reused"] and not rows(*args, "--optimize", dtype)[1][0]["reused"]
 
 

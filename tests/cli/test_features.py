@@ -1,4 +1,4 @@
-"""`vit features`: what is on disk is what the model computes, however often the run was cut off."""
+"""`vit features`: what is on disk is what the model computes, however often the run was interrupted."""
 
 import json
 import os
@@ -25,7 +25,7 @@ DIGITS = "vit_digits_patch4_32"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Eleven digits as PNG files of different sizes, and one file that is no image."""
+    """Eleven digits as PNG files of different sizes, and one file that is not an image."""
     folder = tmp_path_factory.mktemp("digits")
     for i, image in enumerate(digit_images()[0][:11]):
         image.resize((16 + 5 * i, 40 - 2 * i)).save(folder / f"{i:02}.png")
@@ -60,7 +60,7 @@ def expected(path: str, kind: str, **sizing) -> torch.Tensor:
      (["--img-size", 24, "--mode", "native"], {"size": 24, "mode": "native"})],
 )  # fmt: skip
 def test_equals_the_library(tmp_path, folder, capsys, kind, options, sizing):
-    assert features(folder, tmp_path / "a.safetensors", "--kind", kind, *options) == 1  # for the one that is no image
+    assert features(folder, tmp_path / "a.safetensors", "--kind", kind, *options) == 1  # one file is not an image
     out, err = capsys.readouterr()
     assert "11 images in 1 file" in out and "1 of 12 could not be used" in err and "05b.png" in err
     tensors, about = load_file(tmp_path / "a.safetensors"), metadata(tmp_path / "a.safetensors")
@@ -123,8 +123,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("call", range(9))
-def test_a_run_that_was_cut_off_goes_on(tmp_path, folder, call, monkeypatch, capsys):
-    """Cut off at each renaming and at each batch: the end is to the byte that of a run in one go."""
+def test_an_interrupted_run_resumes(tmp_path, folder, call, monkeypatch, capsys):
+    """Interrupted at each renaming and each batch: the result is the same bytes as without interruption."""
     (tmp_path / "whole").mkdir()
     (tmp_path / "cut").mkdir()
     features(folder, tmp_path / "whole" / "a.safetensors", "--shard", 3)
@@ -155,7 +155,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path, folder, call, monkeypatch, cap
     assert f", {done} of them from an earlier run" in capsys.readouterr().out or not done
 
 
-def test_a_killed_run_goes_on(tmp_path, folder):
+def test_a_killed_run_resumes(tmp_path, folder):
     output = tmp_path / "a.safetensors"
     arguments = ["features", str(folder), "-o", str(output), "--model", DIGITS, "-b", "4", "--shard", "1"]
     command = [sys.executable, "-c", f"from vit.cli import main; main({arguments})"]
@@ -205,7 +205,7 @@ def test_optimized(tmp_path, folder, capsys, optimized_dtype, kernels):
         assert message in capsys.readouterr().err and file.read_bytes() == before
 
 
-def test_files_from_before_there_was_optimize_are_taken_up(tmp_path, folder, capsys):
+def test_files_from_before_optimize_existed_are_reused(tmp_path, folder, capsys):
     output = tmp_path / "a.safetensors"
     features(folder, output)
     about = metadata(output)
@@ -281,7 +281,7 @@ def test_other_numbers_of_files_are_not_mixed(tmp_path, folder, capsys):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are text")
-def test_a_name_that_is_no_text(tmp_path, folder, capsys):
+def test_a_name_that_is_not_utf8(tmp_path, folder, capsys):
     image = os.fsencode(tmp_path) + b"/\xff.png"
     with open(image, "wb") as file:
         file.write((folder / "00.png").read_bytes())
@@ -297,7 +297,7 @@ def test_no_image_can_be_read(tmp_path, folder):
 
 
 def test_a_killed_run_leaves_nothing(tmp_path, folder, monkeypatch):
-    with monkeypatch.context() as patch:  # nothing is tidied up after SIGKILL
+    with monkeypatch.context() as patch:  # SIGKILL leaves no time to tidy up
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         patch.setattr(Path, "unlink", lambda *_, **__: None)
         assert features(folder, tmp_path / "a.safetensors") == 130
@@ -306,7 +306,7 @@ def test_a_killed_run_leaves_nothing(tmp_path, folder, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_an_image_that_changed_is_not_taken_for_the_old_one(tmp_path, folder, capsys):
+def test_an_image_that_changed_is_noticed(tmp_path, folder, capsys):
     out, mine = tmp_path / "f.safetensors", tmp_path / "images"
     shutil.copytree(folder, mine)
     (mine / "05b.png").unlink()
@@ -318,7 +318,7 @@ def test_an_image_that_changed_is_not_taken_for_the_old_one(tmp_path, folder, ca
     assert f"{one} has changed since" in capsys.readouterr().err
 
 
-def test_what_was_skipped_is_said_again(tmp_path, folder, capsys):
+def test_skipped_images_are_reported_again(tmp_path, folder, capsys):
     out = tmp_path / "f.safetensors"
     assert features(folder, out) == 1
     capsys.readouterr()

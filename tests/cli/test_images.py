@@ -26,7 +26,7 @@ def test_batches_keep_order():
 
 
 def test_decoding_stays_a_bounded_way_ahead(digit_files):
-    """Thousands of files stream: what is decoded and not yet used is bounded."""
+    """Of thousands of files, only a bounded number is decoded ahead."""
     decoded = []
     path = next(digit_files.glob("*.png"))
     transform = create_transform(vit.load_pretrained(DIGITS))

@@ -26,7 +26,7 @@ DIGITS = "vit_digits_patch4_32"
 )
 @pytest.mark.parametrize("command", ["predict {image}", "features {image} -o {out}", "evaluate digits", "bench"])
 def test_what_cannot_go_with_optimize(command, arguments, message, digit_files, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(options, "device", torch.device)  # whether this machine has it or not
+    monkeypatch.setattr(options, "device", torch.device)  # even if this machine does not have it
     names = {"fast": tmp_path / "fast.safetensors", "out": tmp_path / "out.safetensors"}
     names["image"] = next(digit_files.glob("*.png"))
     vit.kernels.save(vit.kernels.optimize(vit.load_pretrained(DIGITS)), names["fast"])

@@ -70,7 +70,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(arguments, message, digit_files
     assert list(names["empty"].iterdir()) == []
 
 
-def test_without_a_network_the_default_model_says_how_to_go_on(digit_files, tmp_path, run):
+def test_without_a_network_the_error_says_what_to_do(digit_files, tmp_path, run):
     start = time.perf_counter()
     result = run("predict", next(digit_files.glob("*.png")), HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE="0",
                  HF_ENDPOINT="http://127.0.0.1:9")  # fmt: skip
@@ -101,7 +101,7 @@ def test_a_warning_is_one_line_in_the_name_of_the_command(digit_files, tmp_path,
     assert ".py" not in result.stderr
 
 
-def test_warnings_of_other_kinds_stay_as_they_are():
+def test_other_kinds_of_warnings_are_unchanged():
     before, place = warnings.formatwarning, ("a.py", 3)
     with one_line_warnings("predict"):
         assert (
@@ -111,7 +111,7 @@ def test_warnings_of_other_kinds_stay_as_they_are():
     assert warnings.formatwarning is before
 
 
-def test_the_reader_may_stop_reading(digit_files, run):
+def test_a_closed_pipe_is_no_error(digit_files, run):
     command = f"{Path(sys.executable).with_name('vit')} predict {digit_files} --model {DIGITS} | head -n 1"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
     assert "Traceback" not in result.stderr and "Broken" not in result.stderr

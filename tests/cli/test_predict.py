@@ -75,7 +75,7 @@ def test_predict_native_sizes(tmp_path, digit_files, call):
 
 
 def test_predict_optimized(digit_files, tmp_path, optimized_dtype, capsys, kernels):
-    """The same answers, and from a file that was optimized before."""
+    """The same answers, also from a file that was optimized before."""
     dtype = optimized_dtype
     command = ["predict", str(digit_files), "--json", "-k", "10", "--model"]
     vit.kernels.save(vit.kernels.optimize(vit.load_pretrained(DIGITS), dtype), tmp_path / "fast.safetensors")

@@ -44,7 +44,7 @@ def test_operations_are_those_that_pytorch_counts(fields, size):
 @pytest.mark.parametrize("cut", [True, False])
 @pytest.mark.parametrize("fields", [{}, {"dist_token": True, "global_pool": "dist"}, {"global_pool": "avg"}])
 def test_operations_of_an_optimized_model(fields, cut):
-    """Of the last block fewer, where it is cut."""
+    """Fewer in the last block, if it is cut."""
     small = {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}
     model = vit.create_model("vit_small_patch16_224", **small, **fields).eval()
     model.set_attention("reference" if cut else lambda q, k, v, *, bias=None: vit.attention.reference(q, k, v))
@@ -58,7 +58,7 @@ def test_operations_of_an_optimized_model(fields, cut):
 
 
 def counted_resampling(model: vit.ViT, size: tuple[int, int]) -> int:
-    """Products that resample positions, which the count leaves out: they are once per call, not per image."""
+    """Products that resample positions, which `flops` leaves out: they run once per call, not per image."""
     from vit.position import resample_position_embedding
 
     positions = model.position_embedding[:, model.config.num_position_rows :]
@@ -73,7 +73,7 @@ def test_cases_run_in_turn_and_backwards(monkeypatch):
     monkeypatch.setattr(timing, "seconds", lambda call, threads, device: order.append(call()) or len(order))
     times = timing.race({case: lambda case=case: case for case in cases}, 3, CPU, lambda order: order)
     assert order == [c, b, a, a, b, c, c, b, a, a, b, c]
-    assert times == {a: [4, 9, 10], b: [5, 8, 11], c: [6, 7, 12]}  # the first three warmed up
+    assert times == {a: [4, 9, 10], b: [5, 8, 11], c: [6, 7, 12]}  # the first three calls warm up
 
 
 def test_memory_is_what_is_allocated_at_the_highest():
@@ -90,7 +90,7 @@ def test_spread():
     assert timing.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
 
 
-def test_the_peak_is_taken_from_smaller_products_where_large_ones_take_too_long(monkeypatch):
+def test_smaller_products_measure_the_peak_if_large_ones_take_too_long(monkeypatch):
     sides = []
     monkeypatch.setattr(timing, "product", lambda kind, side, device: lambda: sides.append(side))
     for side, took in ((64, 0.003), (16, 0.1), (8, 2.0)):

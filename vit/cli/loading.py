@@ -71,10 +71,7 @@ def is_optimized_file(name: str) -> bool:
 
     if not name.endswith(".safetensors") or not Path(name).is_file():
         return False
-    with (
-        suppress(SafetensorError),
-        safe_open(name, "pt") as file,
-    ):  # load_pretrained reports what is wrong with the file
+    with suppress(SafetensorError), safe_open(name, "pt") as file:  # a broken file: load_pretrained says what is wrong
         return OPTIMIZED in (file.metadata() or {})
     return False
 

@@ -1,4 +1,4 @@
-"""The three main directions in which patch features differ, as red, green and blue."""
+"""The first three principal components of patch features, as red, green and blue."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,8 +38,8 @@ def draw_components(model: ViT, transform: Transform, paths: Sequence[Path], out
 def principal_components(maps: Sequence[Tensor]) -> list[np.ndarray]:
     """[D, h, w] maps -> [h, w, 3] uint8 each: the first three principal components of all patches together.
 
-    Each component's values from the 1st to the 99th percentile become 0 to 255. A component's sign means nothing; the
-    largest of its weights is made positive, so that the same maps give the same colours.
+    Each component's values from the 1st to the 99th percentile become 0 to 255. A component's sign is arbitrary; its
+    largest weight is made positive, so that the same maps give the same colours.
     """
     tokens = torch.cat([one.flatten(1) for one in maps], dim=1).T.double()  # [patches, D]
     centred = tokens - tokens.mean(dim=0)

@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Find the images, load the model, print labels as they come."""
+    """Find the images, load the model, print the labels batch by batch."""
     paths = find_images(args.images)
     sizing = options.sizing(args)
     model = loading.load(args)

@@ -1,4 +1,4 @@
-"""The files that `vit features` writes: their names, what is in them, and what a later run may add to."""
+"""The files that `vit features` writes: their names, their metadata, and what a later run may resume."""
 
 import json
 import re

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from vit.config import ViTConfig
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler, some builds of which log each start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some builds of PyTorch's profiler log each start and stop
 
 PEAK_SIDE = {"cpu": 4096, "cuda": 8192}  # sides of the square matrices whose product measures a machine's peak
 LONGEST = 10.0  # seconds that these products may take
@@ -46,7 +46,9 @@ def flops(config: ViTConfig, size: tuple[int, int], read: int | None = None) -> 
     D, N = config.embed_dim, (size[0] // config.patch_size) * (size[1] // config.patch_size)
     T = N + config.num_prefix_tokens
     patches = 2 * N * config.in_chans * config.patch_size**2 * D
-    heads = 2 * D * config.num_classes * (2 if config.global_pool in ("token_avg", "dist") else 1)  # one of 2D, or two
+    heads = (
+        2 * D * config.num_classes * (2 if config.global_pool in ("token_avg", "dist") else 1)
+    )  # [2D, classes], or two heads
 
     def block(n: int) -> int:
         attention = 2 * 2 * n * T * D  # q k^T and the weights times v
@@ -117,7 +119,7 @@ def peak_flops(kind: str, threads: int, device: torch.device) -> float:
 
 
 def product(kind: str, side: int, device: torch.device) -> Callable[[], Tensor]:
-    """A product of two square matrices of random numbers, as a linear layer multiplies."""
+    """A call that multiplies two square matrices of random numbers as a linear layer does."""
     if kind == "int8":
         from vit.kernels.cpu.int8 import square_product
 
