@@ -43,7 +43,7 @@ def merging(model: vit.ViT, images: torch.Tensor, r: int, weigh: bool = True) ->
         return vit.attention.sdpa(q, k, v, bias=sizes.log().mT[:, None] if weigh and r else None)  # [B, A, T, d]
 
     model.set_attention(attend)
-    for block in model.select_blocks():
+    for block in model.blocks:
         x = x + block.residual_attention(block.attention(block.norm1(x)), block.scale1)  # [B, T, D]
         if less := min(r, (x.shape[1] - 1) // 2):
             to, n = match(keys, less), x.shape[1] - less  # [B, T] in range(n)

@@ -5,7 +5,7 @@ a name that it does not know.
 """
 
 if __name__ == "vit.kernels":  # transformers asks for a package `kernels`, and in a checkout finds this folder
-    from vit.attention import register_attention
+    from vit.registry import register_attention
 
     from .attention.backends import BACKENDS, available, explain
     from .base import OptimizedViT

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from itertools import chain
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from vit.checks import unknown
 from vit.config import ViTConfig
 from vit.model import ViT
+from vit.packed import Packing
 
-MODES = ("latency", "throughput")
 GRIDS = 16  # of which the resampled position embeddings are kept
 PREFIX = {"token": 1, "dist": 2}  # how many of the first tokens a head reads, where it reads no others
 
@@ -50,7 +50,18 @@ class OptimizedViT(ViT):
     def tokens_read(self) -> int | None:
         """How many of the first tokens `forward` has the last block compute, where nobody looks inside; None: all."""
 
-    def accept(self, images: Tensor, ragged: str) -> Tensor:
+    def read(self, images: Tensor) -> Tensor:
+        """[B, n, D] tokens of accepted images after the final norm: the n that `tokens_read` says, or all."""
+        x, packing, n = self.embed(images), Packing(self.grid_of(images)), self.tokens_read()
+        if n is None:
+            x, _ = self.encode(x, packing)  # [B, T, D]
+        else:  # of the last block, for which all other tokens are keys and values only
+            before, last = len(self.blocks) - 2, cast(Any, self.blocks[-1])
+            _, kept = self.encode(x, packing, {before: partial(last.first, n=n)})
+            x = kept[before]  # [B, n, D]
+        return self.norm(x)
+
+    def accept(self, images: Tensor, ragged: str = "error") -> Tensor:
         """As `ViT.accept`; ValueError where a gradient would be wanted, or autocast another dtype."""
         if torch.is_grad_enabled() and isinstance(images, Tensor) and images.requires_grad:
             raise ValueError("an optimized model has no gradients: detach the images, or use the model it was made of")
@@ -156,21 +167,15 @@ def is_watched(model: ViT) -> bool:
     """Does anybody look inside?"""
     if isinstance(model, OptimizedViT) and not torch.compiler.is_compiling():
         parts = model.listed()
-        modules, attends = [model, *parts.modules], parts.attends
+        modules = [model, *parts.modules]
     else:
-        modules, attends = list(model.modules()), model.attends
-    return is_hooked(modules) or any(attend.patched for attend in attends)
+        modules = list(model.modules())
+    return is_hooked(modules)
 
 
 def is_hooked(modules: Iterable[nn.Module]) -> bool:
     """Does anybody look at one of them?"""
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-
-
-def check_mode(mode: str) -> None:
-    """ValueError for an unknown mode."""
-    if mode not in MODES:
-        raise ValueError(unknown("mode", mode, MODES))
 
 
 def detached(value: Any) -> Any:

@@ -15,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from vit.attention import registered
 from vit.config import ViTConfig
 from vit.metadata import Preprocessing, Provenance
+from vit.registry import registered
 
-from .base import OptimizedViT, check_mode
-from .optimize import DTYPES, kind, machine, missing
+from .base import OptimizedViT
+from .optimize import DTYPES, check_mode, kind, machine, missing
 
 _HEADER = "vit.optimized"
 _PARTS = {"sha256", "dtype", "config", "preprocessing", "categories", "provenance", "attention"}
@@ -51,7 +51,7 @@ def save(model: OptimizedViT, path: str | Path) -> Path:
         raise FileNotFoundError(f"there is no folder {path.parent}")
     for attend in model.attends:
         if attend.options or attend.state_dict() or registered(attend.name) is not attend.source:
-            raise ValueError(f"block {attend.block}: attention {attend.called} cannot be named in a file")
+            raise ValueError(f"block {attend.block}: attention {attend.choice.called!r} cannot be named in a file")
     tensors = model.tensors()
     header = {
         "dtype": model.optimized, "config": model.config.to_dict(),
@@ -78,9 +78,9 @@ def load(path: str | Path, mode: str = "latency") -> OptimizedViT:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another kind of file, a damaged one, or one for a processor of another kind; an unknown mode.
+        ValueError: another kind of file, a damaged one, or one for a processor of another kind; an unknown mode, or
+            "throughput" for what runs on a CPU.
     """
-    check_mode(mode)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist" if not Path(path).exists() else f"{path} is no file")
     try:
@@ -105,6 +105,7 @@ def _assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> 
     if header.keys() != _PARTS or header["dtype"] not in DTYPES:
         found = f"{sorted(header)} and dtype {header.get('dtype')!r}"
         raise ValueError(f"the header has {found}, expected {sorted(_PARTS)}")
+    check_mode(mode, header["dtype"])
     attention, depth = header["attention"], header["config"]["depth"]
     if not isinstance(attention, list) or len(attention) != depth:
         raise ValueError(f"the header names {attention!r} as attention, expected {depth} names")

@@ -5,24 +5,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from vit.attend import Attend
-from vit.attention import get_attention, sdpa
+from vit.attention import sdpa
 from vit.checks import unknown
 from vit.model import Residual, ViT
+from vit.registry import choose, get_attention
 
 from . import gpu
 from .attention import flash
-from .base import OptimizedViT, check_mode, detached, float_tensors, is_watched
+from .base import OptimizedViT, detached, float_tensors, is_watched
 from .cpu import int8
 from .cpu import model as cpu
 from .cpu.calibrate import int8_tensors
 from .cpu.images import batches, photographs
 
 DTYPES = (*cpu.BLOCKS, *gpu.DTYPES)  # what a model can be optimized to, by name
+MODES = ("latency", "throughput")
 
 
 def optimize(
@@ -42,32 +45,31 @@ def optimize(
         images: for int8, what to calibrate on: 32 to 512 images like those to come, normalised as
             `model.preprocessing` says, [n, C, H, W] or a list of [C, H, W].
             None: parts of seven photographs that ship with the package.
-        mode: on a CPU "latency" answers at once, whatever the images' size. "throughput" is for many batches of one
-            size: logits come from torch.compile, which takes 12 seconds (float32) or 20 (int8) for each of the first
-            eight shapes of a batch, and 4 in later processes, since PyTorch remembers on disk what it compiled. It
-            needs a C++ compiler; without one it warns, and runs as "latency" does. On a GPU "latency" records logits of
-            small batches as a CUDA graph, at the third call of a shape and for the last 16 of them.
+        mode: "latency", or on a GPU "throughput". On a GPU "latency" records the logits of small batches as a CUDA
+            graph, at the third call with the same shape, and keeps the graphs of the last 16 shapes; "throughput"
+            records none.
 
     Returns:
         A model that is called as `model` is.
 
     Raises:
         ValueError: a model that is optimized already, trains, or is elsewhere or in another dtype; an unknown dtype
-            or mode, or a dtype that this machine cannot run; images for float32, too few, with NaN, or constant.
+            or mode, a mode that the dtype does not have, or a dtype that this machine cannot run; images for float32,
+            too few, with NaN, or constant.
     """
-    check_mode(mode)
     check(model, dtype)
+    check_mode(mode, dtype)
     if dtype != "int8" and images is not None:
         raise ValueError(f"images are to calibrate int8 on: {dtype} needs none")
     with torch.no_grad():
         fast = kind(dtype)(model.config, dtype, tensors_for(model, dtype, images), mode)
-        better = faster_attention(model, dtype)
+        better = choose(faster_attention(model, dtype), {})
     fast.preprocessing, fast.categories, fast.provenance = model.preprocessing, model.categories, model.provenance
-    for block, attend in zip(fast.select_blocks(), model.attends):
+    for block, attend in zip(cast(Any, fast.blocks), model.attends):
         options = {id(x): copy.deepcopy(detached(x)) for x in attend.options.values() if isinstance(x, Tensor)}
         block.attention.attend = copy.deepcopy(attend, options).requires_grad_(False)  # options without gradients
-        if attend.source is sdpa and not attend.options and better != "sdpa":
-            block.attention.attend.set(get_attention(better), better, {}, attend.check)
+        if attend.source is sdpa and not attend.options and better.source is not sdpa:
+            block.attention.attend.set(better, better.make(model.config, attend.block), attend.check)
     return fast
 
 
@@ -146,6 +148,16 @@ def check(model: object, dtype: str) -> None:
     for name, width in widths.items() if dtype in gpu.DTYPES else ():
         if width % 8:
             raise ValueError(f"{dtype} is for models whose {name} is a multiple of 8, not {width}")
+
+
+def check_mode(mode: str, dtype: str) -> None:
+    """ValueError for an unknown mode, or for one that a known dtype does not have."""
+    if mode not in MODES:
+        raise ValueError(unknown("mode", mode, MODES))
+    if mode == "throughput" and dtype not in gpu.DTYPES:
+        raise ValueError(
+            f"mode='throughput' is for {' and '.join(gpu.DTYPES)} on a GPU, not for {dtype}: leave out mode"
+        )
 
 
 def machine(dtype: str) -> str:

@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .activations import patch, record
-from .attention import attention_names, register_attention
 from .config import ViTConfig
 from .image import create_transform, load_image
 from .maps import attention_maps
@@ -17,6 +16,7 @@ from .metadata import Preprocessing, Provenance
 from .model import ViT
 from .presets import create_model, list_models
 from .pyramid import FeaturePyramid
+from .registry import attention_names, register_attention
 
 if TYPE_CHECKING:
     from vit import kernels, weights

@@ -1,23 +1,11 @@
 """Checks that several files share. Each raises one ValueError that names the value and what was expected."""
 
-import inspect
 import math
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Iterable
 from difflib import get_close_matches
-
-import torch
-from torch import Tensor
-
-
-def parameters(fn: Callable) -> tuple[str, ...]:
-    """The names of a function's parameters; none for builtins that have no signature."""
-    with suppress(TypeError, ValueError):
-        return tuple(inspect.signature(fn).parameters)
-    return ()
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
@@ -101,46 +89,6 @@ def warn(text: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in within:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
-
-
-def check_list(images: object) -> None:
-    """`images` must be a list of [C, H, W] tensors of one dtype and on one device, one image at least."""
-    if not isinstance(images, (list, tuple)):
-        raise ValueError(f"expected a list of [C, H, W] images, not {type(images).__name__}")
-    if not images:
-        raise ValueError("expected at least one [C, H, W] image, got an empty list")
-    for i, image in enumerate(images):
-        if not isinstance(image, Tensor) or image.ndim != 3:
-            found = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
-            raise ValueError(f"image {i} of the list: expected a tensor [C, H, W], got {found}")
-        for what in ("dtype", "device"):
-            one, other = getattr(images[0], what), getattr(image, what)
-            if one != other:
-                raise ValueError(f"images of one list must share their {what}: image 0 has {one}, image {i} {other}")
-
-
-def fit_bias(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-    """`bias` in four dimensions, which some kernels insist on, and under autocast in q's dtype.
-
-    ValueError for what cannot be added to the scores of q and k [B, A, T, d].
-    """
-    if reason := bad_bias(q, k, bias):
-        raise ValueError(reason)
-    return bias[(None,) * (4 - bias.ndim)].to(q.dtype)
-
-
-def bad_bias(q: Tensor, k: Tensor, bias: Tensor) -> str | None:
-    """Why `bias` cannot be added to the scores of q and k [B, A, T, d], if it cannot."""
-    scores = (*q.shape[:3], k.shape[2])
-    if not isinstance(bias, Tensor):
-        return f"bias must be a tensor, not {type(bias).__name__}"
-    sides = zip(reversed(bias.shape), reversed(scores))
-    if bias.ndim > 4 or any(side not in (1, whole) for side, whole in sides):
-        return f"bias {list(bias.shape)} does not broadcast to [B, A, T, T] = {list(scores)}"
-    autocast = q.device.type != "meta" and torch.is_autocast_enabled(q.device.type) and bias.is_floating_point()
-    if (bias.dtype != q.dtype and not autocast) or bias.device != q.device:
-        return f"bias is {bias.dtype} on {bias.device}, expected q's {q.dtype} on {q.device}"
-    return None
 
 
 def nearest_multiple(side: float, patch: int) -> int:

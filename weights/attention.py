@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from vit.attend import Attend
-from vit.attention import is_exact, registered
 from vit.checks import warn
 from vit.model import ViT
+from vit.registry import is_exact, registered
 
 from .checkpoint import CheckpointError
 from .description import AttentionSetting
@@ -24,18 +24,16 @@ def settings_of(model: ViT) -> list[AttentionSetting] | None:
     A function that has no registered name, or options that JSON cannot hold, are warned of and forgotten.
 
     Raises:
-        CheckpointError: the same of attention with weights, which would be lost; an active `vit.patch`.
+        CheckpointError: the same of attention with weights, which would be lost.
     """
     settings = []
     forgotten: dict[str, list[int]] = {}
     for attend in model.attends:
-        if attend.patched:
-            raise CheckpointError(f"block {attend.block} is patched: leave vit.patch before saving")
         problem = _cannot_remember(attend)
         if problem and attend.state_dict():
-            raise CheckpointError(f"block {attend.block}: attention {attend.called} has weights and {problem}")
+            raise CheckpointError(f"block {attend.block}: attention {attend.choice.called!r} has weights and {problem}")
         if problem:
-            forgotten.setdefault(f"attention {attend.called} {problem}", []).append(attend.block)
+            forgotten.setdefault(f"attention {attend.choice.called!r} {problem}", []).append(attend.block)
         settings.append(DEFAULT if problem or attend.name is None else AttentionSetting(attend.name, attend.options))
     for text, blocks in forgotten.items():
         warn(f"blocks {', '.join(map(str, blocks))}: {text}: set it again after loading")
@@ -75,7 +73,8 @@ def restore_attention(model: ViT, settings: list[AttentionSetting] | None, weigh
         if isinstance(attend.fn, nn.Module):
             _fill(attend, own)
         elif own:
-            raise CheckpointError(f"there are weights {prefix}* and no attention that has any: {attend.called}")
+            called = attend.choice.called
+            raise CheckpointError(f"there are weights {prefix}* and no attention that has any: {called!r}")
     if left:
         raise CheckpointError(f"there are weights of attention in blocks that there are not: {', '.join(left)}")
 
@@ -85,7 +84,7 @@ def _fill(attend: Attend, weights: Mapping[str, Tensor]) -> None:
     found = {name: tensor.shape for name, tensor in weights.items()}
     if found != expected:
         texts = [", ".join(f"{name} {list(shape)}" for name, shape in kind.items()) for kind in (found, expected)]
-        where = f"block {attend.block}: attention {attend.called}"
+        where = f"block {attend.block}: attention {attend.choice.called!r}"
         raise CheckpointError(f"{where} has weights {texts[0] or 'none'}, expected {texts[1] or 'none'}")
     attend.fn.load_state_dict(weights, assign=True)  # type: ignore[attr-defined]
 

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from vit.attend import Attend
-from vit.attention import reference, sdpa
-from vit.checks import bad_bias, fit_bias
+from vit.attention import bad_bias, fit_bias, reference, sdpa
 from vit.model import ViT
 
 from ..base import OptimizedViT

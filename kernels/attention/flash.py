@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from vit.checks import bad_bias, fit_bias
+from vit.attention import bad_bias, fit_bias
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WIDTHS = (32, 128)  # of a head: narrower ones would be mostly padding, and wider ones' tiles would not fit

@@ -6,7 +6,6 @@ from collections.abc import Callable, Hashable
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, cast
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -14,13 +13,12 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.forward_ad import unpack_dual
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from vit.checks import bad_bias, fit_bias
+from vit.attention import bad_bias, fit_bias
 
 ScoreMod = Callable[..., Tensor]
 MaskMod = Callable[..., Tensor]
 
 _FUNCTIONS = 256  # that may be compiled in one process, each for each dtype: PyTorch stops at eight
-_ROWS = 8  # of queries that are multiplied with keys at a time, on a CPU
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_BACKWARD = "has no backward pass on a cpu: call the model under torch.no_grad()"
 
@@ -108,25 +106,8 @@ def remembered_mask(mask_mod: MaskMod, A: int, T: int, keys: int, device: torch.
 def _compiled(device: str) -> Callable[..., Any]:
     if device == "cpu":
         # For changing lengths, PyTorch 2.15 writes C++ that does not compile once a function holds a tensor.
-        return torch.compile(flex_attention, fullgraph=True, dynamic=False, backend=_inductor_with_wider_tiles)
+        return torch.compile(flex_attention, fullgraph=True, dynamic=False)
     return torch.compile(flex_attention, fullgraph=True)
-
-
-def _inductor_with_wider_tiles(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-    """Inductor, whose C++ multiplies queries by keys one row at a time otherwise: two thirds of all the time."""
-    import torch._inductor.lowering  # before the others, which import each other
-    from torch._inductor.codegen import cpp_flex_attention_template as template
-    from torch._inductor.compile_fx import compile_fx
-
-    def wider(rows: int, *others: int) -> Any:
-        return blocking(_ROWS, *others)
-
-    blocking: Any = getattr(template, "GemmBlocking", None)  # PyTorch's own, no promise: without it it is just slower
-    # What inductor keeps on disk it finds by the graph, which does not tell how it was compiled.
-    tag = f"{torch.compiler.config.cache_key_tag}, vit flex by {_ROWS} rows"
-    tagged = torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
-    with tagged, patch.object(template, "GemmBlocking", wider, create=True):
-        return cast(Callable[..., Any], compile_fx(graph, inputs))
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, **options: object) -> str | None:

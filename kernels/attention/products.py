@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from vit.checks import bad_bias, fit_bias
+from vit.attention import bad_bias, fit_bias
 
 
 def bmm(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vit.checks import bad_bias, fit_bias
+from vit.attention import bad_bias, fit_bias
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit.attend import Attend, Grid
+from vit.attend import Attend
 from vit.config import ViTConfig
+from vit.packed import Packing
 
 from ..base import frozen, is_hooked
 from .float32 import epilogue
@@ -164,13 +165,7 @@ class Int8Attention(nn.Module):
         """Of q, k and v: bfloat16 for `bmm` where that is fast; other functions get what they get in the model."""
         return torch.bfloat16 if self.attend.name == "bmm" and self.multiplies_bfloat16 else torch.float32
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        grid: Grid | list[Grid] | None = None,
-        lengths: list[int] | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None, packing: Packing | None = None) -> Tensor:
         """[B, T, D] bytes, and the stream [B, T', D] -> [B, T', D]: of the first T' tokens as queries.
 
         Without the stream what is to be added to it.
@@ -179,7 +174,7 @@ class Int8Attention(nn.Module):
         n = T if residual is None else residual.shape[1]
         qkv = self.qkv(x, dtype=self.dtype).view(B, T, 3, self.num_heads, D // self.num_heads)  # [B, T, 3, A, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)  # each [B, A, T, d]
-        out = self.attend(q[:, :, :n], k, v, grid, lengths).transpose(1, 2)  # [B, T', A, d]
+        out = self.attend(q[:, :, :n], k, v, packing).transpose(1, 2)  # [B, T', A, d]
         out = out.to(torch.float32, memory_format=torch.contiguous_format).reshape(B, n, D)
         return self.proj(self.proj.quantize(out), residual)
 
@@ -214,12 +209,12 @@ class Int8Block(nn.Module):
             for n, layer in parts
         )
 
-    def forward(self, x: Tensor, grid: Grid | list[Grid] | None = None, lengths: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """As `vit.model.Block.forward`."""
         if is_hooked((self.attention, self.mlp)):  # which are to see what the model's would
-            x = x + self.attention(self.norm1(x), None, grid, lengths)  # [B, T, D]
+            x = x + self.attention(self.norm1(x), None, packing)  # [B, T, D]
             return x + self.mlp(self.norm2(x), None)  # [B, T, D]
-        x = self.attention(self.norm1(x), x, grid, lengths)  # [B, T, D]
+        x = self.attention(self.norm1(x), x, packing)  # [B, T, D]
         return self.mlp(self.norm2(x), x)  # [B, T, D]
 
     def first(self, x: Tensor, n: int) -> Tensor:

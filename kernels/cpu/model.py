@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,6 @@ from vit.model import ViT
 from ..attention.products import bmm
 from ..base import PREFIX, Kinds, OptimizedViT, check_tensors, frozen, is_watched
 from . import int8
-from .compiled import Compiled
 from .float32 import FloatBlock
 
 BLOCKS: dict[str, type] = {"float32": FloatBlock, "int8": int8.Int8Block}
@@ -39,7 +38,6 @@ class CPUViT(OptimizedViT):
         """
         super().__init__(config, dtype, tensors, mode)
         check_tensors(tensors, expected(self, dtype))
-        self._compiled = Compiled(CPUViT._through) if mode == "throughput" else None
         for i in range(config.depth):
             prefix = f"blocks.{i}."
             own = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
@@ -55,7 +53,7 @@ class CPUViT(OptimizedViT):
         if is_watched(self):
             return super().forward(images, ragged)
         parts = self._parts(self.accept(images, ragged))
-        return torch.cat([self.forward_head(self._read(part)) for part in parts])
+        return torch.cat([self.forward_head(self.read(part)) for part in parts])
 
     def forward_features(self, images: Tensor, ragged: str = "error") -> Tensor:
         """As `ViT.forward_features`."""
@@ -70,31 +68,17 @@ class CPUViT(OptimizedViT):
         most = max(1, PART // (self.config.num_prefix_tokens + h * w))
         return images.tensor_split(-(-len(images) // most))
 
-    def _read(self, images: Tensor) -> Tensor:
-        """[B, n, D], the tokens that the head reads at the least."""
-        if not self._is_plain():
-            return super().forward_features(images)
-        through = self._compiled or CPUViT._through
-        return through(self, self.embed(images), self.grid_of(images), self.tokens_read())
-
     def tokens_read(self) -> int | None:
         """As `OptimizedViT.tokens_read`."""
         return PREFIX.get(self.config.global_pool) if self._is_plain() else None
 
-    def _through(self, x: Tensor, grid: tuple[int, int], n: int | None) -> Tensor:
-        """The blocks and the norm after them: [B, T, D] -> [B, n, D] of the first n tokens, or of all."""
-        for block in self.blocks[:-1]:
-            x = block(x, grid)  # [B, T, D]
-        last = self.blocks[-1]
-        return self.norm(last(x, grid) if n is None else last.first(x, n))  # type: ignore[operator]
-
     def _is_plain(self) -> bool:
-        """Are the blocks that are cut or compiled ours, and attend by softmax, for any queries, without a bias?"""
-        blocks: Any = self.blocks[-1:] if self._compiled is None else self.blocks
-        if any(type(block) is not BLOCKS[self.optimized] for block in blocks):
+        """Is the last block ours, and does it attend by softmax, for any queries, without a bias?"""
+        last = self.blocks[-1]
+        if type(last) is not BLOCKS[self.optimized]:
             return False
-        attends = [block.attention.attend for block in blocks]
-        return all(attend.source in (sdpa, reference, bmm) and not attend.options for attend in attends)
+        attend = cast(Any, last).attention.attend
+        return attend.source in (sdpa, reference, bmm) and not attend.options
 
     def set_attention(self, *args: Any, **keywords: Any) -> None:
         """As `ViT.set_attention`; int8 warns of functions that it was not calibrated for."""

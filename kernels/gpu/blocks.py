@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from vit.attend import Attend, Grid
+from vit.attend import Attend
 from vit.attention import sdpa
 from vit.config import ViTConfig
 from vit.model import ViT
+from vit.packed import Packing
 
 from ..base import Kinds, float_tensors, is_hooked
 from . import fused, plain
@@ -97,16 +98,10 @@ class FusedAttention(nn.Module):
         self.attend = Attend(config, block)
         self.proj = FusedLinear(tensors, "attention.proj", config.eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        grid: Grid | list[Grid] | None = None,
-        lengths: list[int] | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None, packing: Packing | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D], residual + attention(norm(x)); without the residual what is to be added to it."""
         q, k, v = self.split(self.qkv(x))
-        out = self.attend(q, k, v, grid, lengths)  # [B, A, T, d]
+        out = self.attend(q, k, v, packing)  # [B, A, T, d]
         return add_to(residual, self.proj, out.transpose(1, 2).reshape(x.shape))  # [B, T, D]
 
     def first(self, x: Tensor, n: int) -> Tensor:
@@ -157,12 +152,12 @@ class FusedBlock(nn.Module):
         self.mlp = FusedMLP(config, tensors)
 
     @torch.compiler.disable(reason=OPAQUE)
-    def forward(self, x: Tensor, grid: Grid | list[Grid] | None = None, lengths: list[int] | None = None) -> Tensor:
+    def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """As `vit.model.Block.forward`."""
         if is_hooked((self.attention, self.mlp)):  # which are to see what the model's would
-            x = x + self.attention(x, None, grid, lengths)  # [B, T, D]
+            x = x + self.attention(x, None, packing)  # [B, T, D]
             return x + self.mlp(x, None)  # [B, T, D]
-        x = self.attention(x, x, grid, lengths)  # [B, T, D]
+        x = self.attention(x, x, packing)  # [B, T, D]
         return self.mlp(x, x)  # [B, T, D]
 
     def first(self, x: Tensor, n: int) -> Tensor:

@@ -70,13 +70,7 @@ class CUDAViT(OptimizedViT):
 
     def _logits(self, images: Tensor) -> Tensor:
         """[B, num_classes] of images that were accepted."""
-        grid, n = self.grid_of(images), self.tokens_read()
-        x = self.embed(images)  # [B, T, D]
-        for block in self.blocks[:-1]:
-            x = block(x, grid)  # [B, T, D]
-        last: Any = self.blocks[-1]
-        x = last(x, grid) if n is None else last.first(x, n)  # [B, T or n, D]
-        return self.forward_head(self.norm(x))  # [B, num_classes]
+        return self.forward_head(self.read(images))  # [B, num_classes]
 
     def tokens_read(self) -> int | None:
         """As `OptimizedViT.tokens_read`."""
@@ -84,7 +78,7 @@ class CUDAViT(OptimizedViT):
         cut = type(last) is FusedBlock and is_plain(last.attention.attend)
         return PREFIX.get(self.config.global_pool) if cut else None
 
-    def accept(self, images: Tensor, ragged: str) -> Tensor:
+    def accept(self, images: Tensor, ragged: str = "error") -> Tensor:
         """As `ViT.accept`, and float32 and uint8 images besides."""
         if not isinstance(images, Tensor) or images.dtype not in (torch.float32, torch.uint8):
             return super().accept(images, ragged)
@@ -97,9 +91,8 @@ class CUDAViT(OptimizedViT):
         return images
 
     @torch.compiler.disable(reason=OPAQUE)
-    def embed(self, images: Tensor, ragged: str = "error") -> Tensor:
+    def embed(self, images: Tensor) -> Tensor:
         """As `ViT.embed`, in one kernel that writes where the blocks read."""
-        images = self.accept(images, ragged)
         (h, w), P, D = self.grid_of(images), self.config.num_prefix_tokens, self.config.embed_dim
         weight, bias = self._patch_weights(images)
         x = weight.new_empty(len(images), P + h * w, D)  # [B, T, D]

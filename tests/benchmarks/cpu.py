@@ -87,16 +87,16 @@ def ours(size: int) -> Call:
     return our_model(size)
 
 
-def ours_float32(size: int, mode: str = "latency") -> Call:
+def ours_float32(size: int) -> Call:
     import vit
 
-    return vit.kernels.optimize(our_model(size), "float32", mode=mode)
+    return vit.kernels.optimize(our_model(size), "float32")
 
 
-def ours_int8(size: int, mode: str = "latency") -> Call:
+def ours_int8(size: int) -> Call:
     import vit
 
-    return vit.kernels.optimize(our_model(size), "int8", noise(CALIBRATION, size, seed=2), mode)
+    return vit.kernels.optimize(our_model(size), "int8", noise(CALIBRATION, size, seed=2))
 
 
 def to_onnx(model: nn.Module, size: int, folder: str) -> str:
@@ -171,14 +171,12 @@ CONTESTANTS: dict[str, Callable[[int], Call]] = {
     "openvino": openvino,
     "ours": ours,
     "ours, float32": ours_float32,
-    "ours, float32, throughput": lambda size: ours_float32(size, "throughput"),
     "onnxruntime, dynamic int8": lambda size: onnxruntime(size, "dynamic"),
     "onnxruntime, static int8": lambda size: onnxruntime(size, "static"),
     "torch, dynamic int8": quantize_dynamic,
     "torchao int8, compiled": torchao,
     "openvino int8 (nncf)": lambda size: openvino(size, quantize=True),
     "ours, int8": ours_int8,
-    "ours, int8, throughput": lambda size: ours_int8(size, "throughput"),
     "ResNet-50": lambda size: eager(size, "resnet50"),
     "ResNet-50, openvino": lambda size: openvino(size, name="resnet50"),
     "EfficientNet-B0": lambda size: eager(size, "efficientnet_b0"),

@@ -9,14 +9,13 @@ import pytest
 import torch
 from helpers import FLOAT32, difference, images, randomize
 from matrix import BACKWARD, DEVICE, DTYPES, FORWARD, Cell, Found, cells, check_kernel, run, table
-from torch._inductor.utils import fresh_cache, run_and_get_code
-from torch.nn.attention.flex_attention import flex_attention
 
 import vit
 import vit.kernels.attention.flex as flex_module
-from vit.attention import get_attention, reference
+from vit.attention import reference
 from vit.kernels.attention.backends import REFUSALS
 from vit.kernels.attention.flex import flex, remembered_mask
+from vit.registry import get_attention
 
 TINY = vit.ViTConfig(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=2, num_classes=7)
 BACKENDS = [name for name in REFUSALS if name != "flex"]  # which compiles for seven seconds, for each case
@@ -171,28 +170,6 @@ def test_a_mask_is_the_same_for_all_images():
     for wrong in (3, [], {}):
         with pytest.raises(ValueError, match="'flex' takes a hashable function as mask_mod"):
             flex(q, k, v, mask_mod=wrong)
-
-
-@CPU_ONLY
-@pytest.mark.matrix
-@torch.no_grad()
-def test_flex_multiplies_rows_of_queries_together(monkeypatch):
-    """Whatever was compiled before and is found on disk."""
-
-    def doubled(score, b, h, i, j):
-        return 2 * score
-
-    q = images(1, 2, 150, 32)
-    with fresh_cache():
-        torch._dynamo.reset()
-        _, code = run_and_get_code(torch.compile(flex_attention, dynamic=False), q, q, q, score_mod=doubled)
-        assert "std::min<int64_t>(M - m, 1)" in "".join(code)
-        for rows in (flex_module._ROWS, 3):
-            monkeypatch.setattr(flex_module, "_ROWS", rows)
-            torch._dynamo.reset()
-            found, code = run_and_get_code(flex, q, q, q, score_mod=doubled)
-            assert f"std::min<int64_t>(M - m, {rows})" in "".join(code)
-            assert difference(found, reference(2 * q, q, q)) <= FLOAT32
 
 
 @CPU_ONLY

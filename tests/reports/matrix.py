@@ -23,8 +23,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from vit.attention import get_attention, reference
+from vit.attention import reference
 from vit.kernels.attention.backends import REFUSALS
+from vit.registry import get_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -287,7 +287,7 @@ def test_drop_path_drops_whole_images():
     for block in model.blocks:
         for part in (block.residual_attention, block.residual_mlp):
             part.register_forward_hook(
-                lambda part, given, out: branches.append((part.drop_path_rate, given[0], out, given[2]))
+                lambda part, given, out: branches.append((part.drop_path_rate, given[0], out, given[2].lengths))
             )
     torch.manual_seed(3)
     model.forward_features_packed(x)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from vit.attention import get_attention
 from vit.checks import whole_patches
 from vit.model import ViT
 from vit.presets import create_model, list_models
+from vit.registry import get_attention
 
 from . import loading, options, plots, timing
 from .timing import Case
