@@ -48,6 +48,12 @@ def _blend(strength: np.ndarray, grey: np.ndarray) -> Image.Image:
     return Image.fromarray((255 * mixed).round().astype(np.uint8))
 
 
+def fit(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(width, height) in the same proportions, the longer of them `side` pixels."""
+    width, height = (max(1, round(one * side / max(size))) for one in size)
+    return width, height
+
+
 def scale(width: int, numbers: Sequence[str]) -> Image.Image:
     """A colour bar from 0 to the largest weight, as `overlay` colours mid-grey pixels, over evenly spaced numbers."""
     bar = _blend(np.linspace(0, 1, width)[None].repeat(12, axis=0), np.full((12, width), 0.5))

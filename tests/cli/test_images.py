@@ -3,13 +3,30 @@
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 import vit
-from vit.cli.images import batches, decode
+from vit.cli.images import batches, decode, find_images
 from vit.image import ImageError, create_transform
 
 DIGITS = "vit_digits_patch4_32"
+
+
+def test_files_keep_their_order_and_folders_are_searched(tmp_path):
+    for name in ("b.png", "a.JPG", "notes.txt", "below/deep/c.tiff"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()  # not a file
+    text, glob, gone = (str(tmp_path / name) for name in ("notes.txt", "**/*.png", "gone.png"))
+    found = [tmp_path / name for name in ("a.JPG", "b.png", "below/deep/c.tiff")]
+    assert find_images([text, str(tmp_path), gone]) == [Path(text), *found, Path(gone)]  # a named file is not checked
+    assert find_images([glob, glob]) == [tmp_path / "b.png"] * 2
+    (tmp_path / "[1].png").touch()  # a file whose name looks like a glob
+    assert find_images([str(tmp_path / "[1].png")]) == [tmp_path / "[1].png"]
+    for argument, message in (("", "got ''"), (str(tmp_path / "folder.png"), "holds no images"), ("*.x", "no file")):
+        with pytest.raises(ValueError, match=message):
+            find_images([argument])
 
 
 def test_batches_keep_order():

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from vit.draw import BACKGROUND, GAP, caption, mosaic, overlay, scale
+from vit.draw import BACKGROUND, GAP, caption, fit, mosaic, overlay, scale
 from vit.image import create_transform, load_image
 from vit.maps import attention_maps
 
@@ -70,8 +70,7 @@ def draw(photo: Image.Image, weights: np.ndarray, title: str) -> Image.Image:
 
     Heads differ a lot in how sharply they look, so each map has its own scale, which ends at its 99th percentile.
     """
-    stretch = SIDE / max(photo.size)
-    size = max(1, round(photo.width * stretch)), max(1, round(photo.height * stretch))
+    size = fit(photo.size, SIDE)
     maps = {"mean of the heads": weights.mean(axis=0)} | {f"head {i}": one for i, one in enumerate(weights)}
     cells = [under("photograph", photo.convert("RGB").resize(size))]
     for name, one in maps.items():

@@ -46,21 +46,16 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     options.add_reading(parser)
     parser.add_argument("--device", type=options.device, default="cpu", help="cpu, cuda ... default: %(default)s")
-    several = partial(parser.add_argument, metavar="LIST")
-    several("-b", "--batch-size", type=listed(options.positive), default=[1, 8], help="images per call; default: 1,8")
-    several("--img-size", type=listed(side), default=[None], help="224,384x160 (height x width); default: the model's")
-    several("--dtype", type=listed(dtype), default=["float32"], help="float32,bfloat16,float16; default: float32")
-    several("--attention", type=listed(str), help="registered names; default: sdpa, or what --optimize chooses")
-    several(
-        "--threads",
-        type=listed(processors),
-        default=[torch.get_num_threads()],
-        help=f"default: {torch.get_num_threads()}",
-    )
-    several(
-        "--optimize", type=listed(optimization), default=[None],
-        help="none,float32,int8 on a CPU; none,bfloat16,float16 on an NVIDIA GPU; default: none",
-    )  # fmt: skip
+    threads = torch.get_num_threads()
+    for flags, one, default, text in (
+        (("-b", "--batch-size"), options.positive, [1, 8], "images per call; default: 1,8"),
+        (("--img-size",), side, [None], "224,384x160 (height x width); default: the model's"),
+        (("--dtype",), options.one_of(*options.DTYPES), ["float32"], "float32,bfloat16,float16; default: float32"),
+        (("--attention",), str, None, "registered names; default: sdpa, or what --optimize chooses"),
+        (("--threads",), processors, [threads], f"default: {threads}"),
+        (("--optimize",), optimization, [None], "none,float32,int8 on a CPU; none,bfloat16,float16 on an NVIDIA GPU"),
+    ):
+        parser.add_argument(*flags, type=options.listed(one), default=default, metavar="LIST", help=text)
     parser.add_argument(
         "--rounds", type=options.positive, default=10, help="how often each combination runs; default: %(default)s"
     )
@@ -70,15 +65,6 @@ def add_parser(commands: Any) -> None:
         "--plot", type=Path, metavar="FILE", help="draw images per second against batch size: .png, .svg or .pdf"
     )
     parser.set_defaults(run=run)
-
-
-def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """ "1,8" -> [1, 8], for argparse."""
-
-    def parse(text: str) -> list[Any]:
-        return list(dict.fromkeys(convert(part) for part in text.split(",")))
-
-    return parse
 
 
 def side(text: str) -> tuple[int, int]:
@@ -99,16 +85,8 @@ def processors(text: str) -> int:
 
 def optimization(text: str) -> str | None:
     """The dtype to optimize to, for argparse; None for "none"."""
-    if text not in ("none", *loading.OPTIMIZE):
-        raise argparse.ArgumentTypeError(f"expected one of none, {', '.join(loading.OPTIMIZE)}, got {text!r}")
-    return None if text == "none" else text
-
-
-def dtype(text: str) -> str:
-    """A dtype's name, for argparse."""
-    if text not in options.DTYPES:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(options.DTYPES)}, got {text!r}")
-    return text
+    name = options.one_of("none", *loading.OPTIMIZE)(text)
+    return None if name == "none" else name
 
 
 @torch.inference_mode()

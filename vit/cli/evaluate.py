@@ -58,7 +58,7 @@ def add_parser(commands: Any) -> None:
 def add_sizes(parser: argparse.ArgumentParser) -> None:
     """--img-size, here a list, --mode, --crop-pct and --max-tokens: how images are brought to size."""
     parser.add_argument(
-        "--img-size", type=image_sizes, default=[None], metavar="SIZES",
+        "--img-size", type=options.listed(options.image_size), default=[None], metavar="SIZES",
         help="separated by commas: 384, 224x448 (height x width) or native; default: the model's own",
     )  # fmt: skip
     parser.add_argument(
@@ -69,11 +69,6 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
         "--crop-pct", type=float, metavar="SHARE", help="the share of the resized image that a crop keeps"
     )
     parser.add_argument("--max-tokens", type=options.positive, metavar="N", help="refuse images with more patches")
-
-
-def image_sizes(text: str) -> list[int | tuple[int, int] | str]:
-    """ "384,224x448,native" -> [384, (224, 448), "native"], for argparse."""
-    return [options.image_size(part) for part in text.split(",")]
 
 
 def run(args: argparse.Namespace) -> int:

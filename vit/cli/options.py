@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,26 @@ def check_picture(path: Path) -> None:
     """Refuse an --output that is not the name of a picture."""
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or path.is_dir():
         raise ValueError(f"--output must be a .png, .jpg or .webp file, got {path}")
+
+
+def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A list without repetitions, such as "1,8" -> [1, 8], for argparse."""
+
+    def parse(text: str) -> list[Any]:
+        return list(dict.fromkeys(convert(part) for part in text.split(",")))
+
+    return parse
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """One of some names, for argparse; in a list, where argparse's own `choices` do not work."""
+
+    def check(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, got {text!r}")
+        return text
+
+    return check
 
 
 def positive(text: str) -> int:

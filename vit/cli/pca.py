@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit.draw import mosaic
+from vit.draw import fit, mosaic
 from vit.image import Transform, load_image
 from vit.model import ViT
 
@@ -26,8 +26,7 @@ def draw_components(model: ViT, transform: Transform, paths: Sequence[Path], out
     pictures = []
     for photo, colours in zip(photos, principal_components([one.float().cpu() for one in maps])):
         seen = transform.view(photo).convert("RGB")
-        scale = SIDE / max(seen.size)
-        size = max(1, round(seen.width * scale)), max(1, round(seen.height * scale))
+        size = fit(seen.size, SIDE)
         pictures.append([seen.resize(size), Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)])
     output.parent.mkdir(parents=True, exist_ok=True)
     mosaic([picture for row in pictures for picture in row], columns=2).save(output)
