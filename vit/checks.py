@@ -55,9 +55,9 @@ def require_float(name: str, value: object, above: float | None = None) -> None:
 
 
 def as_numbers(name: str, one: str, numbers: object, count: int) -> list[int]:
-    """Numbers of things that there are `count` of, from 0: negative ones count from the end, None is all of them.
+    """Indices into `count` things, from 0; negative ones count from the end, None means all.
 
-    `name` and `one` are what the error calls them: "blocks" and "block".
+    `name` and `one` are their names in error messages: "blocks" and "block".
     """
     if numbers is None:
         return list(range(count))
@@ -72,18 +72,18 @@ def as_numbers(name: str, one: str, numbers: object, count: int) -> list[int]:
 
 def _as_number(one: str, value: object, count: int) -> int:
     try:
-        number = operator.index(value)  # type: ignore[arg-type]  # NumPy's whole numbers and PyTorch's, too
+        number = operator.index(value)  # type: ignore[arg-type]  # also integers of NumPy and PyTorch
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
-        raise ValueError(f"a {one}'s number must be a whole number, not {value!r}")
+        raise ValueError(f"the number of a {one} must be a whole number, not {value!r}")
     if not -count <= number < count:
         raise ValueError(f"{one} {number} is out of range: there are {count}, numbered from 0")
     return number
 
 
 def warn(text: str) -> None:
-    """Warn, pointing to the line outside of this package, and of wrappers in it, that led here."""
+    """Warn, and point to the calling line outside of this package and of PyTorch's wrappers."""
     level, frame = 2, sys._getframe(1)
     within = ("vit", "torch", "contextlib")
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in within:
@@ -92,5 +92,5 @@ def warn(text: str) -> None:
 
 
 def nearest_multiple(side: float, patch: int) -> int:
-    """The multiple of `patch` nearest to `side`, in pixels: at least one patch, and the larger of two equally near."""
+    """The multiple of `patch` nearest to `side`, in pixels: at least one patch, and the larger one of a tie."""
     return max(1, math.floor(side / patch + 0.5)) * patch

@@ -65,22 +65,22 @@ def check_list(images: object) -> None:
 
 
 def complete_patches(images: Tensor, p: int, ragged: str) -> Tensor:
-    """Make both sides multiples of the patch; images whose sides are so already come back as they are.
+    """Make both sides multiples of the patch. Images whose sides already are come back unchanged.
 
     Args:
         images: [B, C, H, W], normalised.
         p: side of a patch, in pixels.
-        ragged: "error" refuses; "resize" to the nearest multiples, bicubic with antialiasing, as Pillow does it; "crop"
-            drops what lies beyond the last whole patch at the right and at the bottom, and a warning says how much;
-            "pad" adds zeros there, just enough to complete the patch, as timm's `dynamic_img_pad`. Zeros are the mean
-            colour, since the images are normalised.
+        ragged: "error" refuses them; "resize" resizes to the nearest multiples, bicubic with antialiasing as in Pillow;
+            "crop" drops the pixels beyond the last whole patch on the right and at the bottom, and warns; "pad" adds
+            zeros there to complete the patch, as timm's `dynamic_img_pad` does (zero is the mean colour of normalised
+            images).
 
     Returns:
         [B, C, H', W'], H' and W' multiples of p.
 
     Raises:
-        ValueError: another policy; ragged sides under "error"; sides of less than half a patch under "resize", of less
-            than a whole one under "crop".
+        ValueError: an unknown policy; ragged sides with "error"; sides shorter than half a patch with "resize", or than
+            a whole one with "crop".
     """
     if ragged not in POLICIES:
         raise ValueError(unknown("policy for ragged sides", ragged, POLICIES))
@@ -91,13 +91,11 @@ def complete_patches(images: Tensor, p: int, ragged: str) -> Tensor:
         nearest = " x ".join(str(nearest_multiple(side, p)) for side in (H, W))
         raise ValueError(
             f"expected H and W multiples of {p}; got {H} x {W}, the nearest size that works is {nearest}"
-            " (or say ragged='resize', 'crop' or 'pad')"
+            " (or pass ragged='resize', 'crop' or 'pad')"
         )
     least = {"resize": (p + 1) // 2, "crop": p, "pad": 1}[ragged]
     if min(H, W) < least:
-        raise ValueError(
-            f"ragged={ragged!r} takes sides of at least {least} pixels, with patches of {p}; got {H} x {W}"
-        )
+        raise ValueError(f"ragged={ragged!r} needs sides of at least {least} pixels with patches of {p}; got {H} x {W}")
     if ragged == "pad":
         return F.pad(images, (0, (p - W % p) % p, 0, (p - H % p) % p))  # right, bottom; inductor knows no -W % p
     if ragged == "crop":

@@ -411,7 +411,7 @@ def test_bad_blocks_and_policies_are_refused(tiny):
             tiny.forward_intermediates_packed([ONE], blocks)
     with pytest.raises(ValueError, match="image 0 of the list: unknown policy for ragged sides 'padd'. .* 'pad'"):
         tiny.forward_packed([ONE], ragged="padd")
-    with pytest.raises(ValueError, match="image 1 of the list: ragged='crop' takes sides of at least 4 .* got 3 x 28"):
+    with pytest.raises(ValueError, match="image 1 of the list: ragged='crop' needs sides of at least 4 .* got 3 x 28"):
         tiny.forward_packed([ONE, ONE[:, :3]], ragged="crop")
 
 
