@@ -6,6 +6,7 @@ from PIL import Image
 
 import vit
 from vit.cli import attention, main
+from vit.draw import scale
 from vit.image import create_transform
 
 DIGITS = "vit_digits_patch4_32"
@@ -23,10 +24,11 @@ def test_attention_draws_the_photograph_and_each_head(tmp_path, options, capsys)
     size = {0: {"mode": "native"}, 4: {"size": (48, 24)}, 2: {"size": 64}}[len(options)]
     H, W = create_transform(model, **size)(photo).shape[1:]
     assert f"{H // 4} x {W // 4} patches, block {-1 if len(options) < 4 else 0}, 3 heads" in capsys.readouterr().out
-    scale = 420 / max(H, W)
-    width, height = round(W * scale), round(H * scale)  # each picture's, 8 pixels apart: 5 of them, 4 in a row
-    assert picture.size == (8 + 4 * (width + 8), 8 + 22 + 8 + 2 * (TEXT + height + BAR + 8))
-    lefts, top = (8, width + 16, 2 * width + 24), 8 + 22 + 8 + TEXT
+    stretch = 420 / max(H, W)
+    width, height = round(W * stretch), round(H * stretch)  # each picture's, 8 pixels apart: 5 of them, 4 in a row
+    cell = max(width, attention.NARROWEST)
+    assert picture.size == (8 + 4 * (cell + 8), 8 + 22 + 8 + 2 * (TEXT + height + BAR + 8))
+    lefts, top = (8, cell + 16, 2 * cell + 24), 8 + 22 + 8 + TEXT
     photo_shown, mean, head = (np.asarray(picture.crop((x, top, x + width, top + height))) for x in lefts)
     assert np.array_equal(photo_shown[..., 0], photo_shown[..., 1])  # grey
     assert not np.array_equal(mean[..., 0], mean[..., 1]) and not np.array_equal(mean, head)  # in colour
@@ -67,6 +69,13 @@ def test_captions_and_scales_say_what_is_drawn(monkeypatch):
     attention.draw(Image.new("RGB", (60, 40)), weights, "a.png")
     assert captions == ["photograph", "mean of the heads", "head 0", "head 1", "a.png"]
     assert scales == [["0", f"{low} %", f"{high} % or more"] for low, high in ((0.5, 2), (1, 4), (0.005, 0.02))]
+
+
+def test_the_numbers_of_the_narrowest_scale_do_not_overlap():
+    bar = np.asarray(scale(attention.NARROWEST, ["0", "0.0042 %", "0.0088 % or more"]))[12:]
+    columns = (bar < 128).any(axis=(0, 2))  # with ink
+    empty = np.diff(np.flatnonzero(columns)) - 1  # pixels between neighbouring letters
+    assert (empty > 7).sum() == 2
 
 
 def test_weights_that_vanish_are_drawn():

@@ -16,7 +16,7 @@ from . import options
 from .images import find_images
 
 SIDE = 420  # pixels of a picture's long side in the result
-NARROWEST = 150  # pixels that a picture's caption and scale need
+NARROWEST = 280  # pixels that the numbers of a scale need
 
 
 def add_parser(commands: Any) -> None:
