@@ -1,85 +1,76 @@
-"""The place in a block where its attention function is called: what goes in, what must come out."""
+"""The slot in a block where its attention function is called."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .attention import check_callable, get_attention, given, is_exact, is_factory, registered, sdpa
-from .checks import parameters
+from .checks import warn
 from .config import ViTConfig
-
-Grid = tuple[int, int]
+from .packed import Grid, Packing
+from .registry import DEFAULT, Call, Choice, choose
 
 
 class Attend(nn.Module):
-    """Attention as one block has it: a function, or a module of its own, with the options it was set with.
-
-    A function under a registered name is pickled as that name.
-    """
+    """Calls what a block attends with, a function or a module of its own, and checks what it returns."""
 
     fn: Callable[..., Any]
 
     def __init__(self, config: ViTConfig, block: int) -> None:
         super().__init__()
         self.block = block
-        self.prefix = config.num_prefix_tokens
-        self.patched = 0  # how many active `vit.patch` contexts hold it
-        self.set(sdpa, "sdpa", {})
+        self.set(DEFAULT, DEFAULT.make(config, block))
 
-    def set(
-        self,
-        fn: Callable,
-        name: str | None,
-        options: dict[str, Any],
-        check: bool = False,
-        source: Callable | None = None,
-    ) -> None:
-        """Attend by this function from now on, or by the module that the factory `source` has made."""
-        if "fn" in self._modules:  # which PyTorch lets no function replace
+    def set(self, choice: Choice, call: Call, check: bool = False) -> None:
+        """Attend by `call`, which `choice` made, from now on."""
+        if "fn" in self._modules:  # PyTorch does not let a function take the place of a module
             del self.fn
-        self.fn = fn
-        self.name = name
-        self.source = source or fn  # what the name stood for
-        self.exact = is_exact(name) and not options  # whether it gives the numbers of `sdpa`
-        self.options = options
-        self.given = given(fn.forward if isinstance(fn, nn.Module) else fn)
-        known = {"prefix": self.prefix, "block": self.block}
-        fixed = {keyword: value for keyword, value in known.items() if keyword in self.given}
-        self.keywords = fixed if isinstance(fn, nn.Module) else {**options, **fixed}  # a factory has had its options
-        self.check = check
+        self.choice, self.check = choice, check
+        self.fn, self.filled_in, self.keywords = call
 
     @property
-    def called(self) -> str:
-        """What errors call it."""
-        return repr(self.name or getattr(self.fn, "__name__", type(self.fn).__name__))
+    def name(self) -> str | None:
+        """The registered name of the function or factory."""
+        return self.choice.name
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | list[Grid] | None = None, lengths: list[int] | None = None
-    ) -> Tensor:
-        """Call the function.
+    @property
+    def source(self) -> Callable[..., Any]:
+        """The function, or the factory that made this block's module."""
+        return self.choice.source
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that `set_attention` was given."""
+        return dict(self.choice.options)
+
+    @property
+    def exact(self) -> bool:
+        """Whether it computes what `sdpa` computes."""
+        return self.choice.exact
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None = None) -> Tensor:
+        """Attend.
 
         Args:
             q, k, v: each [B, A, T, d].
-            grid: (h, w) of the patches; with `lengths` a list of one for each image.
-            lengths: of packed images, whose tokens lie one after another: then B is 1.
+            packing: how the images lie in T, for functions that need the grid or handle packed images.
 
         Returns:
             [B, A, T, d].
 
         Raises:
-            ValueError: what the function raises, with the block's number; a result of another shape, dtype or device;
-                with `check`, one that is not finite.
+            ValueError: raised by the function (the block's number is added); a result of another shape, dtype or
+                device; with `check`, values that are not finite.
         """
         try:
-            if lengths is None or "lengths" in self.given:
-                return self.call(q, k, v, grid, lengths)
-            assert isinstance(grid, list)
-            images = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), grid)
-            return torch.cat([self.call(*image) for image in images], dim=2)
+            if packing is None or packing.lengths is None or "lengths" in self.filled_in:
+                return self.call(q, k, v, packing)
+            n, grids = packing.lengths, cast("list[Grid]", packing.grid)
+            images = zip(zip(q.split(n, dim=2), k.split(n, dim=2), v.split(n, dim=2)), grids)
+            return torch.cat([self.call(*one, Packing(grid)) for one, grid in images], dim=2)
         except ValueError as error:
             raise ValueError(f"block {self.block}: {error}") from error
         except Exception as error:
@@ -87,85 +78,68 @@ class Attend(nn.Module):
                 error.add_note(f"in block {self.block}, attention {self.extra_repr()}")
             raise
 
-    def call(
-        self, q: Tensor, k: Tensor, v: Tensor, grid: Grid | list[Grid] | None, lengths: list[int] | None = None
-    ) -> Tensor:
+    def call(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None) -> Tensor:
         """Call the function and check its result."""
         keywords = self.keywords
-        if "grid" in self.given:
-            if grid is None:
-                raise ValueError(f"attention {self.called} asks for the grid, and the block was called without it")
-            keywords = {**keywords, "grid": grid}
-        if "lengths" in self.given:
-            keywords = {**keywords, "lengths": lengths}
+        if "grid" in self.filled_in:
+            if packing is None:
+                raise ValueError(f"attention {self.choice.called!r} needs the grid: give the block a Packing((h, w))")
+            keywords = {**keywords, "grid": packing.grid}
+        if "lengths" in self.filled_in:
+            keywords = {**keywords, "lengths": packing.lengths if packing else None}
         out = self.fn(q, k, v, **keywords)  # [B, A, T, d]
         if not isinstance(out, Tensor) or out.shape != q.shape or out.dtype != v.dtype or out.device != v.device:
-            raise ValueError(f"attention {self.called} returned {kind(out)}, expected {kind(q)}")
+            raise ValueError(f"attention {self.choice.called!r} returned {describe(out)}, expected {describe(q)}")
         if self.check:
-            self.check_finite(out, {"q": q, "k": k, "v": v})
+            self.check_finite(q=q, k=k, v=v)
+            self.check_finite(out=out)
         return out
 
-    def check_finite(self, out: Tensor, given: Mapping[str, Tensor]) -> None:
-        """ValueError where the result is not finite, or where what the function was given is not."""
-        for name, tensor in given.items():
+    def check_finite(self, **tensors: Tensor) -> None:
+        """ValueError for the first tensor with NaN or infinity; "out" is the result, others are inputs."""
+        for name, tensor in tensors.items():
             if not tensor.isfinite().all():
-                raise ValueError(f"attention {self.called} was given {name} with values that are not finite")
-        if not out.isfinite().all():
-            raise ValueError(f"attention {self.called} returned values that are not finite, from q, k and v that are")
+                what = "returned" if name == "out" else f"was given {name} with"
+                raise ValueError(f"attention {self.choice.called!r} {what} values that are not finite")
 
     def extra_repr(self) -> str:
-        """For print(model)."""
-        options = {
-            key: kind(value) if isinstance(value, Tensor) else repr(value) for key, value in self.options.items()
-        }
-        return ", ".join([self.called, *(f"{key}={value}" for key, value in options.items())])
+        """The name and options, for print(model)."""
+        shown = {key: describe(x) if isinstance(x, Tensor) else repr(x) for key, x in self.options.items()}
+        return ", ".join([repr(self.choice.called), *(f"{key}={value}" for key, value in shown.items())])
 
     def __getstate__(self) -> dict[str, Any]:
-        if self.patched:
-            raise ValueError(f"block {self.block} is patched, and a copy would stay so: leave vit.patch first")
         state = self.__dict__.copy()
-        if registered(self.name) is self.source:
-            for key in ("fn", "source"):
-                state.pop(key, None)
+        if state.get("fn") is self.choice.source:  # `Choice` pickles it by name where it can
+            del state["fn"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if "source" not in state:
-            assert self.name is not None
-            try:
-                self.source = get_attention(self.name)
-            except ValueError as error:
-                raise ValueError(f"{error} Register it before unpickling, with vit.register_attention") from None
-        if "fn" not in state and "fn" not in self._modules:
-            self.fn = self.source
+        super().__setstate__(state if "choice" in state else _from_version_0_1(state))
+        if "fn" not in self.__dict__ and "fn" not in self._modules:
+            self.fn = self.choice.source
 
 
-def choose(fn: Callable, name: str | None, config: ViTConfig, options: dict[str, Any]) -> Callable[[int], Callable]:
-    """What gives each block, by its number, its attention: the one function for all, or a module of its own.
-
-    Raises:
-        ValueError: a function that cannot be called as `vit.attention` says or knows no such option, a factory that
-            makes no module that could.
-    """
-    called = name or str(getattr(fn, "__name__", fn))
-    check_callable(fn, called, options)
-    if taken := [option for option in ("name_or_fn", "blocks", "check") if option in parameters(fn)]:
-        raise ValueError(f"attention {called!r}: set_attention takes {', '.join(taken)}: give the option another name")
-    if not is_factory(fn):
-        return lambda block: fn
-
-    def make(block: int) -> nn.Module:
-        module = fn(config, block, **options)
-        if not isinstance(module, nn.Module):
-            got = type(module).__name__
-            raise ValueError(f"block {block}: factory {called!r} returned {got}, expected an nn.Module")
-        check_callable(module.forward, called, {})
-        return module
-
-    return make
+def set_all(slots: Sequence[Attend], choice: Choice, calls: Sequence[Call], like: Tensor, check: bool = False) -> None:
+    """Set every slot; modules go to the device and floating dtype of `like`. Warns if trained attention is dropped."""
+    if dropped := [str(slot.block) for slot in slots if slot.state_dict()]:
+        warn(f"blocks {', '.join(dropped)}: the weights of their attention are dropped")
+    for slot, call in zip(slots, calls):
+        if isinstance(call.fn, nn.Module):  # complex buffers keep their dtype: `Module.to` would make them real
+            call.fn._apply(lambda x: x.to(like.device, like.dtype if x.is_floating_point() else None))
+            call.fn.train(slot.training)
+        slot.set(choice, call, check)
 
 
-def kind(out: object) -> str:
+def describe(out: object) -> str:
     """Dtype, shape and device of a tensor, in words."""
     return f"{out.dtype} {list(out.shape)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
+
+
+def _from_version_0_1(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an `Attend` that was pickled before `Choice` existed."""
+    state = dict(state)
+    choice = choose(state.pop("source", None) or state["name"], state["options"])
+    state["filled_in"] = state.pop("given")
+    for gone in ("name", "options", "exact", "prefix", "patched"):
+        state.pop(gone, None)
+    return {**state, "choice": choice}

@@ -1,4 +1,4 @@
-"""What a model is, beyond the values of its weights: its sizes, and the choices that shapes cannot tell."""
+"""A model's architecture: its sizes, and the choices that the shapes of its weights cannot tell."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GELUS = ("erf", "tanh")
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """A Vision Transformer's architecture. Frozen, and refuses values that contradict each other.
+    """The architecture of a Vision Transformer. Frozen; values that contradict each other are refused.
 
     Names are timm's where timm has one. `ViTConfig()` is `vit_small_patch16_224`.
 
@@ -26,9 +26,9 @@ class ViTConfig:
     img_size: tuple[int, int] = (224, 224)  # (H, W) at which the position embedding was trained; an int is a square
     patch_size: int = 16  # p, in pixels
     in_chans: int = 3
-    num_classes: int = 1000  # 0: no head, the pooled features come out
-    # What the head reads: the class "token", the "avg" of the patch tokens, both side by side ("token_avg", as DINOv2's
-    # classifiers do), or the class token while a second head reads the distillation token ("dist", as DeiT's do)
+    num_classes: int = 1000  # 0: no head, the model returns the pooled features
+    # What the head reads: the class "token", the "avg" of the patch tokens, both concatenated ("token_avg", as in
+    # DINOv2's classifiers), or the class token, with a second head for the distillation token ("dist", as in DeiT)
     global_pool: str = "token"
     embed_dim: int = 384  # D
     depth: int = 12  # blocks
@@ -37,12 +37,12 @@ class ViTConfig:
     init_values: float | None = None  # LayerScale's starting value (arXiv:2103.17239, Eq. 3); None: no LayerScale
     fc_norm: bool = False  # the last norm follows the pooling instead of preceding it (MAE's fine-tuned models)
     dist_token: bool = False  # a distillation token (DeiT, arXiv:2012.12877) after the class token
-    reg_tokens: int = 0  # registers (arXiv:2309.16588), after these; they have no position
-    class_position: bool = True  # do the class and distillation tokens have rows in the position embedding?
+    reg_tokens: int = 0  # registers (arXiv:2309.16588), after those tokens; they have no position embedding
+    class_position: bool = True  # the class and distillation tokens have rows in the position embedding
     eps: float = 1e-6  # of every LayerNorm
     gelu: str = "erf"  # the exact form, or its "tanh" approximation (arXiv:1606.08415)
     position_rule: str = "timm"  # how the position embedding is resampled, a name in vit.position.RULES
-    drop_path_rate: float = 0.0  # stochastic depth (arXiv:1603.09382) in training: rises to this, block by block
+    drop_path_rate: float = 0.0  # stochastic depth (arXiv:1603.09382) of the last block; rises linearly from 0
     grad_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, more time
     # Where a loaded model's values came from: field -> "shapes", "config.json", "the caller" ...
     sources: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
@@ -80,7 +80,7 @@ class ViTConfig:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h, w): the patches, down and across, at which the position embedding is stored."""
+        """(h, w): the grid of patches for which the position embedding is stored."""
         return self.img_size[0] // self.patch_size, self.img_size[1] // self.patch_size
 
     @property
@@ -90,7 +90,7 @@ class ViTConfig:
 
     @property
     def num_position_rows(self) -> int:
-        """How many of the prefix tokens have a row of their own in the position embedding: 0, 1 or 2."""
+        """How many of the prefix tokens have a row in the position embedding: 0, 1 or 2."""
         return (1 + self.dist_token) * self.class_position
 
     @property
@@ -102,24 +102,24 @@ class ViTConfig:
         """A copy with other values.
 
         Raises:
-            ValueError: a name that is no field (the nearest one is named), or a value that does not fit.
+            ValueError: an unknown field (the error gives the nearest one), or an invalid value.
         """
         self.check_names(values)
         sources = {name: source for name, source in self.sources.items() if name not in values}
         return replace(self, **values, sources=sources)
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields as plain data, without `sources`: `ViTConfig(**config.to_dict()) == config`."""
+        """The fields as plain data, without `sources`: `ViTConfig(**config.to_dict()) == config`."""
         return {name: getattr(self, name) for name in self.field_names()}
 
     @classmethod
     def field_names(cls) -> list[str]:
-        """The fields that make a model."""
+        """The names of the fields that define a model: all but `sources`."""
         return [f.name for f in fields(cls) if f.name != "sources"]
 
     @classmethod
     def check_names(cls, names: Iterable[str]) -> None:
-        """Each must be a field's name; ValueError for the first that is not."""
+        """ValueError for the first name that is not a field."""
         known = cls.field_names()
         for name in names:
             if name not in known:

@@ -1,31 +1,86 @@
-"""Images whose sides are no multiples of the patch: refused, resized, cropped or padded, as the caller says."""
+"""The images that a model accepts, and what becomes of sides that are not multiples of the patch."""
+
+from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import nearest_multiple, unknown, warn
+from .config import ViTConfig
 
 POLICIES = ("error", "resize", "crop", "pad")
 
 
+def accept(images: Tensor, config: ViTConfig, like: Tensor, ragged: str) -> Tensor:
+    """Check a batch of images and make its sides multiples of the patch.
+
+    Args:
+        images: [B, in_chans, H, W], floating point.
+        config: of the model.
+        like: one of the model's weights, whose dtype and device the images must share.
+        ragged: see `complete_patches`.
+
+    Returns:
+        [B, in_chans, h*p, w*p].
+
+    Raises:
+        ValueError: images of another kind; the error says what was expected and what was given.
+    """
+    p, chans = config.patch_size, config.in_chans
+    expected = f"expected [B, {chans}, H, W] floating-point images, H and W multiples of {p}"
+    if not isinstance(images, Tensor):
+        raise ValueError(f"{expected}; got {type(images).__name__}, not a tensor")
+    if images.ndim != 4:
+        raise ValueError(f"{expected}; got {images.ndim} dimensions: {list(images.shape)}")
+    if images.shape[1] != chans:
+        raise ValueError(f"{expected}; got {images.shape[1]} channels: {list(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"{expected}; got {images.dtype}: scale and normalise as model.preprocessing says")
+    if images.device != like.device:
+        raise ValueError(f"{expected} on the model's {like.device}; got {images.device}: move one of them")
+    device = images.device.type
+    autocast = device != "meta" and torch.is_autocast_enabled(device)  # there is none for meta tensors
+    if images.dtype != like.dtype and (not autocast or images.dtype == torch.float64):  # autocast leaves float64 alone
+        raise ValueError(f"{expected} in the model's {like.dtype}; got {images.dtype}: cast one of them")
+    if 0 in images.shape:
+        raise ValueError(f"{expected}; got {'no pixels' if len(images) else 'an empty batch'}: {list(images.shape)}")
+    return complete_patches(images, p, ragged)
+
+
+def check_list(images: object) -> None:
+    """ValueError unless `images` is a list of at least one [C, H, W] tensor, all of one dtype and on one device."""
+    if not isinstance(images, (list, tuple)):
+        raise ValueError(f"expected a list of [C, H, W] images, not {type(images).__name__}")
+    if not images:
+        raise ValueError("expected at least one [C, H, W] image, got an empty list")
+    for i, image in enumerate(images):
+        if not isinstance(image, Tensor) or image.ndim != 3:
+            found = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            raise ValueError(f"image {i} of the list: expected a tensor [C, H, W], got {found}")
+        for what in ("dtype", "device"):
+            one, other = getattr(images[0], what), getattr(image, what)
+            if one != other:
+                raise ValueError(f"images of one list must share their {what}: image 0 has {one}, image {i} {other}")
+
+
 def complete_patches(images: Tensor, p: int, ragged: str) -> Tensor:
-    """Make both sides multiples of the patch; images whose sides are so already come back as they are.
+    """Make both sides multiples of the patch. Images whose sides already are come back unchanged.
 
     Args:
         images: [B, C, H, W], normalised.
         p: side of a patch, in pixels.
-        ragged: "error" refuses; "resize" to the nearest multiples, bicubic with antialiasing, as Pillow does it; "crop"
-            drops what lies beyond the last whole patch at the right and at the bottom, and a warning says how much;
-            "pad" adds zeros there, just enough to complete the patch, as timm's `dynamic_img_pad`. Zeros are the mean
-            colour, since the images are normalised.
+        ragged: "error" refuses them; "resize" resizes to the nearest multiples, bicubic with antialiasing as in Pillow;
+            "crop" drops the pixels beyond the last whole patch on the right and at the bottom, and warns; "pad" adds
+            zeros there to complete the patch, as timm's `dynamic_img_pad` does (zero is the mean colour of normalised
+            images).
 
     Returns:
         [B, C, H', W'], H' and W' multiples of p.
 
     Raises:
-        ValueError: another policy; ragged sides under "error"; sides of less than half a patch under "resize", of less
-            than a whole one under "crop".
+        ValueError: an unknown policy; ragged sides with "error"; sides shorter than half a patch with "resize", or than
+            a whole one with "crop".
     """
     if ragged not in POLICIES:
         raise ValueError(unknown("policy for ragged sides", ragged, POLICIES))
@@ -36,13 +91,11 @@ def complete_patches(images: Tensor, p: int, ragged: str) -> Tensor:
         nearest = " x ".join(str(nearest_multiple(side, p)) for side in (H, W))
         raise ValueError(
             f"expected H and W multiples of {p}; got {H} x {W}, the nearest size that works is {nearest}"
-            " (or say ragged='resize', 'crop' or 'pad')"
+            " (or pass ragged='resize', 'crop' or 'pad')"
         )
     least = {"resize": (p + 1) // 2, "crop": p, "pad": 1}[ragged]
     if min(H, W) < least:
-        raise ValueError(
-            f"ragged={ragged!r} takes sides of at least {least} pixels, with patches of {p}; got {H} x {W}"
-        )
+        raise ValueError(f"ragged={ragged!r} needs sides of at least {least} pixels with patches of {p}; got {H} x {W}")
     if ragged == "pad":
         return F.pad(images, (0, (p - W % p) % p, 0, (p - H % p) % p))  # right, bottom; inductor knows no -W % p
     if ragged == "crop":

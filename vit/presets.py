@@ -41,7 +41,7 @@ NAMED_MODELS: dict[str, NamedModel] = {
 
 
 def list_models(pretrained: bool = False) -> list[str]:
-    """The names that `create_model` knows, sorted; with `pretrained` those that `load_pretrained` finds weights for."""
+    """The names for `create_model`, sorted; with `pretrained` those for `load_pretrained`, with their default tags."""
     if not pretrained:
         return sorted(NAMED_MODELS)
     return sorted(f"{name}.{named.tag}" if named.tag else name for name, named in NAMED_MODELS.items())
@@ -59,14 +59,14 @@ def named_model(name: str) -> NamedModel:
 
 
 def create_model(name: str, **overrides: Any) -> ViT:
-    """A model by name, with random weights and in training mode.
+    """Create a named model with random weights, in training mode.
 
     Args:
         name: one of `list_models()`.
-        overrides: fields of `ViTConfig` to set otherwise: num_classes=10, in_chans=1, img_size=(256, 160) ...
+        overrides: fields of `ViTConfig` to change: num_classes=10, in_chans=1, img_size=(256, 160) ...
 
     Raises:
-        ValueError: an unknown name or field (the nearest known one is named), or values that contradict each other.
+        ValueError: an unknown name or field (the error gives the nearest one), or values that contradict each other.
     """
     named = named_model(name)
     model = ViT(named.config.override(**overrides))

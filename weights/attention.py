@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from vit.attend import Attend
-from vit.attention import is_exact, registered
 from vit.checks import warn
 from vit.model import ViT
+from vit.registry import is_exact, registered
 
 from .checkpoint import CheckpointError
 from .description import AttentionSetting
@@ -30,18 +30,16 @@ def settings_of(model: ViT) -> list[AttentionSetting] | None:
     A function without a registered name, or with options that JSON cannot hold, is left out with a warning.
 
     Raises:
-        CheckpointError: such a function has weights, which would be lost; `vit.patch` is active.
+        CheckpointError: such a function has weights, which would be lost.
     """
     settings = []
     forgotten: dict[str, list[int]] = {}
     for attend in model.attends:
-        if attend.patched:
-            raise CheckpointError(f"block {attend.block} is patched: save the model after the vit.patch block ends")
         problem = _cannot_record(attend)
         if problem and attend.state_dict():
-            raise CheckpointError(f"block {attend.block}: attention {attend.called} has weights and {problem}")
+            raise CheckpointError(f"block {attend.block}: attention {attend.choice.called!r} has weights and {problem}")
         if problem:
-            forgotten.setdefault(f"attention {attend.called} {problem}", []).append(attend.block)
+            forgotten.setdefault(f"attention {attend.choice.called!r} {problem}", []).append(attend.block)
         settings.append(DEFAULT if problem or attend.name is None else AttentionSetting(attend.name, attend.options))
     for text, blocks in forgotten.items():
         warn(f"blocks {', '.join(map(str, blocks))}: {text}: set it again after loading")
@@ -82,7 +80,8 @@ def restore_attention(model: ViT, settings: list[AttentionSetting] | None, weigh
         if isinstance(attend.fn, nn.Module):
             _fill(attend, own)
         elif own:
-            raise CheckpointError(f"the file has weights {prefix}*, but attention {attend.called} has none")
+            called = attend.choice.called
+            raise CheckpointError(f"the file has weights {prefix}*, but attention {called!r} has none")
     if left:
         raise CheckpointError(f"weights of attention in unknown blocks: {', '.join(left)}")
 
@@ -92,7 +91,7 @@ def _fill(attend: Attend, weights: Mapping[str, Tensor]) -> None:
     found = {name: tensor.shape for name, tensor in weights.items()}
     if found != expected:
         texts = [", ".join(f"{name} {list(shape)}" for name, shape in kind.items()) for kind in (found, expected)]
-        where = f"block {attend.block}: attention {attend.called}"
+        where = f"block {attend.block}: attention {attend.choice.called!r}"
         raise CheckpointError(f"{where} has weights {texts[0] or 'none'}, expected {texts[1] or 'none'}")
     attend.fn.load_state_dict(weights, assign=True)  # type: ignore[attr-defined]
 

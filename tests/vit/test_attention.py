@@ -10,7 +10,10 @@ from helpers import FLOAT32, difference, images, randomize
 from torch import nn
 
 import vit
-from vit.attention import get_attention, reference, sdpa
+from vit.attend import Attend
+from vit.attention import reference, sdpa
+from vit.packed import Packing
+from vit.registry import get_attention
 from vit.weights import CheckpointError
 
 TINY = vit.ViTConfig(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=2, num_classes=7, reg_tokens=2)
@@ -25,10 +28,10 @@ def tiny() -> vit.ViT:
 def registered():
     """Register for one test only."""
     vit.attention_names()  # with which the kernels' names come
-    before = dict(vit.attention._registry)
+    before = dict(vit.registry._registry)
     yield lambda name, fn, **more: vit.register_attention(name, fn, overwrite=True, **more) or name
-    vit.attention._registry.clear()
-    vit.attention._registry.update(before)
+    vit.registry._registry.clear()
+    vit.registry._registry.update(before)
 
 
 class Scaled(nn.Module):
@@ -95,9 +98,9 @@ def test_a_block_called_by_hand_has_no_grid(tiny):
     tokens = images(1, 7, 64)
     tiny.blocks[0](tokens)
     tiny.set_attention(lambda q, k, v, *, bias=None, grid: v)
-    with pytest.raises(ValueError, match="block 0: .*asks for the grid, and the block was called without it"):
+    with pytest.raises(ValueError, match="block 0: .*needs the grid: give the block a Packing"):
         tiny.blocks[0](tokens)
-    assert tiny.blocks[0](tokens, (2, 2)).shape == tokens.shape
+    assert tiny.blocks[0](tokens, Packing((2, 2))).shape == tokens.shape
 
 
 def test_options(tiny):
@@ -126,12 +129,12 @@ def checked(q, k, v, *, bias=None, check=False):
         (sharp, {"powr": 1.0}, r"'sharp' must be callable as .* with options powr: .*powr"),
         ("sdpa", {"window": 3}, "'sdpa' must be callable as .* with options window"),
         (widened, {}, "'widened' must be callable as .*power"),
-        (sharp, {"block": 1}, "'sharp' is given block by the model: give the option another name"),
+        (sharp, {"block": 1}, "'sharp': the model itself passes block; rename the option"),
         (Scaled, {"strat": 1.0}, r"'Scaled' must be callable as fn\(config, block\) with options strat"),
-        (Scaled(TINY, 0), {}, "is a module: give its class or a factory"),
+        (Scaled(TINY, 0), {}, "is a module: pass its class or a factory"),
         (lambda config, block: 5, {}, "block 0: factory '<lambda>' returned int, expected an nn.Module"),
         (lambda config, block: nn.Linear(2, 2), {}, r"must be callable as fn\(q, k, v"),
-        (checked, {"check": True}, "'checked': set_attention takes check: give the option another name"),
+        (checked, {"check": True}, "'checked': set_attention itself takes check; rename the option"),
         (nn.Identity, {}, "'Identity' is a class: its first two parameters must be named config and block"),
         (lambda c, i: Scaled(c, i), {}, r"must be callable as fn\(q, k, v, .*or a factory as fn\(config, block\)"),
     ],
@@ -186,7 +189,7 @@ def test_nan_is_found_where_it_begins(tiny):
     tiny.set_attention(breaks)
     assert tiny(x).isnan().all()
     tiny.set_attention(breaks, check=True)
-    with pytest.raises(ValueError, match="block 1: attention 'breaks' returned values that are not finite, from q"):
+    with pytest.raises(ValueError, match="block 1: attention 'breaks' returned values that are not finite"):
         tiny(x)
     tiny.set_attention("sdpa", check=True)
     with pytest.raises(ValueError, match="block 0: attention 'sdpa' was given q with values that are not finite"):
@@ -232,9 +235,26 @@ def test_copies_and_pickles(tiny, registered):
         other.set_attention("sdpa", [0])
     assert torch.equal(tiny(x), expected)
     data = pickle.dumps(tiny)
-    del vit.attention._registry["by name"]
+    del vit.registry._registry["by name"]
     with pytest.raises(ValueError, match="unknown attention 'by name'"):
         pickle.loads(data)
+
+
+@pytest.mark.parametrize(("name", "options"), [("sdpa", {}), ("by name", {"power": 3.0}), ("scaled", {"start": 0.5})])
+def test_pickles_of_version_1(tiny, registered, name, options):
+    """Slots used to hold what is now a `Choice` in attributes of their own; functions went by name there, too."""
+    registered("by name", lambda q, k, v, *, bias=None, block, power: sharp(q, k, v, power=power + block))
+    registered("scaled", Scaled)
+    tiny.set_attention(name, **options)
+    slot = tiny.attends[1]
+    state = {key: value for key, value in vars(slot).items() if key not in ("choice", "filled_in", "fn")}
+    state |= {"name": name, "options": options, "exact": slot.exact, "given": slot.filled_in, "prefix": 3, "patched": 0}
+    again = Attend.__new__(Attend)
+    again.__setstate__(state)
+    q, k, v = images(3, 2, 2, 63, 32)
+    assert torch.equal(again(q, k, v), slot(q, k, v))
+    assert (again.name, again.options, again.exact, again.source) == (name, options, slot.exact, slot.source)
+    assert set(vars(again)) - set(vars(slot)) == set()
 
 
 # Checkpoints
@@ -282,7 +302,7 @@ def test_checkpoints_that_cannot_be_had_again(tiny, registered, tmp_path):
     registered("scaled", More)
     with pytest.raises(CheckpointError, match=r"has weights .*, expected .*more \[2\]"):
         vit.load_pretrained(file)
-    del vit.attention._registry["scaled"]
+    del vit.registry._registry["scaled"]
     with pytest.raises(CheckpointError, match="block 1 has attention 'scaled': unknown attention .*register it before"):
         vit.load_pretrained(file)
 
@@ -342,7 +362,7 @@ def test_names(registered):
     assert {"reference", "sdpa", "varlen"} <= set(vit.attention_names())
     registered("mine", sharp)
     assert get_attention("mine") is sharp
-    with pytest.raises(ValueError, match="'mine' is registered already; overwrite=True"):
+    with pytest.raises(ValueError, match="'mine' is registered already; pass overwrite=True"):
         vit.register_attention("mine", sharp)
     with pytest.raises(ValueError, match="'mine2' must be callable as"):
         vit.register_attention("mine2", lambda q: q)
@@ -379,7 +399,7 @@ def test_the_seam_dispatches_nothing_of_its_own(tiny):
     q, k, v = images(3, 1, 2, 197, 32)
     attend = tiny.attends[0]
     with torch.no_grad(), Log() as seam:
-        attend(q, k, v, (14, 14))
+        attend(q, k, v, Packing((14, 14)))
     with torch.no_grad(), Log() as plain:
         torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert seam.ops == plain.ops and plain.ops

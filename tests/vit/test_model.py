@@ -219,7 +219,7 @@ def test_attention_maps(tiny):
     assert not tiny.blocks[0].attention.qkv._forward_hooks
     with pytest.raises(ValueError, match="block 2 is out of range"):
         vit.attention_maps(tiny, x, blocks=[2])
-    with pytest.raises(ValueError, match="queries must be 'class', 'all' or a list of tokens' numbers, not 'cls'"):
+    with pytest.raises(ValueError, match="queries must be 'class', 'all' or a list of token numbers, not 'cls'"):
         vit.attention_maps(tiny, x, queries="cls")
 
 
@@ -358,13 +358,13 @@ def test_blocks_may_be_any_numbers(tiny):
 
 def test_other_things_than_functions_are_refused(tiny):
     for wrong, message in (
-        (torch.nn.Linear(2, 2), "is a module: give its class or a factory"),
+        (torch.nn.Linear(2, 2), "is a module: pass its class or a factory"),
         ([], r"must be a registered name or a function, not \[\]"),
         (None, "must be a registered name or a function, not None"),
     ):
         with pytest.raises(ValueError, match=message):
             tiny.set_attention(wrong)
-    with pytest.raises(ValueError, match="name must be a text, not 5"):
+    with pytest.raises(ValueError, match="must be a string, not 5"):
         vit.register_attention(5, vit.attention.sdpa)
     with pytest.raises(ValueError, match="got list, not a tensor"):
         tiny([images(3, 32, 32)])

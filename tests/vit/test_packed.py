@@ -287,7 +287,7 @@ def test_drop_path_drops_whole_images():
     for block in model.blocks:
         for part in (block.residual_attention, block.residual_mlp):
             part.register_forward_hook(
-                lambda part, given, out: branches.append((part.drop_path_rate, given[0], out, given[2]))
+                lambda part, given, out: branches.append((part.drop_path_rate, given[0], out, given[2].lengths))
             )
     torch.manual_seed(3)
     model.forward_features_packed(x)
@@ -411,7 +411,7 @@ def test_bad_blocks_and_policies_are_refused(tiny):
             tiny.forward_intermediates_packed([ONE], blocks)
     with pytest.raises(ValueError, match="image 0 of the list: unknown policy for ragged sides 'padd'. .* 'pad'"):
         tiny.forward_packed([ONE], ragged="padd")
-    with pytest.raises(ValueError, match="image 1 of the list: ragged='crop' takes sides of at least 4 .* got 3 x 28"):
+    with pytest.raises(ValueError, match="image 1 of the list: ragged='crop' needs sides of at least 4 .* got 3 x 28"):
         tiny.forward_packed([ONE, ONE[:, :3]], ragged="crop")
 
 

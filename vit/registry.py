@@ -1,0 +1,187 @@
+"""Attention by name, and the one place that decides what `ViT.set_attention` sets: `choose`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+from torch import nn
+
+from .attention import AttentionFactory, AttentionFunction, AttentionLike, reference, sdpa
+from .checks import unknown
+from .config import ViTConfig
+
+FILLED_IN = ("lengths", "grid", "prefix", "block")  # keywords that the model fills in for a function that names them
+_RESERVED = ("q", "k", "v", "config", *FILLED_IN)  # names that no option can have
+_SETTINGS = ("name_or_fn", "blocks", "check")  # parameters of `set_attention`
+
+_registry: dict[str, AttentionFunction | AttentionFactory] = {"reference": reference, "sdpa": sdpa}
+_exact = {"reference", "sdpa"}
+
+
+def register_attention(
+    name: str, fn: AttentionFunction | AttentionFactory, *, exact: bool = False, overwrite: bool = False
+) -> None:
+    """Give an attention function or factory a name for `model.set_attention(name)`, checkpoints and pickles.
+
+    Args:
+        name: the new name.
+        fn: a function or factory as described in `vit.attention`.
+        exact: without options it computes softmax(q k^T / sqrt(d) + bias) v, as `sdpa` does. For other functions,
+            attention maps carry a warning, and so do checkpoints in layouts that cannot name them.
+        overwrite: replace an attention of the same name.
+
+    Raises:
+        ValueError: the name is taken and `overwrite` is not set, or `fn` has another signature.
+    """
+    if not isinstance(name, str):
+        raise ValueError(f"the name of an attention must be a string, not {name!r}")
+    if name in attention_names() and not overwrite:
+        raise ValueError(f"attention {name!r} is registered already; pass overwrite=True to replace it")
+    _check_signature(fn, name)
+    _registry[name] = fn
+    (_exact.add if exact else _exact.discard)(name)
+
+
+def attention_names() -> list[str]:
+    """The registered names, sorted, including the backends of `vit.kernels`."""
+    importlib.import_module("vit.kernels")  # registers the faster backends
+    return sorted(_registry)
+
+
+def get_attention(name: str) -> AttentionFunction | AttentionFactory:
+    """The function or factory with this name. ValueError if there is none, with the nearest known name."""
+    if name not in _registry and name not in attention_names():
+        raise ValueError(unknown("attention", name, attention_names()))
+    return _registry[name]
+
+
+def is_exact(name: str | None) -> bool:
+    """Whether a registered function computes the same as `sdpa`."""
+    return name in _exact if name in _registry else name in attention_names() and name in _exact
+
+
+def registered(name: str | None) -> AttentionFunction | AttentionFactory | None:
+    """The function or factory that has this name now, or None."""
+    return _registry.get(name) if name is not None else None
+
+
+class Call(NamedTuple):
+    """What one block calls: the function or its own module, with these keywords and those that the model fills in."""
+
+    fn: Callable[..., Any]
+    filled_in: tuple[str, ...]
+    keywords: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """An attention with its options, as `set_attention` was given it. If it is registered it pickles as its name."""
+
+    source: AttentionFunction | AttentionFactory
+    name: str | None
+    options: Mapping[str, Any]
+    exact: bool  # computes what `sdpa` computes
+    is_factory: bool
+    filled_in: tuple[str, ...]
+
+    @property
+    def called(self) -> str:
+        """How error messages call it."""
+        return self.name or str(getattr(self.source, "__name__", type(self.source).__name__))
+
+    def make(self, config: ViTConfig, block: int) -> Call:
+        """What this block calls.
+
+        Raises:
+            ValueError: a factory that returns no module, or one that cannot be called as a function is.
+        """
+        known = {"prefix": config.num_prefix_tokens, "block": block}
+        if not self.is_factory:
+            fixed = {name: value for name, value in known.items() if name in self.filled_in}
+            return Call(self.source, self.filled_in, {**self.options, **fixed})
+        module = self.source(config, block, **self.options)
+        if not isinstance(module, nn.Module):
+            got = type(module).__name__
+            raise ValueError(f"block {block}: factory {self.called!r} returned {got}, expected an nn.Module")
+        filled_in = _check_signature(module.forward, self.called, {})
+        return Call(module, filled_in, {name: value for name, value in known.items() if name in filled_in})
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if registered(self.name) is self.source:
+            del state["source"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "source" not in state:
+            try:
+                state = {**state, "source": get_attention(state["name"])}
+            except ValueError as error:
+                raise ValueError(f"{error} Register it before unpickling, with vit.register_attention.") from None
+        self.__dict__.update(state)
+
+
+def choose(name_or_fn: AttentionLike, options: Mapping[str, Any]) -> Choice:
+    """Decide what `set_attention(name_or_fn, **options)` means.
+
+    Raises:
+        ValueError: an unknown name, a signature other than that of `vit.attention`, or an unknown option.
+    """
+    if isinstance(name_or_fn, str):
+        name, source = cast("str | None", name_or_fn), get_attention(name_or_fn)
+    else:
+        source = name_or_fn
+        name = next((name for name, fn in _registry.items() if fn is source), None)
+    filled_in = _check_signature(source, name or str(getattr(source, "__name__", source)), options)
+    exact = is_exact(name) and not options
+    return Choice(source, name, dict(options), exact, _is_factory(source), filled_in)
+
+
+def _check_signature(fn: object, name: str, options: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """The keywords that the model fills in. ValueError if `fn` cannot be called with these options (None: any)."""
+    if isinstance(fn, nn.Module):  # all blocks would share its weights, and checkpoints would not have them
+        raise ValueError(f"attention {name!r} is a module: pass its class or a factory (config, block) -> nn.Module")
+    if not callable(fn):
+        raise ValueError(f"attention must be a registered name or a function, not {fn!r}")
+    parameters = _parameters(fn)
+    factory, filled_in = _is_factory(fn), tuple(keyword for keyword in FILLED_IN if keyword in parameters)
+    if taken := [option for option in options or {} if option in _RESERVED]:
+        raise ValueError(f"attention {name!r}: the model itself passes {', '.join(taken)}; rename the option")
+    if taken := [parameter for parameter in parameters if parameter in _SETTINGS]:
+        raise ValueError(f"attention {name!r}: set_attention itself takes {', '.join(taken)}; rename the option")
+    if inspect.isclass(fn) and not factory:
+        raise ValueError(f"attention {name!r} is a class: its first two parameters must be named config and block")
+    bind = parameters and inspect.signature(fn).bind  # a builtin may have no signature
+    if bind and options is None:
+        bind = inspect.signature(fn).bind_partial  # an option may be required
+    arguments = {} if factory else {"bias": None, **dict.fromkeys(filled_in)}
+    try:
+        if bind:
+            bind(*(("config", "block") if factory else "qkv"), **{**arguments, **(options or {})})
+    except TypeError as error:
+        how = "fn(config, block)" if factory else "fn(q, k, v, *, bias=None), or a factory as fn(config, block)"
+        also = f" with options {', '.join(options)}" if options else ""
+        known = [p for p in parameters if p not in (*_RESERVED, "bias", "self")]
+        hint = f"; its options: {', '.join(known)}" if known else ""
+        raise ValueError(f"attention {name!r} must be callable as {how}{also}: {error}{hint}") from None
+    return filled_in
+
+
+def _is_factory(fn: Callable[..., Any]) -> bool:
+    """A factory is known by its first two parameters, `config` and `block`."""
+    return _parameters(fn)[:2] == ("config", "block")
+
+
+def _parameters(fn: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a function's parameters; none for a builtin without a signature."""
+    with suppress(TypeError, ValueError):
+        return tuple(inspect.signature(fn).parameters)
+    return ()
+
+
+DEFAULT = choose("sdpa", {})  # of every new model
