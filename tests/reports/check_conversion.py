@@ -1,8 +1,9 @@
-"""Run a checkpoint and what `vit convert` made of it, each in its own library: python tests/reports/check_conversion.py
-SRC DST
+"""Run a checkpoint, and what `vit convert` made of it, in their own libraries, and compare with both run here.
 
-Both run on the same noise. Needs the other libraries: pip install -e ".[test]". The exit code is 2 if an output differs
-by more than 1e-4 of the largest value, or if neither file can be run in another library.
+    python tests/reports/check_conversion.py SRC DST
+
+All run on the same noise. The other libraries come with pip install -e ".[test]". The exit code is 2 if an output
+differs by more than 1e-4 of the largest value, or if neither file can be run in another library.
 """
 
 import argparse

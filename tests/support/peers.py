@@ -52,9 +52,9 @@ def build_peer(layout: str, state: Mapping[str, Tensor], config: ViTConfig, fold
     library = get_layout(layout).library
     if library is None:
         raise NoPeer(f"no other library reads the {layout} layout, this project's own")
-    build = {"timm": _timm, "transformers": _transformers, "torchvision": _torchvision}[library]
+    make = {"timm": _timm, "transformers": _transformers, "torchvision": _torchvision}[library]
     try:
-        return build(layout, dict(state) | _zeros(layout, state, config), config, folder)
+        return make(layout, dict(state) | _zeros(layout, state, config), config, folder)
     except CheckpointError:
         raise
     except ModuleNotFoundError as error:  # the library, or one that it needs
@@ -236,7 +236,10 @@ def _folder(loaded: Loaded) -> Path | None:
 
 
 def _cause(source: Loaded, result: Loaded) -> str:
-    odd = {name: values for name, values in compare_settings(source, result).items() if values[2] == "changes results"}
+    """The settings of the model that are not the same in both, which may explain a difference."""
+    fields = source.ours.config.field_names()
+    differ = compare_settings(source, result).items()
+    odd = {name: values for name, values in differ if name in fields and values[2] == "changes results"}
     if not odd:
         return ""
     texts = [f"{name} {one!r} (the result has {two!r})" for name, (one, two, _) in odd.items()]
