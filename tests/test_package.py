@@ -104,8 +104,6 @@ def test_importing_vit_stays_light():
 def test_only_tests_and_examples_import_other_libraries_models():
     for folder in ("vit", "weights", "kernels"):
         for file in (ROOT / folder).rglob("*.py"):
-            if file == ROOT / "weights" / "peers.py":  # which `vit convert --check` asks for, and only it
-                continue
             others = r"^\s*(?:import|from) (timm|torchvision|transformers|sklearn|skimage)\b"
             assert not re.findall(others, file.read_text(), re.M), file
 

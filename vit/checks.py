@@ -27,11 +27,6 @@ def dtype_name(dtype: object, known: Iterable[str]) -> str:
     return name
 
 
-def as_dtype(dtype: object, known: Iterable[str]) -> torch.dtype:
-    """One of the `known` dtypes, given as a torch.dtype or by name."""
-    return getattr(torch, dtype_name(dtype, known))
-
-
 def as_pair(value: object, name: str) -> tuple[int, int]:
     """`value` as (height, width); a whole number means a square."""
     pair = (value, value) if isinstance(value, int) else value
@@ -68,6 +63,14 @@ def require_float(name: str, value: object, above: float | None = None) -> None:
         raise ValueError(f"{name} must be a finite number, not {repr(value)[:40]}")
     if above is not None and value <= above:
         raise ValueError(f"{name} must be above {above}, not {value!r}")
+
+
+def as_dtype(dtype: object) -> torch.dtype:
+    """A floating dtype, given as torch.bfloat16 or by its name, "bfloat16"."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be a floating dtype such as torch.bfloat16 or 'bfloat16', not {dtype!r}")
+    return found
 
 
 def as_numbers(name: str, one: str, numbers: object, count: int) -> list[int]:

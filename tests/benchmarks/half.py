@@ -27,12 +27,12 @@ import vit
 from vit.kernels.gpu import blocks, plain
 from vit.kernels.gpu import model as gpu_model
 from vit.kernels.gpu.tiles import default
-from vit.weights.peers import timm_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 from harness import environment, write_json
 from int8 import pictures, trained
+from peers import timm_model
 
 optimizing = importlib.import_module("vit.kernels.optimize")  # as an attribute, the name is the function's
 

@@ -288,10 +288,10 @@ def test_checkpoints_that_cannot_be_had_again(tiny, registered, tmp_path):
     tiny.set_attention(registered("scaled", Scaled), [1])
     vit.save_checkpoint(tiny, file)
     registered("scaled", lambda config, block: nn.ModuleDict({"no": nn.Linear(2, 2)}).requires_grad_())
-    with pytest.raises(CheckpointError, match="block 1 attends by 'scaled': .*register it before loading"):
+    with pytest.raises(CheckpointError, match="block 1 has attention 'scaled': .*register it before loading"):
         vit.load_pretrained(file)
     registered("scaled", sharp)
-    with pytest.raises(CheckpointError, match="weights blocks.1.attention.attend.fn.* and no attention that has any"):
+    with pytest.raises(CheckpointError, match="weights blocks.1.attention.attend.fn.*, but attention .* has none"):
         vit.load_pretrained(file)
 
     class More(Scaled):
@@ -303,7 +303,7 @@ def test_checkpoints_that_cannot_be_had_again(tiny, registered, tmp_path):
     with pytest.raises(CheckpointError, match=r"has weights .*, expected .*more \[2\]"):
         vit.load_pretrained(file)
     del vit.registry._registry["scaled"]
-    with pytest.raises(CheckpointError, match="block 1 attends by 'scaled': unknown attention .*register it before"):
+    with pytest.raises(CheckpointError, match="block 1 has attention 'scaled': unknown attention .*register it before"):
         vit.load_pretrained(file)
 
 
@@ -315,7 +315,7 @@ def test_options_that_json_cannot_hold(tiny, registered, tmp_path):
     ):
         vit.save_checkpoint(tiny, tmp_path / "m.safetensors")
     tiny.set_attention("sharp", power=1.5)
-    with pytest.warns(UserWarning, match="cannot say attention, whose reader will assume 'sdpa'"):
+    with pytest.warns(UserWarning, match="cannot hold attention: readers will assume 'sdpa'"):
         vit.save_checkpoint(tiny, tmp_path / "timm", layout="timm")
     assert vit.load_pretrained(vit.save_checkpoint(tiny, tmp_path / "m.safetensors")).attends[1].options == {
         "power": 1.5
@@ -416,7 +416,7 @@ def test_a_name_that_means_something_else_by_now(tiny, registered, tmp_path):
     expected = tiny(images(1, 3, 32, 32))
     registered("mine", lambda q, k, v, *, bias=None: v)
     assert torch.equal(copy.deepcopy(tiny)(images(1, 3, 32, 32)), expected)
-    with pytest.warns(UserWarning, match="'mine' has a name that stands for something else by now: set it again"):
+    with pytest.warns(UserWarning, match="'mine' has a name that was registered again since"):
         vit.save_checkpoint(tiny, tmp_path / "m.safetensors")
 
 

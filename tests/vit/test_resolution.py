@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import FLOAT32, GRADIENT, difference, images, ours_from, randomize, timm_twin
+from peers import build_peer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vit
 from vit.config import ViTConfig
 from vit.inputs import complete_patches
 from vit.weights.keymap import sort_keys
-from vit.weights.peers import build_peer
 
 SMALL = ViTConfig(img_size=56, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=5)  # 14 x 14, as at 224
 PRIMES = (7, 11, 13, 17, 19, 23)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import TINY
 from helpers import FLOAT32, GRADIENT, difference, images, randomize
 from layout_cases import BASE, CASES, WRITTEN_ONLY, case_config, read_theirs, written_to_them
 from layout_table import as_markdown, rows
@@ -17,13 +18,12 @@ from vit.weights.keymap import FUSE, split_number
 from vit.weights.layouts import LAYOUTS, google
 from vit.weights.layouts.timm import DINOV2
 
-README = Path(__file__).parents[2] / "README.md"
-TINY = vit.ViTConfig(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2, num_classes=5)
+README = Path(__file__).parents[2] / "weights" / "README.md"
 
 
 def holdable(layout: str) -> vit.ViTConfig:
     """A tiny config that a layout can hold."""
-    config = TINY.override(**{name: values[0] for name, values in LAYOUTS[layout].needs.items()})
+    config = TINY.override(**{name: values[0] for name, values in LAYOUTS[layout].holds.needs.items()})
     if "dinov2" in layout or layout == "deit3":
         config = config.override(init_values=0.5)
     if "transformers_dinov2" in layout:
@@ -83,6 +83,27 @@ def test_the_table_in_the_readme():
         numbers.sub("", line) for line in as_markdown(table).splitlines()[2:]
     ]
     assert all(float(number) <= FLOAT32 for line in shown for number in numbers.findall(line))
+
+
+def test_the_layout_that_the_readme_adds(monkeypatch):
+    """Its example is a whole layout: detected, converted to and from bit for bit, and complete."""
+    (example,) = re.findall(r"^```python\n(from vit\.weights\.keymap.*?)^```$", README.read_text("utf-8"), re.S | re.M)
+    file: dict = {}
+    exec(example, file)
+    (acme,) = file["LAYOUTS"]
+    monkeypatch.setitem(LAYOUTS, acme.name, acme)  # as its name in layouts/__init__.py does
+    config = TINY.override(eps=1e-5)
+    ours = randomize(vit.ViT(config)).state_dict()
+    theirs = convert(ours, target="acme", config=config).state_dict
+    assert "layers.1.k.bias" in theirs and detect_layout(theirs) == "acme"
+    again = convert(theirs)
+    assert again.config == config and again.report.source == "acme"
+    assert again.state_dict.keys() == ours.keys()
+    assert all(torch.equal(again.state_dict[name], ours[name]) for name in ours)
+    with pytest.raises(CheckpointError, match="do not fit the acme layout: missing keys: layers.1.k.bias"):
+        convert({key: tensor for key, tensor in theirs.items() if key != "layers.1.k.bias"})
+    with pytest.raises(CheckpointError, match="the acme layout cannot hold register_tokens"):
+        convert(vit.ViT(TINY.override(reg_tokens=2)).state_dict(), target="acme", config=TINY.override(reg_tokens=2))
 
 
 # --- round trips
@@ -178,7 +199,7 @@ def test_layouts_are_told_apart(layout):
         assert detect_layout(state) == "timm"
         return
     found = detect_layout(state)
-    assert found == layout and all(marker in found.why for marker in LAYOUTS[layout].markers)
+    assert found == layout and all(marker in found.why for marker in LAYOUTS[layout].detection.markers)
     if layout not in ("moco",):
         wrapped = {f"state_dict.module.{key}": tensor for key, tensor in state.items()}
         if "/" not in next(iter(state)):
@@ -227,7 +248,7 @@ def test_within_the_model_nothing_is_left_over():
 
 def test_an_unknown_prefix_is_named_and_can_be_stated():
     state = under("image_tower.trunk.", timm_state()) | {"text.weight": torch.ones(2)}
-    with pytest.raises(CheckpointError, match="in the timm layout lies under 'image_tower.trunk.': state it, prefix="):
+    with pytest.raises(CheckpointError, match="in the timm layout under 'image_tower.trunk.': state it, prefix="):
         convert(state)
     converted = convert(state, prefix="image_tower.trunk.")
     assert converted.report.left == ["text.weight"] and converted.report.prefix == "image_tower.trunk."
@@ -267,7 +288,7 @@ def test_a_backbone_beside_other_parts_is_pointed_to():
 
 def test_two_layouts_at_once_are_refused():
     both = timm_state() | convert(vit.ViT(TINY).state_dict(), "vit", "torchvision", TINY).state_dict
-    with pytest.raises(CheckpointError, match="fit several layouts: timm, torchvision; say which"):
+    with pytest.raises(CheckpointError, match="fit several layouts: timm, torchvision; state which"):
         detect_layout(both)
 
 
@@ -284,7 +305,7 @@ def test_chunks_of_dinov2():
     ours = convert(under("teacher.backbone.", chunked) | {"teacher.dino_head.mlp.0.weight": torch.ones(2)})
     assert "projection heads" in ours.report.dropped["teacher.dino_head.mlp.0.weight"]
     assert torch.equal(ours.state_dict["blocks.2.norm1.bias"], plain["blocks.2.norm1.bias"])
-    with pytest.raises(CheckpointError, match="is a second blocks.2.norm1.bias"):
+    with pytest.raises(CheckpointError, match="are both blocks.2.norm1.bias"):
         convert(chunked | {"blocks.0.2.norm1.bias": torch.ones(128)}, "dinov2", "vit")
 
 
@@ -301,19 +322,19 @@ REFUSED = {
 @pytest.mark.parametrize("before", ["", "model."])
 @pytest.mark.parametrize("part", ["patch_embed.backbone.stem.conv.weight", "patch_embeddings.backbone.bit.x"])
 def test_hybrids_are_refused_by_name(before, part):
-    with pytest.raises(CheckpointError, match=f"{before}{part} shows a hybrid with a convolutional stem, which this"):
+    with pytest.raises(CheckpointError, match=f"{before}{part} belongs to a hybrid with a convolutional stem"):
         convert(under(before, timm_state() | {part: torch.ones(3)}))
 
 
 @pytest.mark.parametrize("key", REFUSED)
 def test_models_that_this_one_cannot_be_are_refused_by_name(key):
-    with pytest.raises(CheckpointError, match=f"{key} shows .*{REFUSED[key]}.*: this model cannot hold it"):
+    with pytest.raises(CheckpointError, match=f"{key} belongs to .*{REFUSED[key]}.*: it cannot be loaded"):
         convert(timm_state() | {key: torch.ones(3)})
 
 
 def test_many_models_in_one_file_are_refused_quickly():
     start = time.perf_counter()
-    for count, message in ((90, "lies under 'm0.' and under 'm1.' .* and 87 more"), (30_000, "more than 100 models")):
+    for count, message in ((90, "under 'm0.' and 'm1.' and 'm10.' and 87 more"), (30_000, "more than 100 models")):
         with pytest.raises(CheckpointError, match=message):
             detect_layout([f"m{i}.blocks.0.attn.qkv.weight" for i in range(count)])
     assert time.perf_counter() - start < 10
@@ -411,7 +432,7 @@ def test_dinov2s_register_models_antialias():
     state = convert(vit.ViT(config).state_dict(), "vit", "dinov2", config).state_dict
     found = convert(state).config
     assert found.position_rule == "timm" and found.class_position and found.reg_tokens == 2
-    assert DINOV2.drops.keys() >= DINOV2.zeros.keys()
+    assert DINOV2.naming.drops.keys() >= DINOV2.naming.zeros.keys()
 
 
 def test_every_field_says_where_it_came_from():
