@@ -210,6 +210,8 @@ def _attributes(found: Source, about: Description, ours: Ours, stated: Sequence[
         raise CheckpointError(
             f"preprocessing has {len(preprocessing.mean)} channels, the weights have {config.in_chans}"
         )
+    if about.attention is not None and (count := len(about.attention)) != config.depth:
+        raise CheckpointError(f"the header names the attention of {count} blocks, but the model has {config.depth}")
     return Attributes(preprocessing, categories, about.license or found.license, whence, about.attention)
 
 

@@ -37,6 +37,8 @@ def find(source: str | Path, revision: str | None = None) -> Source:
         ValueError: not a name; a revision of something that is not on the Hub.
     """
     path, name = Path(source), str(source)
+    if source == "":  # as from an unset variable in a shell; as a path it would be the current folder
+        raise ValueError("expected the name of a model, a file or a folder, got ''")
     if revision is not None and (path.exists() or bundled_checkpoint(name)):
         raise ValueError(f"revision={revision!r} is for repositories on the Hub, but {name} is a local file or folder")
     if path.is_dir():
@@ -67,7 +69,7 @@ def _in_folder(folder: Path, name: str) -> Source:
     for file in WEIGHT_FILES:
         if (folder / file).is_file():
             return _with_configs(name, folder / file)
-    raise FileNotFoundError(f"{folder} has none of {', '.join(WEIGHT_FILES)}")
+    raise FileNotFoundError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}")
 
 
 def _with_configs(name: str, weights: Path) -> Source:

@@ -283,7 +283,7 @@ def test_checkpoints_remember_names_options_and_weights(tiny, registered, tmp_pa
 def test_checkpoints_that_cannot_be_had_again(tiny, registered, tmp_path):
     file = tmp_path / "m.safetensors"
     tiny.set_attention(Scaled, [1])
-    with pytest.raises(CheckpointError, match=r"block 1: attention 'Scaled' has weights and has no name .*register"):
+    with pytest.raises(CheckpointError, match=r"block 1: attention 'Scaled' has weights and has no registered name"):
         vit.save_checkpoint(tiny, file)
     tiny.set_attention(registered("scaled", Scaled), [1])
     vit.save_checkpoint(tiny, file)
@@ -331,7 +331,7 @@ def test_headers_that_say_otherwise(tiny, tmp_path, bad):
     file = vit.save_checkpoint(tiny, tmp_path / "m.safetensors")
     config = {"vit.config": json.dumps(TINY.to_dict()), "vit.attention": json.dumps(bad)}
     save_file(load_file(file), file, config)
-    with pytest.raises(CheckpointError, match=r"vit.attention is no list|attention of 1 blocks, of 3"):
+    with pytest.raises(CheckpointError, match=r"header cannot be used|attention of [01] blocks, but the model"):
         vit.load_pretrained(file)
 
 

@@ -77,7 +77,7 @@ def test_bad_files(tmp_path, rectangular, message):
 
 
 def test_a_guess_does_not_become_a_fact(tmp_path, timm_file):
-    """Who loads what was guessed once is still told so, however often it was written since."""
+    """A guess stays marked as one, however often the model is saved and loaded."""
     config = vit.load_pretrained(timm_file, eps=1e-5).config
     assert config.sources["num_heads"] == "the timm layout's default" and config.sources["eps"] == "the caller"
     path = timm_file

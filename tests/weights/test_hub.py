@@ -1,4 +1,4 @@
-"""vit.weights.hub against a Hub on the loopback."""
+"""vit.weights.hub against a local Hub."""
 
 from __future__ import annotations
 

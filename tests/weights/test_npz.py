@@ -47,7 +47,7 @@ def test_our_files_are_read_by_numpy_and_by_us(tmp_path: Path) -> None:
 
 
 def test_large_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those whose sizes and places take 64 bits, which zipfile is made to think of these."""
+    """Files with sizes and places in 64 bits, which zipfile is made to write for small ones."""
     with monkeypatch.context() as patch:
         patch.setattr(zipfile, "ZIP64_LIMIT", 100)
         write_npz(tmp_path / "a.npz", values())
@@ -78,7 +78,7 @@ def test_byte_and_memory_order_are_converted(tmp_path: Path, dtype: str, order: 
 
 
 def npz(header: str | bytes, data: bytes, version: bytes = b"\1\0", length: int | None = None) -> bytes:
-    """An .npz file with one member of this header; `length` is what it claims the header's to be."""
+    """An .npz file of one member with this header; `length` is its claimed length."""
     text = header.encode("latin1") if isinstance(header, str) else header
     size = struct.pack("<H" if version == b"\1\0" else "<I", len(text) if length is None else length)
     file = io.BytesIO()
@@ -213,7 +213,7 @@ def test_damaged_npz_files_are_refused(tmp_path: Path, save: Callable) -> None:
 
 
 def test_members_that_unpack_to_less_than_they_say_are_refused(tmp_path: Path) -> None:
-    """zipfile only compares checksums, and here that of what is there is right."""
+    """zipfile only compares checksums, which are right here."""
     values = header().encode() + bytes(24)
     whole = b"\x93NUMPY\1\0" + struct.pack("<H", len(header())) + values
     file = io.BytesIO()
@@ -233,7 +233,7 @@ def test_a_changed_value_is_noticed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("spaces", [0, 1, 2, 4, 8])
 def test_values_may_begin_anywhere(tmp_path: Path, compression: int, spaces: int) -> None:
-    """NumPy pads its headers to 64 bytes; others need not."""
+    """NumPy pads its headers to 64 bytes; other writers may not."""
     array = np.linspace(0, 1, 5)
     header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': (5,)}}{' ' * spaces}\n".encode()
     with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
@@ -242,7 +242,7 @@ def test_values_may_begin_anywhere(tmp_path: Path, compression: int, spaces: int
 
 
 def test_a_large_npz_file_is_hashed_to_its_end(tmp_path):
-    """The hash is computed beside the reading, and may end after it."""
+    """The hash is computed in another thread, and may end after the reading."""
     path = tmp_path / "m.npz"
     np.savez(path, a=np.ones(6_000_000, dtype=np.float32))
     for _ in range(3):

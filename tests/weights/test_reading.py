@@ -1,15 +1,13 @@
 """State dicts in any layout to our names: completely or not at all."""
 
 import argparse
-import json
 import math
-import struct
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import CONFIG, TINY, same
+from checkpoints import CONFIG, TINY, raw, same
 from helpers import timm_twin
 from safetensors.torch import save_file
 
@@ -76,17 +74,6 @@ def test_an_error_lists_every_problem():
         vit.weights.convert(state_dict, config=CONFIG)
     for part in ("missing keys: norm.bias", "unexpected keys: stranger", "wrong shapes: head.bias [3], expected [7]"):
         assert part in str(error.value)
-
-
-def raw(path, tensors):
-    """A safetensors file that claims shapes of float32 tensors and holds `data` for each."""
-    entries, data = {}, b""
-    for name, (shape, content) in tensors.items():
-        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
-        data += content
-    text = json.dumps(entries).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-    return path
 
 
 def test_thousands_of_tiny_blocks_are_refused_quickly(tmp_path):

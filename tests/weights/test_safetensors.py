@@ -2,27 +2,15 @@
 
 import hashlib
 import json
-import struct
 
 import pytest
 import torch
-from checkpoints import TINY, same
+from checkpoints import TINY, raw, same
 from helpers import randomize
 from layout_cases import _transformers
 
 import vit
 from vit.weights import CheckpointError
-
-
-def raw(path, tensors):
-    """A safetensors file that claims shapes of float32 tensors and holds `data` for each."""
-    entries, data = {}, b""
-    for name, (shape, content) in tensors.items():
-        entries[name] = {"dtype": "F32", "shape": shape, "data_offsets": [len(data), len(data) + len(content)]}
-        data += content
-    text = json.dumps(entries).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-    return path
 
 
 @pytest.mark.parametrize("shape", [[0], [10**17, 0], [2**63, 0], [3, 0, 5]])

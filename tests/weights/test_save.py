@@ -44,7 +44,7 @@ def test_saving_keeps_the_old_file_when_writing_fails(tmp_path, rectangular, mon
 
 
 def test_what_does_not_fit_the_model_is_not_saved(tmp_path, rectangular):
-    """A file that could not be read back, or would come back otherwise, is refused before anything is written."""
+    """A file that could not be read back, or would read back differently, is refused before anything is written."""
     original = rectangular.preprocessing
     for change, message in (
         (lambda: setattr(rectangular, "categories", ["a"]), "1 categories for 7 classes"),

@@ -8,7 +8,7 @@ import vit
 def test_paths_that_lead_nowhere(tmp_path, rectangular):
     (tmp_path / "empty").mkdir()
     for source, kind, message in (
-        (tmp_path / "empty", FileNotFoundError, "empty has none of model.safetensors"),
+        (tmp_path / "empty", FileNotFoundError, "empty holds none of model.safetensors"),
         (tmp_path / "gone.safetensors", FileNotFoundError, "gone.safetensors does not exist"),
         ("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", FileNotFoundError, "is written hf-hub:timm/vit_small"),
         ("vit_smal_patch16_224.augreg_in21k_ft_in1k", ValueError, "Did you mean 'vit_small_patch16_224.augreg_in21k"),
@@ -17,6 +17,8 @@ def test_paths_that_lead_nowhere(tmp_path, rectangular):
     ):
         with pytest.raises(kind, match=message):
             vit.load_pretrained(source)
+    with pytest.raises(ValueError, match="expected the name of a model, a file or a folder, got ''"):
+        vit.load_pretrained("")
     with pytest.raises(ValueError, match="revision='main' is for repositories on the Hub"):
         vit.load_pretrained(tmp_path / "empty", revision="main")
     with pytest.raises(ValueError, match="already contains a revision"):

@@ -91,7 +91,7 @@ def test_a_check_that_can_run_nothing_is_refused(tmp_path, model, monkeypatch):
 
 
 def test_check_reads_the_result_as_any_user_would(tmp_path, model, capsys):
-    """An npz file cannot hold that its GELU is the exact one: whoever loads it gets the other."""
+    """An npz file cannot hold that its GELU is the exact one, so its readers use the other."""
     source = vit.save_checkpoint(model, tmp_path / "a", layout="timm").parent
     assert "gelu" in convert_file(source, tmp_path / "b.npz", "augreg")["unsaid"]
     assert check_conversion.main([str(source), str(tmp_path / "b.npz")]) == 2
@@ -101,7 +101,7 @@ def test_check_reads_the_result_as_any_user_would(tmp_path, model, capsys):
 
 
 def test_what_was_assumed_is_reported(tmp_path, capsys):
-    """192 channels in 6 heads: nothing says so, and 3 are 64 wide; a check on 3 against 3 cannot see it."""
+    """192 channels in 6 heads, which no file states: 3 of width 64 are assumed, and a check of 3 with 3 passes."""
     wide = randomize(vit.ViT(TINY.override(embed_dim=192, num_heads=6, num_classes=1000))).eval()
     vit.save_checkpoint(wide, tmp_path / "a", layout="transformers")
     save_file(load_file(tmp_path / "a" / "model.safetensors"), tmp_path / "bare.safetensors")
@@ -184,7 +184,7 @@ def test_the_former_option_names_the_script(tmp_path, model, capsys):
 
 
 def test_an_optimized_model_is_named_first(tmp_path, capsys):
-    """Whatever else is wrong with the command."""
+    """Before anything else that is wrong with the command."""
     source = str(tmp_path / "a.safetensors")
     save_file({"x": torch.ones(1)}, source, {"vit.optimized": "{}"})
     assert main(["convert", source, str(tmp_path / "b.pth"), "--to", "vit"]) == 2
@@ -218,7 +218,7 @@ def test_compare(tmp_path, model):
 
 
 def test_settings_that_differ_say_whether_it_matters(tmp_path, model, default_checkpoint, capsys):
-    """The command that the README shows, and what it prints."""
+    """The command and its output in weights/README.md."""
     ours, theirs = str(tmp_path / "vit-s.safetensors"), str(tmp_path / "for-transformers")
     convert_file(default_checkpoint, ours, "vit")
     convert_file(ours, theirs, "transformers")  # where crop_pct is 224 / 248: as many pixels as 0.9 gives
