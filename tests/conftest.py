@@ -1,7 +1,7 @@
 """Fixtures that several files share."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of as many as there are cores: of the processes that it starts, too
@@ -37,6 +37,18 @@ def optimized_dtype(request: pytest.FixtureRequest) -> str:
     if reason := missing(request.param):
         pytest.skip(reason)
     return request.param
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[..., str]]:
+    """Register an attention for one test only; gives back its name."""
+    import vit
+
+    vit.attention_names()  # with which the kernels' names come
+    before = dict(vit.registry._registry)
+    yield lambda name, fn, **more: vit.register_attention(name, fn, overwrite=True, **more) or name
+    vit.registry._registry.clear()
+    vit.registry._registry.update(before)
 
 
 @pytest.fixture

@@ -123,10 +123,11 @@ def set_all(slots: Sequence[Attend], choice: Choice, calls: Sequence[Call], like
     """Set every slot; modules go to the device and floating dtype of `like`. Warns if trained attention is dropped."""
     if dropped := [str(slot.block) for slot in slots if slot.state_dict()]:
         warn(f"blocks {', '.join(dropped)}: the weights of their attention are dropped")
-    for slot, call in zip(slots, calls):
+    for slot, call in zip(slots, calls):  # all of them before the first slot changes: a module may refuse
         if isinstance(call.fn, nn.Module):  # complex buffers keep their dtype: `Module.to` would make them real
             call.fn._apply(lambda x: x.to(like.device, like.dtype if x.is_floating_point() else None))
             call.fn.train(slot.training)
+    for slot, call in zip(slots, calls):
         slot.set(choice, call, check)
 
 

@@ -224,7 +224,7 @@ def test_windows(load):
         kept = weights(sdpa, 38).where(found > 0, 0)
         assert difference(found, kept / kept.sum(dim=-1, keepdim=True)) <= FLOAT32
         alone = example.windowed(*qkv(38), grid=(5, 7), prefix=3, block=block, window=7)
-        assert (alone == sdpa(*qkv(38))).all() if block == 0 else difference(alone, sdpa(*qkv(38))) <= FLOAT32
+        assert difference(alone, sdpa(*qkv(38))) <= FLOAT32  # a bias of zeros may take another kernel than none
     bias = torch.randn(38, 38)
     whole = example.windowed(*qkv(38), bias=bias, grid=(5, 7), prefix=3, block=1, window=9)
     assert difference(whole, sdpa(*qkv(38), bias=bias)) <= FLOAT32

@@ -1,7 +1,9 @@
 """What several tests need: weights that hide no mistake, timm's twin of a config, and what "equal" means."""
 
+import re
 from collections.abc import Callable
 
+import pytest
 import torch
 from peers import timm_model
 from torch import Tensor, nn
@@ -11,6 +13,7 @@ import vit
 
 FLOAT32 = 1e-5  # max|a - b| <= FLOAT32 * max|b|, on logits and tokens
 GRADIENT = 2e-5
+MINI = vit.ViTConfig(img_size=56, patch_size=4, embed_dim=48, depth=2, num_heads=3, num_classes=5)  # 14 x 14, as at 224
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
@@ -58,3 +61,16 @@ def operations(call: Callable[[], object]) -> dict[str, int]:
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         call()
     return {event.key: event.count for event in profiler.key_averages()}
+
+
+def pixels(grid: tuple[int, int], count: int = 1, p: int = 4, seed: int = 1) -> Tensor:
+    """Noise that gives this grid of patches of side p."""
+    return images(count, 3, grid[0] * p, grid[1] * p, seed=seed)
+
+
+def refused_in_one_line(call: Callable[[], object], message: str) -> None:
+    """`call` raises a ValueError whose text matches and is one line."""
+    with pytest.raises(ValueError) as error:
+        call()
+    assert re.search(message, str(error.value)), str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,8 +1,11 @@
 """Our model against timm's, with the same weights through the key map: logits, tokens, gradients."""
 
+from itertools import permutations
+
 import pytest
 import torch
-from helpers import FLOAT32, GRADIENT, difference, images, ours_from, timm_twin
+from helpers import FLOAT32, GRADIENT, MINI, difference, images, ours_from, pixels, randomize, timm_twin
+from peers import build_peer
 
 import vit
 from vit.config import ViTConfig
@@ -174,3 +177,119 @@ def test_the_readmes_table():
     assert {row[1:3] for row in found} == {(dtype, name) for dtype in dtypes for name in ("sdpa", "reference")}
     for size, dtype, attention, ours, peer, bar in found:
         assert peer > 0 and ours <= bar, (size, dtype, attention, ours, peer)
+
+
+PRIMES = (7, 11, 13, 17, 19, 23)
+
+
+GRIDS = [
+    (14, 14), *((n, n) for n in PRIMES), *permutations(PRIMES, 2),
+    *((1, n) for n in (1, 2, 7, 13, 14, 23, 64)), *((n, 1) for n in (2, 7, 13, 14, 23, 64)),
+    (2, 2), (3, 2), (5, 9), (16, 10), (14, 9), (9, 14), (7, 28), (28, 7), (24, 24), (28, 28), (8, 40), (37, 3), (3, 37),
+]  # fmt: skip
+
+
+LAYER_SCALE = MINI.override(init_values=0.5)
+
+
+# The layout that a library reads, our config, and the rule of that library's model.
+PEERS = {
+    "timm": ("timm", MINI, "timm"),
+    "timm, a rectangle stored": ("timm", MINI.override(img_size=(28, 68), class_position=False), "timm"),
+    "ViTForImageClassification": ("transformers", MINI, "transformers"),
+    "ViTModel": ("transformers", MINI.override(num_classes=0), "transformers"),
+    "Dinov2Model": ("transformers_dinov2", LAYER_SCALE.override(num_classes=0), "transformers"),
+    "Dinov2ForImageClassification": (
+        "transformers_dinov2", LAYER_SCALE.override(global_pool="token_avg"), "transformers"
+    ),
+    "Dinov2WithRegistersModel": (
+        "transformers_dinov2_registers", LAYER_SCALE.override(num_classes=0, reg_tokens=3), "timm"
+    ),
+}  # fmt: skip
+
+
+def outputs(model: vit.ViT, x: torch.Tensor) -> torch.Tensor:
+    """What `build_peer` gives: logits, or tokens where there is no head."""
+    return model(x) if model.config.num_classes else model.forward_features(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("peer", PEERS)
+def test_every_grid_equals_other_peoples_models(peer):
+    layout, config, rule = PEERS[peer]
+    other = {"timm": "transformers", "transformers": "timm"}[rule]
+    model = randomize(vit.ViT(config.override(position_rule=rule))).eval()
+    wrong = vit.ViT(config.override(position_rule=other)).eval()
+    wrong.load_state_dict(model.state_dict())
+    theirs = build_peer(layout, vit.weights.convert(model.state_dict(), "vit", layout, model.config).state_dict, config)
+    assert len(set(GRIDS)) == len(GRIDS) >= 60
+    right, misses = {}, {}
+    for grid in GRIDS:
+        x = pixels(grid)
+        expected = theirs(x)
+        right[grid] = difference(outputs(model, x), expected)
+        misses[grid] = difference(outputs(wrong, x), expected)
+    worst = max(right, key=right.__getitem__)
+    assert right[worst] <= FLOAT32, f"{worst}: {right[worst]:.1e}"
+    seen = sum(miss > 100 * FLOAT32 for miss in misses.values())
+    assert seen >= 0.8 * len(GRIDS), f"another rule passes at {len(GRIDS) - seen} sizes"
+
+
+# Maps after some blocks
+
+
+DEEP = MINI.override(depth=4)
+
+
+MAPPED = {
+    "plain": DEEP,
+    "registers": DEEP.override(reg_tokens=3, class_position=False),
+    "norm after pooling": DEEP.override(global_pool="avg", fc_norm=True),
+    "layer scale": DEEP.override(init_values=0.5),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("name", MAPPED)
+def test_intermediates_equal_timm(name, norm):
+    config = MAPPED[name]
+    twin = timm_twin(config)
+    model = ours_from(twin, config)
+    for grid in ((14, 14), (9, 5), (1, 13), (17, 23)):
+        x = pixels(grid, count=2)
+        for asked in (None, [0, 2]):
+            theirs = twin.forward_intermediates(x, asked, norm=norm, intermediates_only=True, return_prefix_tokens=True)
+            ours = model.forward_intermediates(x, asked, norm=norm, return_prefix_tokens=True)
+            assert len(ours) == len(theirs) == (2 if asked else config.depth)
+            for our_pair, their_pair in zip(ours, theirs):
+                for one, other in zip(our_pair, their_pair, strict=True):
+                    assert difference(one, other) <= FLOAT32
+            for one, (other, _) in zip(model.forward_intermediates(x, asked, norm=norm), ours, strict=True):
+                assert torch.equal(one, other)
+    if name != "norm after pooling":
+        (one,), (other,) = (model.forward_intermediates(x, [-1], norm=either) for either in (norm, not norm))
+        assert difference(one, other) > 100 * FLOAT32
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_gradients_of_intermediates_equal_timm(norm):
+    config = MAPPED["registers"].override(num_classes=0)
+    twin = timm_twin(config)
+    model = ours_from(twin, config)
+    gradients = []
+    for net in (model, twin):
+        x = pixels((9, 5), count=2).requires_grad_()
+        options = {} if net is model else {"intermediates_only": True}
+        pairs = net.forward_intermediates(x, [1, 3], norm=norm, return_prefix_tokens=True, **options)
+        flat = [tensor for pair in pairs for tensor in pair]
+        sum((one * images(*one.shape, 1, seed=i)[..., 0]).sum() for i, one in enumerate(flat)).backward()
+        gradients.append({name: p.grad for name, p in net.named_parameters() if p.grad is not None} | {"": x.grad})
+    ours, theirs = gradients
+    assert difference(ours.pop(""), theirs.pop("")) <= GRADIENT
+    groups = sort_keys(vit.weights.LAYOUTS["timm"], dict(twin.named_parameters()), prefixed=False).groups
+    names = {key: name for name, (_, (key,)) in groups.items()}
+    assert {names[key] for key in theirs} == set(ours)
+    assert ("norm.weight" in ours) == norm
+    for key, gradient in theirs.items():
+        assert difference(ours[names[key]], gradient) <= GRADIENT, key
