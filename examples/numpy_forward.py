@@ -1,15 +1,15 @@
-"""The whole model once more in NumPy, to show that nothing is hidden: Eq. 1-4 of arXiv:2010.11929, one after another.
+"""The whole model again in NumPy, to show that nothing is hidden: Eq. 1-4 of arXiv:2010.11929 in order.
 
     python examples/numpy_forward.py -o numpy_forward.png
 
-Takes half a minute, most of it in `math.erf`, number by number. The weights are the bundled ones under our names; they
-have a class token but neither registers nor LayerScale, and images have the trained size. It prints
+Takes half a minute, most of it in `math.erf`, one number at a time. The weights are the bundled ones under our names:
+they have a class token, but neither registers nor LayerScale, and images have the trained size. It prints
 
     float64, 20 digits: within 1e-13 of PyTorch's largest logit
     float32, 360 digits: within 1e-05 of PyTorch's largest logit
-    99.17% of the held-out digits are read correctly
+    99.17% of the held-out digits are classified correctly
 
-and draws what the class token looks at in the last block (mean of the heads), and what the model makes of it.
+and draws where the class token looks in the last block (mean of the heads), and the model's probabilities.
 """
 
 import argparse
@@ -28,13 +28,13 @@ def linear(w: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarray:
 
 
 def norm(w: dict[str, np.ndarray], name: str, x: np.ndarray, eps: float) -> np.ndarray:
-    """LayerNorm: each token's D numbers to mean 0 and variance 1, then a scale and a shift for each channel."""
+    """LayerNorm: each token's D numbers get mean 0 and variance 1, then a scale and a shift per channel."""
     x = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + eps)
     return x * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
-    """Positive numbers that sum to 1 along the last axis."""
+    """Positive weights that sum to 1 along the last axis."""
     x = np.exp(x - x.max(axis=-1, keepdims=True))
     return x / x.sum(axis=-1, keepdims=True)
 
@@ -52,10 +52,10 @@ def forward(w: dict[str, np.ndarray], config: vit.ViTConfig, images: np.ndarray)
         weights = softmax(q @ k.swapaxes(2, 3) / math.sqrt(q.shape[3]))  # [B, A, T, T]
         heads = (weights @ v).swapaxes(1, 2).reshape(x.shape)  # [B, T, D], heads side by side
         x = x + linear(w, f"blocks.{i}.attention.proj", heads)  # [B, T, D]
-        hidden = linear(w, f"blocks.{i}.mlp.fc1", norm(w, f"blocks.{i}.norm2", x, config.eps))  # Eq. 3: each for itself
+        hidden = linear(w, f"blocks.{i}.mlp.fc1", norm(w, f"blocks.{i}.norm2", x, config.eps))  # Eq. 3: each alone
         hidden *= (1 + np.vectorize(math.erf, [x.dtype])(hidden / math.sqrt(2))) / 2  # GELU, [B, T, 4D]
         x = x + linear(w, f"blocks.{i}.mlp.fc2", hidden)  # [B, T, D]
-    return linear(w, "head", norm(w, "norm", x[:, 0], config.eps)), weights  # Eq. 4: the class token is the image
+    return linear(w, "head", norm(w, "norm", x[:, 0], config.eps)), weights  # Eq. 4: class token
 
 
 if __name__ == "__main__":
@@ -71,7 +71,7 @@ if __name__ == "__main__":
         theirs = model(images[:count].to(dtype)).numpy()
         assert np.abs(logits - theirs).max() < bound * np.abs(theirs).max()
         print(f"{logits.dtype}, {count} digits: within {bound} of PyTorch's largest logit")
-    print(f"{(logits.argmax(axis=1) == labels.numpy()).mean():.2%} of the held-out digits are read correctly")
+    print(f"{(logits.argmax(axis=1) == labels.numpy()).mean():.2%} of the held-out digits are classified correctly")
     figure, axes = plt.subplots(3, 5, figsize=(9, 5), subplot_kw={"xticks": [], "yticks": []}, layout="constrained")
     for i, column in enumerate(axes.T):
         column[0].imshow(images[i, 0], cmap="gray")

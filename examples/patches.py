@@ -1,9 +1,9 @@
-"""Draw what a Vision Transformer makes of an image at two sizes: pixels, patches, tokens.
+"""Draw how a Vision Transformer sees an image at two sizes: pixels, patches, tokens.
 
     python examples/patches.py [IMAGE] -o patches.png
 
 Takes two seconds. Without IMAGE it draws the astronaut that comes with scikit-image. The patches are cut from the
-tensors that `vit.create_transform` makes for ViT-S/16, and the numbers under them are read off the model.
+tensors that `vit.create_transform` makes for ViT-S/16, and the numbers above them come from the model.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from PIL import Image, ImageDraw, ImageFont
 
 import vit
 
-SIZES = [(224, 224), (288, 192)]  # (H, W): the size of the training, and another one that is not square
+SIZES = [(224, 224), (288, 192)]  # (H, W): the trained size, and another one that is not square
 GAP, MARGIN, TOKEN = 3, 24, 10
 INK, CLASS = (30, 30, 30), (20, 90, 240)
 
 
 def pixels(model: vit.ViT, image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """What the model sees at size (H, W), as a picture: the transform with its normalisation undone."""
+    """The model's input at size (H, W) as a picture: the transform with its normalisation undone."""
     tensor = vit.create_transform(model, size)(image)  # [3, H, W]
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.preprocessing.mean, model.preprocessing.std))
     return Image.fromarray(((tensor * std + mean) * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def cut(seen: Image.Image, p: int) -> list[Image.Image]:
-    """The patches of p x p pixels in reading order."""
+    """The patches of p x p pixels, in reading order."""
     return [seen.crop((x, y, x + p, y + p)) for y in range(0, seen.height, p) for x in range(0, seen.width, p)]
 
 
@@ -43,7 +43,7 @@ def spread(patches: list[Image.Image], columns: int, p: int) -> Image.Image:
 
 
 def line_up(patches: list[Image.Image], width: int) -> Image.Image:
-    """The sequence that the encoder reads: the class token, then each patch as one square of its mean colour."""
+    """The encoder's input sequence: the class token, then each patch as a square of its mean colour."""
     columns = width // (TOKEN + 2)
     count = 1 + len(patches)
     sheet = Image.new("RGB", (width, -(-count // columns) * (TOKEN + 2)), "white")

@@ -1,10 +1,10 @@
-"""Relative position bias: a learned number for each offset between two patches, added to their score.
+"""Relative position bias: a learned number for each offset between two patches, added to their attention score.
 
     python examples/relative_bias.py -o relative_bias.png
 
-Takes 40 seconds on two cores. As in Swin (arXiv:2103.14030), each head of each block has a table. Other grids resample
-it, bilinearly. The class token has no place and gets 0; the last block, of which nothing else is read, learns nothing.
-It draws the tables, and prints, of models without position embedding that were both fine-tuned alike,
+Takes 40 seconds on two cores. As in Swin (arXiv:2103.14030), each head of each block has a table. On other grids it is
+resampled bilinearly. The class token has no position and gets 0; the last block's table learns nothing, since only the
+class token is read there. It draws the tables, and prints, for two models without position embedding, fine-tuned alike,
 
     sdpa: 71.39% at 32x32, 47.22% at 24x40, 51.39% at 48x48
     relative_bias: 98.61% at 32x32, 94.72% at 24x40, 95.28% at 48x48
@@ -25,14 +25,14 @@ import vit
 
 
 class RelativeBias(nn.Module):
-    """Attention of one block, with a table [A, 2h - 1, 2w - 1]."""
+    """Attention of one block, with a table [A, 2h - 1, 2w - 1] of offsets."""
 
     def __init__(self, config: vit.ViTConfig, block: int) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.zeros(config.num_heads, *(2 * side - 1 for side in config.grid)))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, *, bias=None, grid: tuple, prefix: int) -> Tensor:
-        """`sdpa` with, as bias, what the table holds for the place of the one asked less that of the one who asks."""
+        """`sdpa` whose bias is the table's entry for the key's position minus the query's."""
         h, w = grid
         table = F.interpolate(self.table[None], (2 * h - 1, 2 * w - 1), mode="bilinear", align_corners=False)[0]
         y, x = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)  # each [N]
@@ -52,7 +52,7 @@ if __name__ == "__main__":
         model = vit.load_pretrained("vit_digits_patch4_32")
         model.position_embedding.requires_grad_(False)[:, 1:] = 0
         model.set_attention(attention)
-        # tables learn at 300 times the rate of weights, as scores are larger
+        # tables learn at 300 times the rate of the weights, since scores are larger
         rates = [{"params": [p], "lr": 0.3 if n.endswith("table") else 1e-3} for n, p in model.named_parameters()]
         sized = [prepare(model, images, (side, side)) for side in (16, 24, 32)]
         fine_tune(model, torch.optim.Adam(rates), sized, labels, epochs=4)

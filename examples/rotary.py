@@ -2,9 +2,10 @@
 
     python examples/rotary.py -o rotary.png
 
-Takes 40 seconds on two cores. Queries and keys turn with their row, in half of the channels, and column, in the other
-half; scores know differences of places only. The prefix does not turn. Rows and columns run from 0 to 8, the side of
-the trained grid, or by 1 ("counted"). It draws this and how offsets change the score of two equal tokens, and prints
+Takes 40 seconds on two cores. Queries and keys are rotated by their row in half of the channels and by their column in
+the other half, so scores depend on differences of positions only. The prefix is not rotated. Rows and columns run from
+0 to 8, the side of the trained grid, or in steps of 1 ("counted"). It draws the accuracies and the score of two equal
+tokens against their offset, and prints
 
                         16x16   24x24   32x32   24x40   48x48
     learned            98.89%  98.89%  99.17%  98.89%  99.72%
@@ -27,18 +28,18 @@ SIZES = ((16, 16), (24, 24), (32, 32), (24, 40), (48, 48))
 
 
 def rotate(x: Tensor, grid: tuple[int, int], prefix: int, span: float | None, base: float = 10) -> Tensor:
-    """[B, A, T, d] turned by place: channels 2i and 2i + 1 are a point in the plane, with a frequency of its own."""
-    frequencies = base ** -torch.linspace(0, 1, x.shape[3] // 4 + 1, device=x.device)[:-1]  # [d / 4], radians a patch
+    """[B, A, T, d] rotated by position: channels 2i and 2i + 1 are a point in the plane, with their own frequency."""
+    frequencies = base ** -torch.linspace(0, 1, x.shape[3] // 4 + 1, device=x.device)[:-1]  # [d / 4], radians per patch
     h, w = ((torch.arange(side, device=x.device) + 0.5) * (1 if span is None else span / side) for side in grid)
-    places = torch.cartesian_prod(h, w)[:, :, None]  # [N, 2, 1], row and column
-    angles = F.pad((places * frequencies).flatten(1), (0, 0, prefix, 0))  # [T, d / 2], 0 for the prefix
+    positions = torch.cartesian_prod(h, w)[:, :, None]  # [N, 2, 1], row and column
+    angles = F.pad((positions * frequencies).flatten(1), (0, 0, prefix, 0))  # [T, d / 2], 0 for the prefix
     a, b = x[..., ::2], x[..., 1::2]  # each [B, A, T, d / 2]
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
 
 
 def rotary(q: Tensor, k: Tensor, v: Tensor, *, bias=None, grid: tuple, prefix: int, span: float | None) -> Tensor:
-    """`sdpa` of turned queries and keys; rows and columns run from 0 to `span`, or by 1 where that is None."""
+    """`sdpa` of rotated queries and keys; rows and columns run from 0 to `span`, or in steps of 1 if it is None."""
     return vit.attention.sdpa(rotate(q, grid, prefix, span), rotate(k, grid, prefix, span), v, bias=bias)
 
 
@@ -61,8 +62,8 @@ if __name__ == "__main__":
         print(f"{name:<17}", *(f"{one:7.2%}" for one in accuracies), flush=True)
         left.plot([f"{h}x{w}" for h, w in SIZES], accuracies, "o-", label=name)
     figure.legend(loc="outside lower left", ncols=4, title="left: accuracy on held-out digits")
-    turned = rotate(torch.ones(1, 1, 225, 32), (15, 15), 0, None)[0, 0]  # [225, 32], the same token everywhere
+    rotated = rotate(torch.ones(1, 1, 225, 32), (15, 15), 0, None)[0, 0]  # [225, 32], the same token everywhere
     right.set(title="score of two equal tokens, by offset in patches")
-    scores, extent = (turned @ turned[112] / 32).view(15, 15), (-7.5, 7.5, 7.5, -7.5)
+    scores, extent = (rotated @ rotated[112] / 32).view(15, 15), (-7.5, 7.5, 7.5, -7.5)
     figure.colorbar(right.imshow(scores, extent=extent, vmin=-1, vmax=1, cmap="RdBu_r"))
     figure.savefig(output, dpi=110)

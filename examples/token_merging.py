@@ -1,10 +1,10 @@
-"""Fewer tokens block by block, without training: ToMe (arXiv:2210.09461) merges those that are alike.
+"""Fewer tokens block by block, without training: ToMe (arXiv:2210.09461) merges similar tokens.
 
     python examples/token_merging.py -o token_merging.png
 
-Takes half a minute on one core. The held-out digits have 64x64 pixels here, 257 tokens, and lose r in every block. A
-token made of n weighs as much as n in attention when log n is added to its scores, through the `bias` of `sdpa`; in
-brackets, what comes of leaving that out. Times are an image's, the picture shows what becomes one at r = 32. It prints
+Takes half a minute on one core. The held-out digits are resized to 64x64 pixels, 257 tokens, and lose r tokens in every
+block. A token merged from n counts as n in attention if log n is added to its scores, through the `bias` of `sdpa`; the
+figures in brackets leave that out. Times are per image; the picture shows the merged tokens at r = 32. It prints
 
     r = 0: 99.17% right, logits off by 0.0% (99.17% right, logits off by 0.0%), 257 tokens left, 9.7 ms, x 1.00
     r = 16: 99.17% right, logits off by 0.4% (98.89% right, logits off by 4.5%), 161 tokens left, 8.0 ms, x 0.82
@@ -22,10 +22,10 @@ import vit
 
 
 def match(k: torch.Tensor, r: int) -> torch.Tensor:
-    """Keys [B, T, d] -> [B, T], each token's number among the T - r: the r even ones most like an odd one join it."""
+    """Keys [B, T, d] -> [B, T], each token's index after merging the r even tokens that are most like an odd one."""
     k = k / k.norm(dim=-1, keepdim=True)
     scores = k[:, ::2] @ k[:, 1::2].mT  # [B, even, odd], cosines
-    scores[:, 0] = -torch.inf  # the class token joins none
+    scores[:, 0] = -torch.inf  # the class token is never merged
     best, mate = scores.max(dim=-1)  # each [B, even]
     gone = best.argsort(dim=-1, descending=True)[:, :r]  # [B, r]
     number = torch.ones(k.shape[:2], dtype=torch.int64).scatter(1, 2 * gone, 0).cumsum(dim=1) - 1  # [B, T]
@@ -33,7 +33,7 @@ def match(k: torch.Tensor, r: int) -> torch.Tensor:
 
 
 def merging(model: vit.ViT, images: torch.Tensor, r: int, weigh: bool = True) -> tuple[torch.Tensor, ...]:
-    """Logits; of how many tokens each that is left is made [B, T', 1]; in which one each is at the end [B, T]."""
+    """Logits; how many tokens each remaining one holds [B, T', 1]; the final index of each token [B, T]."""
     x = keys = model.embed(images)  # [B, T, D]
     sizes, places = torch.ones_like(x[:, :, :1]), torch.arange(x.shape[1]).expand(x.shape[:2])
 

@@ -1,20 +1,18 @@
-"""Train the checkpoint that ships with the package: a small Vision Transformer that reads handwritten digits.
+"""Train the checkpoint that ships with the package: a small Vision Transformer that classifies handwritten digits.
 
     python examples/train_digits.py
 
-takes four to five minutes on two CPU cores that do nothing else (longer on busy ones) and prints the accuracy on the
-held-out images last: 99.17 %.
+Takes four to five minutes on two idle CPU cores. The last line is the accuracy on the held-out images: 99.17 %.
 
 The data are scikit-learn's `load_digits`, 1,797 grey images of 8x8 pixels. 360 of them are held out by
 `train_test_split(test_size=360, stratify=labels, random_state=0)`: neither the training nor any choice of settings
-sees them, and nothing stops early, so the last line is an honest figure. Settings were chosen on another 360 images,
-taken from the remaining 1,437.
+uses them, and there is no early stopping. Settings were chosen on another 360 images, taken from the remaining 1,437.
 
-Every step has images of another size, square or not. The position embedding is resampled in every forward pass, and
-its gradient flows back through the resampling to the one stored grid, so one model learns to serve all sizes. The
-first half of the training sees images of 16x16 only: 16 patches are quick, and a start is all that they are for.
+In the second half of the training, each step draws an image size, square or not. The position embedding is resampled in
+every forward pass, and its gradient flows back through the resampling to the one stored grid, so one model learns all
+sizes. The first half uses 16x16 images only, because 16 patches are fast.
 
-The same command gives the same weights on the same machine; another number of threads adds in another order.
+The same command gives the same weights on the same machine; another number of threads changes the rounding.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ SHEET_COLUMNS = 20
 
 
 def load_split() -> tuple[list[Image.Image], Tensor, list[Image.Image], Tensor]:
-    """The training images and labels, then the held-out ones: 1,437 and 360 images of 8x8 pixels in mode "L"."""
+    """Training images and labels, then the held-out ones: 1,437 and 360 images of 8x8 pixels in mode "L"."""
     digits = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8], stored as 0..16
     split = train_test_split(pixels, digits.target, test_size=360, stratify=digits.target, random_state=0)
@@ -56,7 +54,7 @@ def load_split() -> tuple[list[Image.Image], Tensor, list[Image.Image], Tensor]:
 
 
 def write_heldout(images: list[Image.Image], labels: Tensor, folder: Path) -> None:
-    """Write the held-out images as one sheet, `heldout.png`, and their digits in the same order, `heldout.txt`."""
+    """Write the held-out images as one sheet, `heldout.png`, and their labels in the same order, `heldout.txt`."""
     folder.mkdir(parents=True, exist_ok=True)
     sheet = Image.new("L", (8 * SHEET_COLUMNS, 8 * math.ceil(len(images) / SHEET_COLUMNS)))
     for i, image in enumerate(images):
@@ -66,30 +64,30 @@ def write_heldout(images: list[Image.Image], labels: Tensor, folder: Path) -> No
 
 
 def prepare(model: vit.ViT, images: list[Image.Image], size: tuple[int, int]) -> Tensor:
-    """Images as the model expects them, squashed to size (H, W): [B, 3, H, W]."""
+    """Images as model input, squashed to size (H, W): [B, 3, H, W]."""
     transform = vit.create_transform(model, size=size, mode="squash")
     return torch.stack([transform(image) for image in images])
 
 
 def distort(images: Tensor) -> Tensor:
-    """Turn, stretch, slant and move each image of [B, 3, H, W] a little, each in a way of its own."""
+    """Rotate, stretch, shear and shift each image of [B, 3, H, W] a little, at random."""
     B = len(images)
 
     def uniform(limit: float) -> Tensor:
         return torch.empty(B).uniform_(-limit, limit)
 
-    angle, slant = uniform(math.radians(15)), uniform(0.15)
+    angle, shear = uniform(math.radians(15)), uniform(0.15)
     stretch_x, stretch_y = uniform(0.15).exp(), uniform(0.15).exp()
-    move_x, move_y = uniform(0.2), uniform(0.2)  # of half a side
-    row_x = torch.stack([angle.cos() * stretch_x, (slant - angle.sin()) * stretch_x, move_x], dim=1)
+    move_x, move_y = uniform(0.2), uniform(0.2)  # in half sides
+    row_x = torch.stack([angle.cos() * stretch_x, (shear - angle.sin()) * stretch_x, move_x], dim=1)
     row_y = torch.stack([angle.sin() * stretch_y, angle.cos() * stretch_y, move_y], dim=1)
-    places = F.affine_grid(torch.stack([row_x, row_y], dim=1), list(images.shape), align_corners=False)  # [B, H, W, 2]
-    # What comes in from outside is 0, so black has to be 0 while the images move; it is -1 for the model.
-    return F.grid_sample(images + 1, places, padding_mode="zeros", align_corners=False) - 1  # [B, 3, H, W]
+    grid = F.affine_grid(torch.stack([row_x, row_y], dim=1), list(images.shape), align_corners=False)  # [B, H, W, 2]
+    # Padding is 0, and black is -1 for the model: shift the values so that padding is black.
+    return F.grid_sample(images + 1, grid, padding_mode="zeros", align_corners=False) - 1  # [B, 3, H, W]
 
 
 def make_optimizer(model: vit.ViT) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: neither biases and norms nor the tokens and positions."""
+    """AdamW with weight decay on matrices only, not on biases, norms, tokens and positions."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
@@ -97,19 +95,19 @@ def make_optimizer(model: vit.ViT) -> torch.optim.AdamW:
 
 
 def make_batches(count: int, epochs: int) -> list[Tensor]:
-    """The numbers of the images in every batch of the training: each epoch in a new order, its ragged rest left out."""
+    """The image indices of every batch: each epoch in a new order, without its incomplete last batch."""
     return [b for _ in range(epochs) for b in torch.randperm(count).split(BATCH_SIZE) if len(b) == BATCH_SIZE]
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """The share of the highest learning rate: up in a line for a tenth of the steps, then half a cosine down to 0."""
+    """The factor on the learning rate: linear warm-up for a tenth of the steps, then a cosine down to 0."""
     warmup = steps // 10
     return min((step + 1) / (warmup + 1), (1 + math.cos(math.pi * max(0, step - warmup) / (steps - warmup))) / 2)
 
 
 def train(model: vit.ViT, images: list[Image.Image], labels: Tensor, epochs: int) -> None:
-    """Train for a fixed number of epochs, with images of a random size and slightly distorted in every step."""
-    # A new model's positions are too faint to tell where a stroke is; ten times as strong, it learns sooner.
+    """Train for a fixed number of epochs; each step distorts its images slightly and draws their size."""
+    # Larger than a new model's position embedding, ten times: it learns faster where a stroke is.
     nn.init.trunc_normal_(model.position_embedding, std=0.2)
     prepared = {size: prepare(model, images, size) for size in {*FIRST_SIZES, *SIZES}}
     batches = make_batches(len(images), epochs)
@@ -132,12 +130,12 @@ def train(model: vit.ViT, images: list[Image.Image], labels: Tensor, epochs: int
 def fine_tune(
     model: vit.ViT, optimizer: torch.optim.Optimizer, images: list[Tensor], labels: Tensor, epochs: int, rate: float = 1
 ) -> None:
-    """Train a few epochs more, at a size drawn for each step; what examples do that change a trained model.
+    """Train for a few more epochs, at a size drawn for each step; used by the examples that change a trained model.
 
     Args:
         model: any.
-        optimizer: of its parameters; its rates, times `rate`, are the highest that are reached.
-        images: for each size all of them, [B, 3, H, W].
+        optimizer: of its parameters; its learning rates times `rate` are the peak rates.
+        images: all images at each size, [B, 3, H, W].
         labels: [B].
     """
     batches = make_batches(len(labels), epochs)
@@ -152,7 +150,7 @@ def fine_tune(
 
 @torch.inference_mode()
 def count_right(model: vit.ViT, images: list[Image.Image], labels: Tensor, size: tuple[int, int]) -> int:
-    """How many images the model names correctly, squashed to size (H, W)."""
+    """How many images the model classifies correctly, squashed to size (H, W)."""
     return int((model(prepare(model, images, size)).argmax(dim=1) == labels).sum())
 
 
@@ -171,7 +169,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train, write the checkpoint and the held-out images, and say how many of them the model reads."""
+    """Train, write the checkpoint and the held-out images, and print the model's accuracy on them."""
     args = parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

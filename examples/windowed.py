@@ -1,9 +1,9 @@
-"""Windowed attention: patches attend within windows, which every other block shifts by half (Swin, arXiv:2103.14030).
+"""Windowed attention: patches attend within windows, shifted by half in every other block (Swin, arXiv:2103.14030).
 
     python examples/windowed.py -o windowed.png
 
-Takes 20 seconds on two cores. Windows are a bias of -inf between them for `sdpa`, which saves no time. The class token
-sees all and is seen by all. It draws how far a change of one patch gets, block by block, and prints
+Takes 20 seconds on two cores. A bias of -inf for `sdpa` separates the windows, which saves no time. The class token
+attends to all tokens, and all attend to it. It draws how far a change of one patch spreads, block by block, and prints
 
     no windows: 99.17%
     windows of 4x4: 95.28%
@@ -23,7 +23,7 @@ import vit
 
 
 def windows(grid: tuple[int, int], window: int, block: int) -> Tensor:
-    """[h, w], the number of each patch's window. Those at an edge are what is left there, and may be smaller."""
+    """[h, w], the number of each patch's window. Windows at an edge may be smaller."""
     row, column = ((torch.arange(n) + block % 2 * (window < n) * (window // 2)) // window for n in grid)
     return row[:, None] * (grid[1] + 1) + column
 
@@ -31,7 +31,7 @@ def windows(grid: tuple[int, int], window: int, block: int) -> Tensor:
 def windowed(
     q: Tensor, k: Tensor, v: Tensor, *, bias=None, grid: tuple, prefix: int, block: int, window: int
 ) -> Tensor:
-    """`sdpa` in which patches of different windows do not see each other."""
+    """`sdpa` in which patches of different windows do not attend to each other."""
     number = windows(grid, window, block).flatten().to(q.device)  # [N]
     apart = F.pad(number[:, None] != number, (prefix, 0, prefix, 0))  # [T, T], False in the prefix's rows and columns
     return vit.attention.sdpa(q, k, v, bias=torch.where(apart, -torch.inf, 0.0 if bias is None else bias).to(q.dtype))
@@ -39,7 +39,7 @@ def windowed(
 
 @torch.inference_mode()
 def reach(model: vit.ViT, image: Tensor, patch: slice = slice(8, 12)) -> list[Tensor]:
-    """For each block [h, w], how much the patches' tokens change when the pixels of patch (2, 2) are inverted."""
+    """For each block [h, w], the change of each patch's token when the pixels of patch (2, 2) are inverted."""
     changed = image.clone()
     changed[..., patch, patch] *= -1
     pairs = zip(model.forward_intermediates(image), model.forward_intermediates(changed))  # of [1, D, h, w]

@@ -1,10 +1,9 @@
 """Faster ways to compute the same numbers, each beside a plain twin that it is tested against.
 
-Importing this package registers the attention backends that it holds; `vit.attention` does so when it is asked for
-a name that it does not know.
+Importing this package registers its attention backends; `vit` imports it when it meets a name that is not registered.
 """
 
-if __name__ == "vit.kernels":  # transformers asks for a package `kernels`, and in a checkout finds this folder
+if __name__ == "vit.kernels":  # in a checkout, transformers imports this folder as `kernels`
     from vit.registry import register_attention
 
     from .attention.backends import BACKENDS, available, explain

@@ -1,4 +1,4 @@
-"""What every optimized model is: a ViT for inference, whose weights are frozen and lie as its machine wants them."""
+"""What all optimized models share: a ViT for inference, with frozen weights in the layout that its machine wants."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from vit.config import ViTConfig
 from vit.model import ViT
 from vit.packed import Packing
 
-GRIDS = 16  # of which the resampled position embeddings are kept
-PREFIX = {"token": 1, "dist": 2}  # how many of the first tokens a head reads, where it reads no others
+GRIDS = 16  # the number of grids whose resampled position embeddings are kept
+PREFIX = {"token": 1, "dist": 2}  # how many of the first tokens the head reads, if it reads no others
 
-Kinds = dict[str, tuple[list[int], torch.dtype]]  # by name, the shape and dtype of what a model is made of
+Kinds = dict[str, tuple[list[int], torch.dtype]]  # name -> shape and dtype of a tensor that a model is made of
 
 
 class OptimizedViT(ViT):
     """A model for inference that `vit.kernels.optimize` made.
 
-    It is called as `ViT` is, for any batch and any size. Gradients, training, and other devices and dtypes are refused.
+    It is called as `ViT` is, with any batch and any size. It refuses gradients, training, other devices and other
+    dtypes.
     """
 
-    optimized: str  # the dtype it computes in, as `optimize` calls it
+    optimized: str  # the name of the dtype it computes in, as `optimize` takes it
     mode: str
     _positions: dict[tuple[int, int], Tensor]
     _listed: Listing | None
 
     def __init__(self, config: ViTConfig, dtype: str, tensors: Mapping[str, Tensor], mode: str) -> None:
-        """An empty model, whose parts its kind takes from `tensors`."""
+        """A model without weights; subclasses make its parts from `tensors`."""
         with torch.device("meta"):
             super().__init__(config)
         self.optimized, self.mode = dtype, mode
@@ -44,14 +45,14 @@ class OptimizedViT(ViT):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """What it was made of, by name."""
+        """The tensors that it was made of, by name."""
 
     @abstractmethod
     def tokens_read(self) -> int | None:
-        """How many of the first tokens `forward` has the last block compute, where nobody looks inside; None: all."""
+        """How many of the first tokens `forward` computes in the last block, if no hooks are registered; None: all."""
 
     def read(self, images: Tensor) -> Tensor:
-        """[B, n, D] tokens of accepted images after the final norm: the n that `tokens_read` says, or all."""
+        """Accepted images -> [B, n, D], the first n = `tokens_read()` tokens after the final norm, or all."""
         x, packing, n = self.embed(images), Packing(self.grid_of(images)), self.tokens_read()
         if n is None:
             x, _ = self.encode(x, packing)  # [B, T, D]
@@ -62,17 +63,17 @@ class OptimizedViT(ViT):
         return self.norm(x)
 
     def accept(self, images: Tensor, ragged: str = "error") -> Tensor:
-        """As `ViT.accept`; ValueError where a gradient would be wanted, or autocast another dtype."""
+        """As `ViT.accept`; ValueError for images with gradients, and under autocast."""
         if torch.is_grad_enabled() and isinstance(images, Tensor) and images.requires_grad:
-            raise ValueError("an optimized model has no gradients: detach the images, or use the model it was made of")
+            raise ValueError("an optimized model has no gradients: detach the images, or use the original model")
         if isinstance(images, Tensor) and unpack_dual(images).tangent is not None:
-            raise ValueError("an optimized model has no forward-mode derivative: use the model it was made of")
+            raise ValueError("an optimized model has no forward-mode derivative: use the original model")
         if torch.is_autocast_enabled(self.class_token.device.type):
             raise ValueError(f"an optimized model computes in {self.optimized}, and autocast cannot change that")
         return super().accept(images, ragged)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """As `ViT.positions`, of the last grids from memory: weights do not change here."""
+        """As `ViT.positions`, kept for the last grids, since the weights do not change."""
         positions = self._positions.get(grid)
         if positions is None:
             positions = super().positions(grid)
@@ -84,11 +85,11 @@ class OptimizedViT(ViT):
         return positions
 
     def is_there(self, x: Tensor) -> bool:
-        """Is it computed, so that it can be kept for other calls?"""
+        """Whether it has been computed and so can be kept for other calls."""
         return True
 
     def listed(self) -> Listing:
-        """Its parts. Where some are no longer those that it had, what was kept of them is dropped."""
+        """Its parts. If some were replaced since the last call, what was kept of them is dropped."""
         if self._listed is None or not self._listed.holds():
             if self._listed is not None:
                 self.forget()
@@ -96,11 +97,11 @@ class OptimizedViT(ViT):
         return self._listed
 
     def forget(self) -> None:
-        """Drop what was computed once, and recorded."""
+        """Drop what is kept between calls: position embeddings, and CUDA graphs."""
         self._positions.clear()
 
     def set_attention(self, *args: Any, **keywords: Any) -> None:
-        """As `ViT.set_attention`, of whose weights and options nothing is trained either."""
+        """As `ViT.set_attention`; its weights and options get no gradients."""
         super().set_attention(*args, **{name: detached(value) for name, value in keywords.items()})
         for attend in self.attends:
             attend.requires_grad_(False)
@@ -109,40 +110,49 @@ class OptimizedViT(ViT):
     def train(self, mode: bool = True) -> OptimizedViT:
         """ValueError for training."""
         if mode:
-            raise ValueError("an optimized model cannot be trained: train the model it was made of")
+            raise ValueError("an optimized model cannot be trained: train the original model")
         super().train(False)
         return self
 
     def requires_grad_(self, requires_grad: bool = True) -> OptimizedViT:
         """ValueError for True."""
         if requires_grad:
-            raise ValueError("an optimized model has no gradients")
+            raise ValueError("an optimized model has no gradients: train the original model")
         return self
 
     def reset_classifier(self, num_classes: int) -> None:
         """ValueError."""
-        raise ValueError("an optimized model keeps its classifier: reset that of the model it was made of")
+        raise ValueError(
+            "an optimized model keeps its classifier: reset that of the original model, and optimize it again"
+        )
 
     def state_dict(self, *args: Any, **keywords: Any) -> dict[str, Any]:  # type: ignore[override]
         """ValueError: packed weights have no names of a checkpoint."""
-        raise ValueError("an optimized model is saved with vit.kernels.save; a checkpoint is made of the model before")
+        raise ValueError(
+            "an optimized model has no state dict: save it with vit.kernels.save, or save the original model"
+        )
 
     def load_state_dict(self, *args: Any, **keywords: Any) -> Any:
         """ValueError."""
-        raise ValueError("an optimized model takes no other weights: load them before, or use vit.kernels.load")
+        raise ValueError(
+            "an optimized model keeps its weights: load others into the original model, or use vit.kernels.load"
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OptimizedViT:  # .to(), .half() ...
         before, after = self.class_token, fn(self.class_token)
         if (before.device, before.dtype) != (after.device, after.dtype):
             raise ValueError(
-                f"an optimized model stays on {before.device} and in {before.dtype}: it cannot be moved to"
+                f"an optimized model stays in {before.dtype} on {before.device}: it cannot be moved to"
                 f" {after.dtype} on {after.device}"
             )
         return self
 
 
 class Listing:
-    """What a model has in it, which to find takes as long as a small model on a GPU; not the model, to let that go."""
+    """The modules and tensors of a model, listed once: to find them takes as long as a small model takes on a GPU.
+
+    It holds no reference to the model itself, so that the model is freed when its last user drops it.
+    """
 
     def __init__(self, model: ViT) -> None:
         self.modules, self.attends = [module for module in model.modules() if module is not model], model.attends
@@ -152,10 +162,10 @@ class Listing:
         self.parts = self._found()
 
     def __reduce__(self) -> tuple:
-        return type(None), ()  # copies list their own
+        return type(None), ()  # copies make their own
 
     def holds(self) -> bool:
-        """Are modules, parameters and buffers the same as when they were listed?"""
+        """Whether modules, parameters and buffers are the same as when they were listed."""
         found = self._found()
         return len(found) == len(self.parts) and all(map(is_, found, self.parts))
 
@@ -164,7 +174,7 @@ class Listing:
 
 
 def is_watched(model: ViT) -> bool:
-    """Does anybody look inside?"""
+    """Whether hooks are registered, or `vit.patch` is active."""
     if isinstance(model, OptimizedViT) and not torch.compiler.is_compiling():
         parts = model.listed()
         modules = [model, *parts.modules]
@@ -174,24 +184,24 @@ def is_watched(model: ViT) -> bool:
 
 
 def is_hooked(modules: Iterable[nn.Module]) -> bool:
-    """Does anybody look at one of them?"""
+    """Whether one of them has forward hooks."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 def detached(value: Any) -> Any:
-    """A tensor, or parameter, without gradients; anything else as it is."""
+    """A tensor or parameter without gradients; anything else unchanged."""
     if isinstance(value, nn.Parameter):
         return frozen(value.detach())
     return value.detach() if isinstance(value, Tensor) else value
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
-    """A parameter that is not trained."""
+    """A parameter without gradients."""
     return nn.Parameter(tensor, requires_grad=False)
 
 
 def float_tensors(model: ViT) -> dict[str, Tensor]:
-    """A model's weights, copied, LayerScale in those before it; not those that attention has of its own."""
+    """A copy of a model's weights, LayerScale folded into the layers before it, without those of its attention."""
     tensors = {name: x.detach().clone() for name, x in model.state_dict().items() if ".attend." not in name}
     for i in range(model.config.depth):
         for scale, layer in (("scale1", "attention.proj"), ("scale2", "mlp.fc2")):
@@ -203,7 +213,7 @@ def float_tensors(model: ViT) -> dict[str, Tensor]:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], expected: Kinds) -> None:
-    """ValueError for tensors that are not those of a model, by name, shape and dtype."""
+    """ValueError for tensors whose names, shapes or dtypes differ from the expected ones."""
     found = {name: (list(x.shape), x.dtype) for name, x in tensors.items()}
     for name in {**expected, **found}:
         if expected.get(name) != found.get(name):

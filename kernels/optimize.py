@@ -1,4 +1,4 @@
-"""`optimize`, from a model to the fastest one that gives its answers on this machine."""
+"""`optimize` makes a faster model for inference out of a model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from vit.attend import Attend
 from vit.attention import sdpa
-from vit.checks import unknown
-from vit.model import Residual, ViT
+from vit.checks import dtype_name, unknown
+from vit.model import ViT
 from vit.registry import choose, get_attention
 
 from . import gpu
@@ -30,19 +30,20 @@ MODES = ("latency", "throughput")
 
 def optimize(
     model: ViT,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     images: Tensor | Sequence[Tensor] | None = None,
     mode: str = "latency",
 ) -> OptimizedViT:
     """The same model for inference, faster.
 
     Args:
-        model: in eval mode, in float32, on the CPU or on an NVIDIA GPU, as the dtype wants it. It stays as it is.
-        dtype: on a CPU "float32", within the rounding errors of float32; or "int8", see `vit.kernels.cpu.int8`, which
-            needs a processor with VNNI; a byte is never NaN, so images with NaN get ordinary logits. On a GPU of
-            compute capability 8.0 "bfloat16" or "float16", by the fused kernels of `vit.kernels.gpu`; besides images in
-            the dtype it takes float32, and unsigned bytes as they come from a file.
-        images: for int8, what to calibrate on: 32 to 512 images like those to come, normalised as
+        model: in eval mode and in float32, on the CPU or on an NVIDIA GPU, whichever the dtype needs. It is not
+            changed.
+        dtype: by name or as a torch.dtype. On a CPU "float32", equal within the rounding errors of float32; or "int8",
+            see `vit.kernels.cpu.int8`, which needs a processor with VNNI and cannot hold NaN: images with NaN get
+            finite logits. On a GPU of compute capability 8.0 or higher "bfloat16" or "float16", see `vit.kernels.gpu`;
+            the model then takes images in that dtype, in float32, and as unsigned bytes, unnormalised.
+        images: for int8, the images to calibrate on: 32 to 512 images like those to come, normalised as
             `model.preprocessing` says, [n, C, H, W] or a list of [C, H, W].
             None: parts of seven photographs that ship with the package.
         mode: "latency", or on a GPU "throughput". On a GPU "latency" records the logits of small batches as a CUDA
@@ -53,15 +54,16 @@ def optimize(
         A model that is called as `model` is.
 
     Raises:
-        ValueError: a model that is optimized already, trains, or is elsewhere or in another dtype; an unknown dtype
-            or mode, a mode that the dtype does not have, or a dtype that this machine cannot run; images for float32,
-            too few, with NaN, or constant.
+        ValueError: a model that is already optimized, in training mode, on another device or in another dtype, or with
+            modules other than those of its config; an unknown dtype or mode, a mode that the dtype does not have, or a
+            dtype that this machine cannot run; images for another dtype than int8, too few, constant or with NaN.
     """
-    check(model, dtype)
+    dtype = dtype_name(dtype, DTYPES)
     check_mode(mode, dtype)
+    check(model, dtype)
     if dtype != "int8" and images is not None:
-        raise ValueError(f"images are to calibrate int8 on: {dtype} needs none")
-    with torch.no_grad():
+        raise ValueError(f"images are for calibrating int8, and dtype is {dtype}: leave out images")
+    with torch.no_grad(), torch.autocast(machine(dtype), enabled=False):
         fast = kind(dtype)(model.config, dtype, tensors_for(model, dtype, images), mode)
         better = choose(faster_attention(model, dtype), {})
     fast.preprocessing, fast.categories, fast.provenance = model.preprocessing, model.categories, model.provenance
@@ -74,7 +76,7 @@ def optimize(
 
 
 def kind(dtype: str) -> type[OptimizedViT]:
-    """What kind of model computes in a dtype."""
+    """The class of the models that compute in a dtype."""
     if dtype in cpu.BLOCKS:
         return cpu.CPUViT
     from .gpu.model import CUDAViT
@@ -83,7 +85,7 @@ def kind(dtype: str) -> type[OptimizedViT]:
 
 
 def tensors_for(model: ViT, dtype: str, images: Tensor | Sequence[Tensor] | None) -> dict[str, Tensor]:
-    """What the optimized model is made of."""
+    """The tensors that the optimized model is made of, by name."""
     if dtype == "float32":
         return float_tensors(model)
     if dtype == "int8":
@@ -94,64 +96,53 @@ def tensors_for(model: ViT, dtype: str, images: Tensor | Sequence[Tensor] | None
 
 
 def faster_attention(model: ViT, dtype: str) -> str:
-    """The backend that is to stand where "sdpa" does, which computes the same."""
+    """The name of the backend that replaces "sdpa", which gives the same numbers."""
     if dtype == "int8" and int8.multiplies_bfloat16():
         return "bmm"
     if dtype not in gpu.DTYPES:
         return "sdpa"
     (h, w), A, d = model.config.grid, model.config.num_heads, model.config.embed_dim // model.config.num_heads
     T, weights = model.config.num_prefix_tokens + h * w, model.class_token
-    random = torch.Generator(weights.device).manual_seed(0)  # nobody else's numbers change
+    random = torch.Generator(weights.device).manual_seed(0)  # leaves the global generator alone
     qkv = torch.randn(16, T, 3, A, d, dtype=gpu.DTYPES[dtype], device=weights.device, generator=random)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [16, A, T, d]
     if flash.refusal(q, k, v) is not None:
         return "sdpa"
     if not weights.is_cuda:
         return "triton"
-    from .gpu.tuning import choose
+    from .gpu import tuning
 
-    return choose(
-        f"attention {[T, A, d]}", q, {name: partial(get_attention(name), q, k, v) for name in ("triton", "sdpa")}
-    )
+    calls = {name: partial(get_attention(name), q, k, v) for name in ("triton", "sdpa")}
+    return tuning.choose(f"attention {[T, A, d]}", q, calls)
 
 
 def check(model: object, dtype: str) -> None:
     """ValueError for what `optimize` does not take."""
-    if not isinstance(dtype, str):
-        raise ValueError(f"expected a dtype's name, {', '.join(DTYPES)}, not {type(dtype).__name__}")
-    if dtype not in DTYPES:
-        raise ValueError(unknown("dtype", dtype, DTYPES))
     if not isinstance(model, ViT):
-        raise ValueError(f"expected a vit.ViT, not {type(model).__name__}: optimize a model as it was before compiling")
+        raise ValueError(f"expected a vit.ViT, not {type(model).__name__}: optimize the model before compiling it")
     if isinstance(model, OptimizedViT):
-        raise ValueError(f"the model is optimized already, to {model.optimized}: take the one it was made of")
+        raise ValueError(f"the model is already optimized, to {model.optimized}: optimize the original model")
     if model.training:
-        raise ValueError("the model is in training mode, and what is optimized only infers: call model.eval() before")
+        raise ValueError("the model is in training mode, and an optimized model only infers: call model.eval() first")
     device = machine(dtype)
-    if torch.is_autocast_enabled(device):
-        raise ValueError("autocast would round what the optimized model is made of: leave it first")
     for name, parameter in model.named_parameters():
         if parameter.device.type != device:
-            raise ValueError(f"{dtype} is for a model on {device}, and this one's {name} is on {parameter.device}")
+            raise ValueError(f"{dtype} needs a model on {device}, and its {name} is on {parameter.device}")
         if parameter.dtype != torch.float32:
-            raise ValueError(
-                f"{dtype} is made from a model in torch.float32, and this one's {name} is {parameter.dtype}"
-            )
+            raise ValueError(f"{dtype} is made from a model in torch.float32, and its {name} is {parameter.dtype}")
         if not torch.isfinite(parameter).all():
             raise ValueError(f"{name} has values that are not finite")
-    check_parts(model)
+    check_modules(model)
     if reason := missing(dtype, model.class_token.device):
         raise ValueError(f"this machine cannot run {dtype}: {reason}")
-    if dtype == "int8" and model.config.mlp_dim < 2:
-        raise ValueError("int8 is for models whose mlp_dim is at least 2, not 1: its channels are parted")
     widths = {"embed_dim": model.config.embed_dim, "mlp_dim": model.config.mlp_dim}
     for name, width in widths.items() if dtype in gpu.DTYPES else ():
         if width % 8:
-            raise ValueError(f"{dtype} is for models whose {name} is a multiple of 8, not {width}")
+            raise ValueError(f"{dtype} needs a model whose {name} is a multiple of 8, not {width}")
 
 
 def check_mode(mode: str, dtype: str) -> None:
-    """ValueError for an unknown mode, or for one that a known dtype does not have."""
+    """ValueError for an unknown mode, or for one that this dtype does not have."""
     if mode not in MODES:
         raise ValueError(unknown("mode", mode, MODES))
     if mode == "throughput" and dtype not in gpu.DTYPES:
@@ -160,48 +151,37 @@ def check_mode(mode: str, dtype: str) -> None:
         )
 
 
+def check_modules(model: ViT) -> None:
+    """ValueError for modules, a forward or hooks that a user has put in, whose work would be lost."""
+    with torch.device("meta"):
+        expected = dict(ViT(model.config).named_modules())
+    for name, module in model.named_modules():
+        if ".attend." in name:  # attention's own module, which is kept
+            continue
+        found, wanted = describe(module), describe(expected.get(name))
+        if found != wanted:
+            cure = "use model.reset_classifier" if name == "head" else "merge it into the model's weights"
+            raise ValueError(f"{name or 'the model'} is {found}, expected {wanted}: its work would be lost; {cure}")
+        if getattr(module.forward, "__func__", None) is not type(module).forward:
+            raise ValueError(f"the forward of {name or 'the model'} was replaced: its work would be lost")
+    if is_watched(model):
+        raise ValueError("the model has hooks, whose work would be lost: remove them, or leave vit.patch, first")
+
+
+def describe(module: nn.Module | None) -> str:
+    """A module's class and settings, such as its width and eps, but not the attention that was set."""
+    if module is None:
+        return "nothing"
+    kind = f"{type(module).__module__}.{type(module).__name__}"
+    return kind if isinstance(module, Attend) else f"{kind}({module.extra_repr()})"
+
+
 def machine(dtype: str) -> str:
-    """Where models of a dtype run: on "cuda" or on the "cpu", as those for a GPU do in Triton's interpreter."""
+    """The type of device that runs models of a dtype. In Triton's interpreter those for a GPU run on a CPU."""
     on_gpu = dtype in gpu.DTYPES and not (flash.installed() and flash.kernels().INTERPRETED)
     return "cuda" if on_gpu else "cpu"
 
 
 def missing(dtype: str, device: torch.device) -> str | None:
-    """What a machine lacks for a dtype; None where it lacks nothing."""
+    """What this machine lacks for a dtype; None if nothing."""
     return gpu.missing(dtype, device) if dtype in gpu.DTYPES else cpu.missing(dtype)
-
-
-def check_parts(model: ViT) -> None:
-    """ValueError for a model with other parts than `ViT` has, whose work would be lost."""
-    with torch.device("meta"):
-        parts = dict(ViT(model.config).named_modules())
-    for name, module in model.named_modules():
-        if ".attend.fn" not in name:  # which goes along as it is
-            check_part(name or "the model", module, parts.get(name))
-    for attend in model.attends:
-        if attend.fn is not attend.source and not isinstance(attend.fn, nn.Module):
-            raise ValueError(f"block {attend.block} attends by what set_attention did not set: set it so")
-    if is_watched(model):
-        raise ValueError("the model has hooks, which would be lost: remove them, or leave vit.patch, first")
-
-
-def check_part(name: str, module: nn.Module, expected: nn.Module | None) -> None:
-    """ValueError for a module that is not as it was made: another kind, a method or a setting of its own, a buffer."""
-    cure = ": use model.reset_classifier, and copy the weights" if name == "head" else ""
-    if type(module) is not type(expected):
-        wanted = "none" if expected is None else type(expected).__name__
-        raise ValueError(f"{name} is {type(module).__name__}, expected {wanted}{cure}")
-    for key, value in vars(module).items():
-        method = getattr(type(module), key, None)
-        if callable(method) and getattr(value, "__func__", None) is not method:
-            raise ValueError(f"{name} has a {key} of its own, which would be lost: make the model without it")
-    if module._buffers:
-        raise ValueError(f"{name} has a buffer {next(iter(module._buffers))}, which would be lost")
-    if isinstance(module, (Attend, Residual)):  # what was set is kept; the rate matters in training only
-        return
-    for key, value in vars(expected).items():  # eps, num_heads, stride ...
-        found = getattr(module, key, None)
-        simple = isinstance(value, (int, float, str, tuple)) and key[0] != "_" and key != "training"
-        if (simple and found != value) or (key in ("scale1", "scale2") and found is not None):
-            text = "a tensor" if isinstance(found, Tensor) else repr(found)
-            raise ValueError(f"{name}.{key} is {text}, expected {value!r}, as the config says{cure}")

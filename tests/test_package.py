@@ -1,4 +1,4 @@
-"""What is installed: one top-level name, everything in it, nothing that the model does not need."""
+"""What is installed: one top-level name with everything in it, its version and types, and imports that stay light."""
 
 import re
 import subprocess
@@ -16,7 +16,7 @@ def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
     copy = tmp_path_factory.mktemp("source") / "repository"
     files = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    for name in files.stdout.splitlines():  # a copy: building leaves files beside the sources
+    for name in files.stdout.splitlines():  # of a copy, since building writes files beside the sources
         if (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes((ROOT / name).read_bytes())
@@ -43,21 +43,32 @@ def test_wheel_content(wheel):
 
 
 def test_an_installed_wheel_runs_outside_the_repository(wheel, tmp_path):
-    """Unpacked by itself, without the repository on the path: `vit.weights` and `vit.kernels` come from the wheel."""
+    """Unpacked on its own, without the repository on the path: all three packages, and the version, are the wheel's."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     code = (
         "import vit, vit.weights, vit.kernels, sys; model = vit.load_pretrained('vit_digits_patch4_32');"
-        "print(vit.weights.__file__); print(vit.kernels.__file__); print(model.config.num_classes)"
+        "print(vit.weights.__file__); print(vit.kernels.__file__); print(model.config.num_classes, vit.__version__)"
     )
     start = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); "
     done = subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    weights, kernels, classes = done.stdout.split()
+    weights, kernels, classes, found = done.stdout.split()
     assert weights.startswith(str(tmp_path)) and kernels.startswith(str(tmp_path)) and classes == "10"
+    assert found == version()
 
 
-def test_somebody_else_may_import_the_folder_kernels():
-    """As transformers does, where its process stands in a checkout, in search of a package of that name."""
+def version() -> str:
+    """The version that pyproject.toml states."""
+    return re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+
+
+def test_the_changelog_has_the_version():
+    versions = re.findall(r"^## \[(\d.*)\] - \d{4}-\d{2}-\d{2}$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert versions[0] == version()
+
+
+def test_importing_the_folder_kernels_does_nothing():
+    """transformers looks for a package `kernels`, and finds this folder when it runs in a checkout."""
     code = "import vit.kernels, kernels, sys; print([name for name in sys.modules if name.startswith('kernels')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "['kernels']", done.stderr
@@ -74,8 +85,8 @@ def test_a_missing_vit_weights_says_how_to_install_it():
     assert "vit.weights is not installed: run `pip install -e .`" in done.stderr
 
 
-def test_loading_and_optimizing_leave_pytorchs_compiler_out():
-    """Which takes two seconds to import, at every start."""
+def test_loading_and_optimizing_do_not_import_pytorchs_compiler():
+    """It takes two seconds to import."""
     code = "import sys, vit; vit.kernels.optimize(vit.load_pretrained('vit_digits_patch4_32'))"
     code += "; print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -85,21 +96,20 @@ def test_loading_and_optimizing_leave_pytorchs_compiler_out():
 def test_importing_vit_stays_light():
     code = "import sys, vit; print(' '.join(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
+    assert "vit.model" in loaded
     for heavy in ("safetensors", "huggingface_hub", "timm", "torchvision", "vit.weights", "vit.kernels"):
         assert heavy not in loaded, heavy
 
 
-def test_only_tests_and_examples_import_other_peoples_models():
+def test_only_tests_and_examples_import_other_libraries_models():
     for folder in ("vit", "weights", "kernels"):
         for file in (ROOT / folder).rglob("*.py"):
-            if file == ROOT / "weights" / "peers.py":  # which `vit convert --check` asks for, and only it
-                continue
             others = r"^\s*(?:import|from) (timm|torchvision|transformers|sklearn|skimage)\b"
             assert not re.findall(others, file.read_text(), re.M), file
 
 
 def test_arrows_run_one_way():
-    """The model knows neither its checkpoints nor its kernels, but for the three places that look up, lazily."""
+    """The model knows neither checkpoints nor kernels, except for three places that import them on first use."""
     may_look_up = {"vit/__init__.py", "vit/registry.py"}
     for file in (ROOT / "vit").rglob("*.py"):
         name = file.relative_to(ROOT).as_posix()

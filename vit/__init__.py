@@ -1,4 +1,4 @@
-"""A Vision Transformer Small in plain PyTorch: any resolution, attention that is replaced in one line.
+"""A Vision Transformer Small in plain PyTorch: any resolution, and attention that one line replaces.
 
 model = vit.load_pretrained("vit_small_patch16_224.augreg_in21k_ft_in1k")
 transform = vit.create_transform(model)
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from vit import kernels, weights
     from vit.weights import load_pretrained, save_checkpoint
 
+    __version__: str
+
 __all__ = [
     "FeaturePyramid", "Preprocessing", "Provenance", "ViT", "ViTConfig", "attention_maps", "attention_names",
     "create_model", "create_transform", "kernels", "list_models", "load_image", "load_pretrained", "patch", "record",
@@ -30,7 +32,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What the model does not need is imported when it is first asked for: `vit.weights` and `vit.kernels`."""
+    """Import what the model does not need on first use: `vit.weights`, `vit.kernels`, and the version."""
+    if name == "__version__":
+        return import_module("importlib.metadata").version("vit-small")
     if name in ("load_pretrained", "save_checkpoint"):
         return getattr(_import("vit.weights"), name)
     if name in ("weights", "kernels"):
@@ -48,6 +52,6 @@ def _import(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        # The folders weights/ and kernels/ stand beside vit/ and become vit.weights and vit.kernels on installing.
+        # The folders weights/ and kernels/ lie beside vit/ and become vit.weights and vit.kernels when installed.
         hint = f"{name} is not installed: run `pip install -e .` in the repository"
         raise ModuleNotFoundError(hint, name=name) from None

@@ -114,7 +114,7 @@ class Attend(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state if "choice" in state else _from_version_1(state))
+        super().__setstate__(state if "choice" in state else _from_version_0_1(state))
         if "fn" not in self.__dict__ and "fn" not in self._modules:
             self.fn = self.choice.source
 
@@ -136,7 +136,7 @@ def describe(out: object) -> str:
     return f"{out.dtype} {list(out.shape)} on {out.device}" if isinstance(out, Tensor) else type(out).__name__
 
 
-def _from_version_1(state: dict[str, Any]) -> dict[str, Any]:
+def _from_version_0_1(state: dict[str, Any]) -> dict[str, Any]:
     """The state of an `Attend` that was pickled before `Choice` existed."""
     state = dict(state)
     choice = choose(state.pop("source", None) or state["name"], state["options"])

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 AttentionFunction = Callable[..., Tensor]
 AttentionFactory = Callable[..., nn.Module]
+AttentionLike = str | AttentionFunction | AttentionFactory  # what `set_attention` takes; a string is a name
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:

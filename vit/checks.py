@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+import torch
+
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """The error text for an unknown `name` of some `kind`: the nearest known name, then all of them."""
@@ -14,6 +16,15 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     nearest = get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return f"unknown {kind} {name!r}.{hint} Known: {', '.join(known) or 'none'}."
+
+
+def dtype_name(dtype: object, known: Iterable[str]) -> str:
+    """The name, such as "bfloat16", of one of the `known` dtypes, given as a torch.dtype or by name."""
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    known = list(known)
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(unknown("dtype", name if isinstance(name, str) else type(name).__name__, known))
+    return name
 
 
 def as_pair(value: object, name: str) -> tuple[int, int]:
@@ -52,6 +63,14 @@ def require_float(name: str, value: object, above: float | None = None) -> None:
         raise ValueError(f"{name} must be a finite number, not {repr(value)[:40]}")
     if above is not None and value <= above:
         raise ValueError(f"{name} must be above {above}, not {value!r}")
+
+
+def as_dtype(dtype: object) -> torch.dtype:
+    """A floating dtype, given as torch.bfloat16 or by its name, "bfloat16"."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be a floating dtype such as torch.bfloat16 or 'bfloat16', not {dtype!r}")
+    return found
 
 
 def as_numbers(name: str, one: str, numbers: object, count: int) -> list[int]:

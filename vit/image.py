@@ -1,7 +1,8 @@
 """From an image file to the tensor that a model was trained on.
 
-An image is read, turned upright, brought to the model's channels, resized by Pillow's antialiased filters, cropped and
-normalised. Rounding and order of operations are those of timm's evaluation transform, which this equals bit for bit.
+An image is read, turned upright, converted to the model's channels, resized with Pillow's antialiased filters, cropped
+and normalised. Rounding and order of operations are those of timm's evaluation transform, to which this is equal bit
+for bit.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ MODES = ("crop", "squash", "native")
 
 _OPENING = threading.Lock()
 
-# What undoes each value of EXIF's orientation tag; 1 is upright.
+# What undoes each value of EXIF's orientation tag; 1 means upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,11 +44,11 @@ _UPRIGHT = {
 
 
 class ImageError(ValueError):
-    """An image file that cannot be used: one line that names the path and the reason."""
+    """An image file that cannot be used; the message is one line with the path and the reason."""
 
 
 def load_image(path: str | os.PathLike) -> Image.Image:
-    """Open an image file and decode all of it (the first frame, where there are several).
+    """Open an image file and decode all of it (the first frame, if there are several).
 
     Args:
         path: a file in any format that Pillow reads.
@@ -56,8 +57,8 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         The image as stored, in the file's own mode and not yet turned upright; the file is closed.
 
     Raises:
-        ImageError: no such file, a directory, an empty, truncated or broken file, no image at all, or one of more than
-            `PIL.Image.MAX_IMAGE_PIXELS` pixels, which is refused before it is decoded.
+        ImageError: no such file, a directory, an empty, truncated or broken file, not an image, or an image of more
+            than `PIL.Image.MAX_IMAGE_PIXELS` pixels, which is refused before it is decoded.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ImageError(f"expected the path of an image file, not {type(path).__name__}")
@@ -74,8 +75,8 @@ def load_image(path: str | os.PathLike) -> Image.Image:
 
 
 def _open(path: str | os.PathLike) -> Image.Image:
-    """Read an image's header, without the warning that Pillow gives before it refuses twice as many pixels."""
-    # Filters of warnings belong to the whole process: one thread at a time.
+    """Read an image's header without Pillow's warning about large images: `load_image` has a limit of its own."""
+    # Warning filters are shared by the whole process, so only one thread at a time may change them.
     with _OPENING, warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(path)
@@ -84,31 +85,33 @@ def _open(path: str | os.PathLike) -> Image.Image:
 def _reason(path: str | os.PathLike, error: Exception) -> str:
     """Why a file could not be loaded, on one line."""
     if isinstance(error, Image.DecompressionBombError):
-        pixels, *_ = re.findall(r"\d+", str(error)) or ["too many"]  # the exception has the number in its text only
+        pixels, *_ = re.findall(r"\d+", str(error)) or ["too many"]  # the exception has the number only in its text
         return f"it has {pixels} pixels, more than the limit of {Image.MAX_IMAGE_PIXELS} (PIL.Image.MAX_IMAGE_PIXELS)"
     if isinstance(error, UnidentifiedImageError):
         return "it is not an image that Pillow can read" if Path(path).stat().st_size else "the file is empty"
-    if isinstance(error, OSError) and error.strerror:  # the system's own: no such file, a directory, not permitted
+    if (
+        isinstance(error, OSError) and error.strerror
+    ):  # the system's own reason: no such file, a directory, no permission
         return error.strerror
     return f"it cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Turn an image upright, as its EXIF or XMP orientation says, and bring it to 8 bits and a number of channels.
+    """Turn an image upright, as its EXIF or XMP orientation says, and convert it to 8 bits and a number of channels.
 
-    Conversion is Pillow's. Alpha is dropped, not blended: what lies under transparent pixels shows, as with timm.
-    16-bit grey is scaled by 1/257 and rounded first, since Pillow's own conversion would clip it at 255. An orientation
-    in a damaged EXIF block that Pillow cannot read counts as upright.
+    Conversion is Pillow's. Alpha is dropped, not blended: the colours under transparent pixels show, as in timm.
+    16-bit grey is first scaled by 1/257 and rounded, since Pillow's own conversion would clip it at 255. If Pillow
+    cannot read a damaged EXIF block, the image counts as upright.
 
     Args:
-        image: of any mode but 32-bit "I" and "F".
+        image: in any mode except the 32-bit modes "I" and "F".
         channels: 3 for "RGB", 1 for "L".
 
     Returns:
-        The converted image, or `image` itself where there is nothing to do; `image` is never changed.
+        The converted image, or `image` itself if there is nothing to convert; `image` is never changed.
 
     Raises:
-        ValueError: not a PIL image, one without pixels, a mode that cannot be converted, or other channels.
+        ValueError: not a PIL image, an image without pixels, a mode that cannot be converted, or other channels.
     """
     mode = _mode_for(channels)
     if not isinstance(image, Image.Image):
@@ -126,19 +129,19 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
         )
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)  # [H, W] in 0..65535, in this machine's byte order
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))  # 257 is odd, so there are no ties
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))  # 257 is odd, so nothing lies halfway
     if image.mode == mode:
         return image
-    if "transparency" in image.info:  # dropped by the conversion in any case, but for some palettes with a warning
+    if "transparency" in image.info:  # the conversion drops it anyway, for some palettes with a warning
         image = image.copy()
         del image.info["transparency"]
-    if image.mode == "LAB":  # Pillow has no way from here to grey
+    if image.mode == "LAB":  # Pillow cannot convert it to grey directly
         image = image.convert("RGB")
     return image.convert(mode)
 
 
 def _mode_for(channels: int) -> str:
-    """Pillow's mode for a number of channels; raises ValueError where there is none."""
+    """Pillow's mode for a number of channels; ValueError if there is none."""
     if channels not in (1, 3):
         raise ValueError(
             f"images can be made into 1 or 3 channels, not {channels!r}: make the [{channels}, H, W] tensor yourself,"
@@ -148,12 +151,12 @@ def _mode_for(channels: int) -> str:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Undo the orientation in an image's EXIF or XMP block; the image itself where there is none.
+    """Undo the orientation in an image's EXIF or XMP block; the image itself if it is upright.
 
-    Not `ImageOps.exif_transpose`, because that also copies images that stand upright, and writes the EXIF block anew,
-    which fails on some damaged ones that can be read.
+    Not `ImageOps.exif_transpose`, because that also copies upright images and rewrites the EXIF block, which fails for
+    some damaged blocks that can be read.
     """
-    image.load()  # only then do all formats know their orientation; TIFF applies its own here
+    image.load()  # some formats know their orientation only now; TIFF applies its own here
     try:
         method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # no TIFF header, among others: Pillow says SyntaxError
@@ -161,34 +164,34 @@ def _upright(image: Image.Image) -> Image.Image:
     if method is None:
         return image
     image = image.transpose(method)
-    image.info = {}  # nothing says any more that it is to be turned
+    image.info = {}  # so that it is not turned again
     return image
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Makes a PIL image the tensor that a model expects; `create_transform` builds and checks it.
+    """Turns a PIL image into the tensor that a model expects; `create_transform` builds and checks it.
 
     `transform(image)` takes a PIL image of any size and returns [C, H, W] float32, normalised, on the CPU. It raises
-    ValueError for what `to_mode` refuses, for an image that would make more than `max_tokens` patches, for one so long
-    and thin that resizing it would make more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, and in "native" for one with a
-    side of less than half a patch.
+    ValueError if `to_mode` does; if the image would make more than `max_tokens` patches; if it is so long and thin that
+    resizing would make more than `PIL.Image.MAX_IMAGE_PIXELS` pixels; and in "native" if a side is shorter than half a
+    patch.
     """
 
     mode: str  # one of MODES
-    size: tuple[int, int] | int | None  # (H, W); in "native" the short side, or None for the image's own
+    size: tuple[int, int] | int | None  # (H, W); in "native" the short side, or None for the image's own size
     patch_size: int  # in pixels; H and W are multiples of it
     mean: tuple[float, ...]  # per channel, for pixels in [0, 1]
     std: tuple[float, ...]
     interpolation: str  # one of vit.metadata.INTERPOLATIONS
-    crop_pct: float | None  # in "crop": the image is first resized to cover size / crop_pct; else None
+    crop_pct: float | None  # in "crop" the image is first resized to cover size / crop_pct; else None
     max_tokens: int | None = None  # the most patches that an image may have
 
     def __call__(self, image: Image.Image) -> Tensor:
         return self.normalise(self.view(image))
 
     def view(self, image: Image.Image) -> Image.Image:
-        """What the model sees of an image: upright, resized and cropped, its sides made of whole patches."""
+        """The part of an image that the model sees: upright, resized and cropped to whole patches."""
         image = to_mode(image, len(self.mean))
         height, width = self.resized_size(image.height, image.width)
         if height * width > (Image.MAX_IMAGE_PIXELS or math.inf):
@@ -212,8 +215,8 @@ class Transform:
             target = short if self.size is None else nearest_multiple(self.size, p)  # for the short side
             if 2 * target < p:
                 raise ValueError(
-                    f"an image of {height} x {width} has a side of less than half a patch of {p} x {p}: say a size, to"
-                    " which the short side is then resized"
+                    f"an image of {height} x {width} has a side of less than half a patch of {p} x {p}: give a size,"
+                    " to which the short side is then resized"
                 )
             return nearest_multiple(height * target / short, p), nearest_multiple(width * target / short, p)
         assert isinstance(self.size, tuple)
@@ -228,7 +231,7 @@ class Transform:
         return round(height / ratio), round(width / ratio)
 
     def check_tokens(self, image: Image.Image, height: int, width: int) -> None:
-        """Raise ValueError where an image, resized so and then cropped, makes more patches than are allowed."""
+        """Raise ValueError if an image, resized to (height, width) and then cropped, makes too many patches."""
         if self.mode == "crop":
             assert isinstance(self.size, tuple)
             height, width = self.size
@@ -242,7 +245,7 @@ class Transform:
     def normalise(self, image: Image.Image) -> Tensor:
         """An image of mode "L" or "RGB" -> [C, H, W] float32: (pixel / 255 - mean) / std, in this order.
 
-        In NumPy: on so few numbers PyTorch's threads cost more than they save, ten times as much where cores are busy.
+        In NumPy: for so few numbers PyTorch's threads cost more than they save, ten times as much on busy cores.
         """
         pixels = np.asarray(image).reshape(image.height, image.width, -1)  # [H, W, C] uint8
         mean, std = (np.array(v, dtype=np.float32)[:, None, None] for v in (self.mean, self.std))  # [C, 1, 1]
@@ -254,14 +257,14 @@ class Transform:
 
 
 def _center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Cut (H, W) out of an image's middle; where the image is smaller, black surrounds it."""
+    """Cut (H, W) out of an image's middle; a smaller image is surrounded by black."""
     (H, W), (width, height) = size, image.size
     top, left = _crop_start(height, H), _crop_start(width, W)
-    return image.crop((left, top, left + W, top + H))  # Pillow fills with zeros what lies outside
+    return image.crop((left, top, left + W, top + H))  # Pillow fills the outside with zeros
 
 
 def _crop_start(side: int, crop: int) -> int:
-    """Where a crop starts along one side: below 0 when it is longer. Odd remainders fall as torchvision's do."""
+    """Where a crop starts along one side; negative if it is longer. Odd remainders are split as in torchvision."""
     return round((side - crop) / 2) if side >= crop else -((crop - side) // 2)
 
 
@@ -272,27 +275,28 @@ def create_transform(
     mode: str | None = None,
     max_tokens: int | None = None,
 ) -> Transform:
-    """What makes a PIL image the [C, H, W] tensor that `model` expects.
+    """The transform from a PIL image to the [C, H, W] tensor that `model` expects.
 
     The modes:
-        "crop": resize until the image covers size / crop_pct, cut size out of its middle. Equals timm's evaluation
+        "crop": resize the image to cover size / crop_pct and cut size out of its middle. Equals timm's evaluation
             transform, bit for bit, on the upright image in the model's channels.
-        "squash": resize to size, whatever the image's proportions, and cut nothing off: Google's own evaluation, with
+        "squash": resize to size, ignoring the image's proportions, and cut nothing off: Google's own evaluation, with
             Pillow's antialiased filter.
-        "native": keep the image's proportions and all of it, each side rounded to the nearest multiple of the patch,
+        "native": keep the proportions and the whole image, each side rounded to the nearest multiple of the patch,
             halves upwards.
 
     Args:
-        model: `preprocessing` gives size, mean, std, interpolation and crop_pct, `config` gives channels and patch.
+        model: its `preprocessing` has size, mean, std, interpolation and crop_pct; its `config` the channels and patch.
         size: (H, W) or one number for a square, multiples of the patch; None for the model's own. In "native" one
-            number, to whose nearest multiple the short side is resized; None keeps the image's own pixels.
+            number: the short side is resized to the nearest multiple of the patch; None keeps the image's own size.
         crop_pct: in (0, 1], "crop" only; None for the model's own.
-        mode: one of MODES; None for the model's own, which is "crop" but for those who evaluate otherwise.
-        max_tokens: the most patches that an image may make, since attention costs their square; an image that would
-            make more is refused. None for no limit.
+        mode: one of MODES; None for the model's own, "crop" for most.
+        max_tokens: images that would make more patches are refused, since attention costs their square. None for no
+            limit.
 
     Raises:
-        ValueError: an unknown mode, a size or crop_pct that it cannot use, or a model whose channels are not 1 or 3.
+        ValueError: an unknown mode, a size or crop_pct that the mode cannot use, or a model whose channels are not 1
+            or 3.
     """
     config, settings = model.config, model.preprocessing
     mode = settings.mode if mode is None else mode
@@ -300,7 +304,7 @@ def create_transform(
         raise ValueError(unknown("mode", mode, MODES))
     _mode_for(config.in_chans)
     if len(settings.mean) != config.in_chans:
-        raise ValueError(f"model.preprocessing has {len(settings.mean)} channels and the model {config.in_chans}")
+        raise ValueError(f"model.preprocessing has {len(settings.mean)} channels, but the model has {config.in_chans}")
     if max_tokens is not None:
         require_int("max_tokens", max_tokens, 1)
     if crop_pct is not None:
@@ -324,7 +328,7 @@ def create_transform(
 
 
 def _check_short_side(size: object) -> None:
-    """Mode "native" takes None or one whole number above 0; raises ValueError for any other size."""
+    """Mode "native" takes None or one whole number above 0; ValueError for any other size."""
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise ValueError(
             f"mode 'native' keeps the image's proportions: size must be one whole number above 0, for the short side,"

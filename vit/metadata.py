@@ -1,4 +1,4 @@
-"""What travels with a model beside its weights: how its images are prepared, and where it came from."""
+"""What a model carries besides its weights: how its images are prepared, and where it came from."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the tensor that the weights were trained on. Defaults: AugReg's ViT-S/16 at 224.
+    """How images were prepared for the weights. Defaults: AugReg's ViT-S/16 at 224.
 
     Raises:
-        ValueError: a field has a wrong type or range.
+        ValueError: a field of the wrong type or out of range.
     """
 
     size: tuple[int, int] = (224, 224)  # (H, W) after the crop; an int is a square
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # per channel, for pixels in [0, 1]
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    interpolation: str = "bicubic"  # one of Pillow's filters, which are antialiased
+    interpolation: str = "bicubic"  # one of INTERPOLATIONS: Pillow's filters, which are antialiased
     crop_pct: float = 0.9  # in "crop" the image is first resized to size / crop_pct
-    mode: str = "crop"  # or "squash": resized to size whatever its proportions, nothing cut off
+    mode: str = "crop"  # or "squash": resized to size whatever the proportions, nothing cut off
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", as_pair(self.size, "size"))
@@ -47,7 +47,7 @@ class Preprocessing:
             raise ValueError(unknown("mode", self.mode, MODES))
 
     def with_channels(self, channels: int) -> Preprocessing:
-        """The same for another number of channels: each gets the mean of `mean` and `std`, for want of statistics."""
+        """The same for another number of channels; for lack of statistics, each gets the averages."""
         if channels == len(self.mean):
             return self
         mean, std = (sum(values) / len(values) for values in (self.mean, self.std))
@@ -58,8 +58,8 @@ class Preprocessing:
 class Provenance:
     """Where a model's weights came from.
 
-    A checkpoint that `save_checkpoint` wrote carries the provenance of the model that was saved; reading it back
-    gives a new record for the file itself, with the older one as its `parent`.
+    `save_checkpoint` stores the provenance of the model that it saves; reading that file gives a new record, of the
+    file itself, with the stored one as its `parent`.
     """
 
     source: str  # the file, or hf-hub:organization/name
@@ -74,7 +74,7 @@ class Provenance:
         """The inverse of `dataclasses.asdict`.
 
         Raises:
-            ValueError: an unknown or missing field, or one that is no text.
+            ValueError: an unknown or missing field, or one that is not text.
         """
         known = {f.name for f in fields(cls)}
         if not isinstance(values, dict) or set(values) - known or {"source", "sha256", "layout"} - set(values):
@@ -82,5 +82,5 @@ class Provenance:
         parent = values.get("parent")
         texts = {name: value for name, value in values.items() if name != "parent"}
         if not all(value is None or isinstance(value, str) for value in texts.values()):
-            raise ValueError(f"provenance must hold texts, not {texts!r}")
+            raise ValueError(f"the fields of provenance must be text, not {texts!r}")
         return cls(**texts, parent=None if parent is None else cls.from_dict(parent))

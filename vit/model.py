@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import inputs
 from .attend import Attend, set_all
+from .attention import AttentionLike
 from .checks import as_numbers
 from .config import ViTConfig
 from .metadata import Preprocessing, Provenance
@@ -43,7 +44,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Eq. 6-8)."""
+    """Multi-head self-attention (Eq. 5-8)."""
 
     def __init__(self, config: ViTConfig, block: int) -> None:
         super().__init__()
@@ -268,7 +269,7 @@ class ViT(PackedForward, nn.Module):
         return [cast(Block, block).attention.attend for block in self.blocks]
 
     def set_attention(
-        self, name_or_fn: str | Callable, blocks: Sequence[int] | None = None, *, check: bool = False, **options: Any
+        self, name_or_fn: AttentionLike, blocks: Sequence[int] | None = None, *, check: bool = False, **options: Any
     ) -> None:
         """Replace attention in all blocks, or in those given. `vit.attention` describes what can be set.
 

@@ -1,12 +1,12 @@
-"""Position embeddings at any size: the trained grid, resampled on every call from the original.
+"""Position embeddings at any size: on every call, the embedding is resampled from the grid it was trained at.
 
-Nothing is cached and the original is never overwritten, so 224 -> 384 -> 224 is the identity and a gradient
-taken at one size trains the embedding that is stored at another. Grids are compared, never token counts:
-7x28 patches are as many as 14x14 and not the same.
+Nothing is cached and the original is never overwritten, so 224 -> 384 -> 224 is the identity, and a gradient taken at
+one size trains the embedding stored at another. Grids are compared, never token counts: 7x28 and 14x14 patches have
+the same count.
 
 Resampling is linear and separable: new = R E C^T, with one small matrix of weights for the rows of the grid and one
-for its columns. A rule is how those weights are made. `torch.nn.functional.interpolate` has the same numbers but
-cannot be trained through `torch.compile` at changing sizes; products of matrices can.
+for its columns. A rule defines these weights. `torch.nn.functional.interpolate` gives the same numbers but cannot be
+trained through `torch.compile` at changing sizes; matrix products can.
 """
 
 from collections.abc import Callable
@@ -23,16 +23,16 @@ def resample_position_embedding(
     """Resample the patches' position embedding to another grid, in float32.
 
     Args:
-        embedding: [1, h*w, D], the rows of the patch tokens alone, in reading order.
+        embedding: [1, h*w, D], the rows of the patch tokens only, in reading order.
         stored: (h, w), the grid of `embedding`.
         wanted: (h', w'), the grid to resample to.
-        rule: a name in `RULES`; projects disagree on antialiasing and alignment, by several per cent of the result.
+        rule: a name in `RULES`. Projects differ in antialiasing and alignment, by several per cent of the result.
 
     Returns:
-        [1, h'*w', D] in `embedding`'s dtype; `embedding` itself where the grids are the same.
+        [1, h'*w', D] in `embedding`'s dtype; `embedding` itself if the grids are the same.
     """
-    # An exported graph serves many grids, so it must not even ask whether its example has the stored one: it holds a
-    # condition instead, in `_unless_stored`.
+    # An exported graph serves many grids, so it must not branch on the example's grid: `_unless_stored` puts the
+    # condition into the graph instead.
     exporting = torch.compiler.is_exporting()
     if not exporting and wanted == stored:
         return embedding
@@ -46,10 +46,10 @@ def resample_position_embedding(
 
 
 def _unless_stored(matrices: list[Tensor], stored: tuple[int, int], wanted: tuple[int, int]) -> list[Tensor]:
-    """The matrices, or identities of their shapes where both sides are the stored ones: `if` as a graph can hold it.
+    """The matrices, or identities if the grid is the stored one: the form of `if` that a graph can hold.
 
-    "dinov2" needs it, whose matrices are no identities there. All others are, but only if the exported graph's backend
-    rounds as PyTorch does.
+    The rule "dinov2" needs it, since its matrices are not identities there. Those of all other rules are, but only if
+    the backend that runs the exported graph rounds as PyTorch does.
     """
     device = matrices[0].device
     same = [torch.full((), new, device=device) == old for old, new in zip(stored, wanted)]
@@ -58,18 +58,18 @@ def _unless_stored(matrices: list[Tensor], stored: tuple[int, int], wanted: tupl
 
 
 def without_autocast(device: str) -> AbstractContextManager:
-    """A block in which autocast does not lower what is in float32."""
+    """A context in which autocast leaves float32 alone."""
     return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
-# The rules. How many samples there are and how many there should be -> [new, old] float32, each row the weights of the
-# old samples in one new sample; rows sum to 1. Both may be symbols of a traced graph, hence no `if` and no `max`.
+# The rules: (number of old samples, number of new samples) -> [new, old] float32. Each row has the weights of the old
+# samples in one new sample and sums to 1. Both numbers may be symbols of a traced graph, hence no `if` and no `max`.
 
 
 def bicubic_antialiased(old: int, new: int, device: torch.device) -> Tensor:
-    """timm's rule: the filter is widened when shrinking so that nothing is skipped, and cut off at the border.
+    """timm's rule: when shrinking, the filter is widened so that no sample is skipped; it is cut off at the border.
 
-    DINOv2's models with registers were trained with this one too (antialiasing, and an offset of 0).
+    DINOv2's models with registers were trained with this rule, too (antialiasing, and an offset of 0).
     """
     centres = (_count(new, device) + 0.5) * (old / new)  # [new], in old samples
     samples = _count(old, device) + 0.5  # [old]
@@ -79,24 +79,25 @@ def bicubic_antialiased(old: int, new: int, device: torch.device) -> Tensor:
 
 
 def bicubic(old: int, new: int, device: torch.device, offset: float = 0.0) -> Tensor:
-    """PyTorch's `interpolate(mode="bicubic")`, as transformers' ViT and DINOv2 call it: by the size wanted.
+    """PyTorch's `interpolate(mode="bicubic")`, called with a size, as in transformers' ViT and DINOv2.
 
-    DINO and DINOv2 call it by a factor, (new + 0.1) / old lest rounding lose a sample, and PyTorch places the samples
-    by that factor as it is. So `offset` 0.1 moves every sample, even at new == old, where those models do not resample.
+    The original DINO and DINOv2 call it with a factor, (new + 0.1) / old, so that rounding does not lose a sample, and
+    PyTorch uses that factor to place the samples. So an `offset` of 0.1 moves every sample, even at new == old, where
+    these models do not resample.
     """
     return _clamped((_count(new, device) + 0.5) * (old / (new + offset)) - 0.5, old)
 
 
 def bicubic_aligned(old: int, new: int, device: torch.device) -> Tensor:
-    """torchvision's rule: the same with `align_corners=True`. torchvision has it for squares, when loading."""
+    """torchvision's rule: the same with `align_corners=True`. torchvision applies it to squares, when loading."""
     return _clamped(_aligned(old, new, device), old)
 
 
 def linear_aligned(old: int, new: int, device: torch.device) -> Tensor:
-    """The rule of google-research/vision_transformer's loader, which is `scipy.ndimage.zoom(order=1)`.
+    """The rule of google-research/vision_transformer's loader: `scipy.ndimage.zoom(order=1)`.
 
-    Except for scipy's slips: for some sizes (16 -> 30, 24 -> 22 ...) it rounds the last sample to beyond the border and
-    returns zeros for it. Here it is the border's sample.
+    One difference: for some sizes (16 -> 30, 24 -> 22 ...) scipy rounds the last position to beyond the border and
+    returns zeros there. Here the last sample is the border's.
     """
     distances = (_aligned(old, new, device)[:, None] - _count(old, device)).abs()  # [new, old]
     return (1 - distances).clamp(min=0)
@@ -115,13 +116,13 @@ def _count(n: int, device: torch.device) -> Tensor:
 
 
 def _aligned(old: int, new: int, device: torch.device) -> Tensor:
-    """[new] positions in old samples, from the first one to the last; a single one is at the first."""
+    """[new] positions in old samples, from the first to the last; a single one is at the first."""
     last = torch.full((), new - 1, device=device, dtype=torch.float32).clamp(min=1)
-    return _count(new, device) * (old - 1) / last  # divided last: the step, rounded, would leave the grid
+    return _count(new, device) * (old - 1) / last  # dividing last: multiples of a rounded step could leave the grid
 
 
 def _clamped(positions: Tensor, old: int) -> Tensor:
-    """[new] positions in old samples -> [new, old] cubic weights of the four nearest; beyond the border is the border.
+    """[new] positions in old samples -> [new, old] cubic weights of the four nearest, with the border repeated outside.
 
     PyTorch's coefficient without antialiasing is -3/4.
     """

@@ -1,4 +1,4 @@
-"""Feature maps at four scales out of a plain ViT, for detectors and segmenters."""
+"""Feature maps at four scales from a plain ViT, for detection and segmentation."""
 
 from collections import OrderedDict
 
@@ -13,12 +13,12 @@ from .model import ViT
 class FeaturePyramid(nn.Module):
     """ViTDet's simple feature pyramid (arXiv:2203.16527, section 3): every scale from the last block's map alone.
 
-    With patches of 16 the strides are 4, 8, 16 and 32: two transposed convolutions, one, none, and a maximum over 2x2;
-    then a 1x1 and a 3x3 convolution for each scale. All of it is trained along with the model, which it contains,
-    with its classifier, which nothing reads here: `model.reset_classifier(0)` removes that, as DDP likes it.
+    With patches of 16 pixels the strides are 4, 8, 16 and 32: two transposed convolutions, one, none, and 2x2 max
+    pooling; then a 1x1 and a 3x3 convolution for each scale. The pyramid contains the model and trains with it. It does
+    not use the model's classifier: `model.reset_classifier(0)` removes that, as DDP requires.
 
-    It is what torchvision calls a backbone: `out_channels`, and a dictionary of maps "0" to "3". `channels` and
-    `strides` list the same per map, as decoders for segmentation ask for them.
+    It is a backbone in torchvision's sense: it has `out_channels` and returns a dictionary of maps "0" to "3".
+    `channels` and `strides` list the values per map, as segmentation decoders expect.
     """
 
     def __init__(self, model: ViT, out_channels: int = 256, ragged: str = "error") -> None:
@@ -26,11 +26,11 @@ class FeaturePyramid(nn.Module):
         Args:
             model: the model; its weights are shared, not copied.
             out_channels: of every map.
-            ragged: for sides that are no multiples of the patch, as for `model`.
+            ragged: for sides that are not multiples of the patch, as for `model`.
 
         Raises:
-            ValueError: patches whose side is no power of two: torchvision's detectors take strides for powers of two
-                and would look in the wrong places. A width that is no multiple of 4.
+            ValueError: a patch size that is not a power of two: torchvision's detectors round strides to powers of two
+                and would look in the wrong places. A width that is not a multiple of 4.
         """
         super().__init__()
         require_int("out_channels", out_channels, 1)
@@ -39,12 +39,12 @@ class FeaturePyramid(nn.Module):
         D, p = model.config.embed_dim, model.config.patch_size
         if p & (p - 1):
             raise ValueError(
-                f"detectors take strides for powers of two, which patches of {p} pixels do not give: "
+                f"detectors assume strides that are powers of two, which patches of {p} pixels do not give: "
                 "load_pretrained(..., patch_size=16) resamples the patch projection"
             )
         if D % 4:
             raise ValueError(
-                f"the finest map has a quarter of the model's width, which must be a multiple of 4, not {D}"
+                f"the finest map has a quarter of the model's width, so embed_dim must be a multiple of 4, not {D}"
             )
         self.model = model
         self.ragged = ragged
@@ -59,7 +59,7 @@ class FeaturePyramid(nn.Module):
         """[B, C, H, W] images, normalised -> "0" to "3": [B, out_channels, 4h, 4w], [2h, 2w], [h, w], [h//2, w//2].
 
         Raises:
-            ValueError: images that the model refuses, or of a single patch along a side, which cannot be halved.
+            ValueError: images that the model refuses, or with a single patch along a side, which cannot be halved.
         """
         (x,) = self.model.forward_intermediates(images, blocks=[-1], norm=True, ragged=self.ragged)  # [B, D, h, w]
         if min(x.shape[2:]) < 2:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import nn
 
-from .attention import AttentionFactory, AttentionFunction, reference, sdpa
+from .attention import AttentionFactory, AttentionFunction, AttentionLike, reference, sdpa
 from .checks import unknown
 from .config import ViTConfig
 
@@ -132,7 +132,7 @@ class Choice:
         self.__dict__.update(state)
 
 
-def choose(name_or_fn: str | AttentionFunction | AttentionFactory, options: Mapping[str, Any]) -> Choice:
+def choose(name_or_fn: AttentionLike, options: Mapping[str, Any]) -> Choice:
     """Decide what `set_attention(name_or_fn, **options)` means.
 
     Raises:

@@ -27,7 +27,7 @@ def imagenet_synsets() -> list[str]:
 
 
 def bundled_checkpoint(name: str) -> Path | None:
-    """The folder of a checkpoint that ships with the package, or None where it has none of that name."""
+    """The folder of a checkpoint that ships with the package, or None if there is none of that name."""
     folder = DATA / name
     return folder if (folder / "model.safetensors").is_file() else None
 

@@ -1,8 +1,9 @@
-"""Replaced attention in checkpoints: by its registered name, with its options and weights."""
+"""Attention that is not the default, in checkpoints: its registered name, its options and its weights."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -18,18 +19,23 @@ from .description import AttentionSetting
 DEFAULT = AttentionSetting("sdpa", {})
 
 
-def settings_of(model: ViT) -> list[AttentionSetting] | None:
-    """What a file is to remember of each block's attention; None where all attend as ever.
+def is_attention_key(key: str) -> bool:
+    """Whether a key in our names is a weight of an attention module set by the user; it may have any name there."""
+    return re.match(r"blocks\.\d+\.attention\.attend\.fn\.", key) is not None
 
-    A function that has no registered name, or options that JSON cannot hold, are warned of and forgotten.
+
+def settings_of(model: ViT) -> list[AttentionSetting] | None:
+    """The attention of each block, for a file to record; None if every block has the default.
+
+    A function without a registered name, or with options that JSON cannot hold, is left out with a warning.
 
     Raises:
-        CheckpointError: the same of attention with weights, which would be lost.
+        CheckpointError: such a function has weights, which would be lost.
     """
     settings = []
     forgotten: dict[str, list[int]] = {}
     for attend in model.attends:
-        problem = _cannot_remember(attend)
+        problem = _cannot_record(attend)
         if problem and attend.state_dict():
             raise CheckpointError(f"block {attend.block}: attention {attend.choice.called!r} has weights and {problem}")
         if problem:
@@ -40,11 +46,12 @@ def settings_of(model: ViT) -> list[AttentionSetting] | None:
     return None if all(setting == DEFAULT for setting in settings) else settings
 
 
-def _cannot_remember(attend: Attend) -> str:
+def _cannot_record(attend: Attend) -> str:
+    """Why a checkpoint cannot name a block's attention; "" if it can."""
     if attend.name is None:
-        return "has no name by which a checkpoint could remember it (vit.register_attention gives one)"
+        return "has no registered name that a checkpoint could record (vit.register_attention gives it one)"
     if registered(attend.name) is not attend.source:
-        return "has a name that stands for something else by now"
+        return "has a name that was registered again since, for another function"
     try:
         if json.loads(json.dumps(attend.options)) == attend.options:
             return ""
@@ -54,10 +61,10 @@ def _cannot_remember(attend: Attend) -> str:
 
 
 def restore_attention(model: ViT, settings: list[AttentionSetting] | None, weights: Mapping[str, Tensor]) -> None:
-    """Attend as a file says.
+    """Set the attention that a file records.
 
     Raises:
-        CheckpointError: a name that is not registered, or weights that are not those of the modules that it makes.
+        CheckpointError: a name that is not registered, or weights that do not fit the modules of that name.
     """
     for i, setting in enumerate(settings or []):
         if setting != DEFAULT:
@@ -65,7 +72,7 @@ def restore_attention(model: ViT, settings: list[AttentionSetting] | None, weigh
                 model.set_attention(setting.name, [i], **setting.options)
             except ValueError as error:
                 hint = "register it before loading, with vit.register_attention"
-                raise CheckpointError(f"block {i} attends by {setting.name!r}: {error} ({hint})") from None
+                raise CheckpointError(f"block {i} has attention {setting.name!r}: {error} ({hint})") from None
     left = dict(weights)
     for attend in model.attends:
         prefix = f"blocks.{attend.block}.attention.attend.fn."
@@ -74,9 +81,9 @@ def restore_attention(model: ViT, settings: list[AttentionSetting] | None, weigh
             _fill(attend, own)
         elif own:
             called = attend.choice.called
-            raise CheckpointError(f"there are weights {prefix}* and no attention that has any: {called!r}")
+            raise CheckpointError(f"the file has weights {prefix}*, but attention {called!r} has none")
     if left:
-        raise CheckpointError(f"there are weights of attention in blocks that there are not: {', '.join(left)}")
+        raise CheckpointError(f"weights of attention in unknown blocks: {', '.join(left)}")
 
 
 def _fill(attend: Attend, weights: Mapping[str, Tensor]) -> None:
@@ -90,6 +97,6 @@ def _fill(attend: Attend, weights: Mapping[str, Tensor]) -> None:
 
 
 def unnamed(settings: list[AttentionSetting] | None) -> str | None:
-    """The attention that files without our header cannot name; None where it gives the same numbers as `sdpa`."""
+    """The attention that files without our header cannot name; None if it gives the same numbers as `sdpa`."""
     odd = [one.name for one in settings or [] if not is_exact(one.name) or one.options]
     return ", ".join(dict.fromkeys(odd)) or None

@@ -1,4 +1,4 @@
-"""What the files around the weights say of a model, every part of which may be unknown, and what is assumed of it."""
+"""What the files around the weights say of a model, where every part may be missing, and what is assumed of it."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 from vit.config import ViTConfig
 from vit.metadata import Preprocessing, Provenance
 
-# The fields of ViTConfig that shapes do not tell and that change what a model answers.
+# The fields of ViTConfig that shapes do not give and that change a model's results.
 ANSWERS = ("num_heads", "eps", "gelu", "global_pool", "position_rule")
-IMAGENET = "assumed to be ImageNet-1k's"  # where 1,000 categories come from if nothing names them
+IMAGENET = "assumed to be ImageNet-1k's"  # the source of 1,000 categories that no file names
 _ASSUMED, _BY_HEADER = "layout's default", ", by way of the file's header"
 
 
 def layout_default(layout: str) -> str:
-    """Where a field comes from that nothing states, for `ViTConfig.sources`."""
+    """The source of a field that nothing states, for `ViTConfig.sources`."""
     return f"the {layout} {_ASSUMED}"
 
 
 def by_header(whose: str) -> str:
-    """The same, once a file of ours has carried it."""
+    """The same after a file of ours has recorded it."""
     return whose + _BY_HEADER
 
 
 def assumed(config: ViTConfig) -> dict[str, dict[str, Any]]:
-    """The fields that change a model's answers and that nobody stated -> their "value", and "from" whom it is."""
+    """The fields that change a model's results and that nothing states -> their "value" and its source, "from"."""
     sources = {name: config.sources.get(name, "") for name in ANSWERS}
     return {
         name: {"value": getattr(config, name), "from": whose} for name, whose in sources.items() if _ASSUMED in whose
@@ -33,14 +33,14 @@ def assumed(config: ViTConfig) -> dict[str, dict[str, Any]]:
 
 
 def assumptions(config: ViTConfig, categories_from: str) -> dict[str, str]:
-    """What a file of ours is to remember as assumed -> by whom it was, before any file carried it."""
+    """What a file of ours records as assumed -> the original source of the assumption."""
     names = {"categories": IMAGENET} if categories_from.startswith(IMAGENET) else {}
     return {name: entry["from"].removesuffix(_BY_HEADER) for name, entry in assumed(config).items()} | names
 
 
 @dataclass(frozen=True)
 class AttentionSetting:
-    """How a block was told to attend: `model.set_attention(name, **options)`."""
+    """The attention of a block: `model.set_attention(name, **options)`."""
 
     name: str
     options: dict[str, Any]
@@ -48,26 +48,26 @@ class AttentionSetting:
 
 @dataclass(frozen=True)
 class Description:
-    """Read from a file's own header, or from a `config.json` of timm's or transformers'."""
+    """What a file's own header says of a model, or a `config.json` of timm or transformers."""
 
     where: str = ""  # where it was read
     declared: dict[str, Any] = field(default_factory=dict)  # fields of ViTConfig
-    assumed: dict[str, Any] = field(default_factory=dict)  # what goes without saying in a model of that name
+    assumed: dict[str, Any] = field(default_factory=dict)  # the defaults of a named model
     preprocessing: Preprocessing | None = None
     categories: list[str] | None = None
     categories_from: str = ""  # "from config.json", or IMAGENET
     license: str | None = None
     parent: Provenance | None = None
-    attention: list[AttentionSetting] | None = None  # of each block; None: as ever
-    guessed: dict[str, str] = field(default_factory=dict)  # of the declared fields: what was assumed -> by whom
+    attention: list[AttentionSetting] | None = None  # of each block; None: the default
+    guessed: dict[str, str] = field(default_factory=dict)  # declared fields that were assumed -> their source
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """What a model carries beside its weights and config, for the files that are written with them."""
+    """What a model carries besides weights and config, for the files that are written."""
 
     preprocessing: Preprocessing
     categories: list[str] | None = None
     license: str | None = None
     categories_from: str = ""  # as in `Description`
-    attention: list[AttentionSetting] | None = None  # of each block, where not all are as ever
+    attention: list[AttentionSetting] | None = None  # of each block; None: the default

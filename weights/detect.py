@@ -1,4 +1,4 @@
-"""Which layout is it, and under which names does it lie? Told by marker keys, never guessed."""
+"""Detection of a state dict's layout and of the wrapper around it, by marker keys and never by a guess."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .keymap import Layout, sort_keys
 from .layouts import LAYOUTS, get_layout
 from .layouts.timm import without_chunk
 
-# What training scripts put around a model's weights. Of several that hold the same model, the first here is taken.
+# What training scripts put around a model's weights. If several of them hold a model, the first one here is read.
 _CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student", "encoder", "target")
 _FLAX_CONTAINERS = ("opt/target/params/", "opt/target/", "params/img/", "params/")
-# What wrappers in PyTorch put before every name.
+# What PyTorch's wrappers put before every name.
 _STRIPPED = ("module", "_orig_mod", "backbone")
 _WRAPPER = re.compile(rf"((?:{'|'.join((*_CONTAINERS, *_STRIPPED))})\.)*|{'|'.join(_FLAX_CONTAINERS)}")
 
-_MOST = 100  # models of one layout in one file: more are no model's
+_MOST = 100  # models of one layout in one file; a file with more is damaged or hostile
 
-# Models that resemble a ViT and cannot be one here: a key that shows it -> why.
+# Models that resemble a ViT but cannot be loaded: a key that only they have -> why.
 _REFUSED = {
     "transformer.layers.0.0.to_qkv.weight": "vit-pytorch's ViT (lucidrains), whose qkv layers have no bias and whose "
     "patches have norms of their own",
@@ -34,19 +34,19 @@ _REFUSED = {
     "blocks.0.attn.q_bias": "BEiT or EVA, whose attention has relative or rotary positions",
     "rope_embed.periods": "DINOv3, which has rotary positions",
 }
-# And parts of names that show it.
+# The same by parts of keys.
 _REFUSED_PARTS = {
-    "patch_embed.backbone.": "a hybrid with a convolutional stem, which this model has not",
-    "patch_embeddings.backbone.": "a hybrid with a convolutional stem, which this model has not",
+    "patch_embed.backbone.": "a hybrid with a convolutional stem, which this model lacks",
+    "patch_embeddings.backbone.": "a hybrid with a convolutional stem, which this model lacks",
 }
 
 
 class Detected(str):
-    """A layout's name that also tells how it was found.
+    """A layout's name, and how it was detected.
 
     Attributes:
         why: the marker keys that decided, in words.
-        prefix: what stands before the layout's own names in every key of the model ("teacher.backbone.").
+        prefix: what precedes the layout's own names in every key of the model ("teacher.backbone.").
     """
 
     why: str
@@ -55,17 +55,17 @@ class Detected(str):
 
 @dataclass(frozen=True)
 class Place:
-    """A layout found under a prefix."""
+    """A layout detected behind a wrapper."""
 
     layout: Layout
-    wrapper: str  # what stands before the layout's own names
-    prefixed: bool  # do these begin with the layout's own prefix?
-    lacks: tuple[str, ...] | None = None  # the marker keys that a layout stated by the caller lacks; None: it was found
-    others: tuple[str, ...] = ()  # wrappers of other models, which were passed over
+    wrapper: str  # what precedes the layout's own names
+    prefixed: bool  # these names begin with the layout's own prefix
+    lacks: tuple[str, ...] | None = None  # missing marker keys of a layout that the caller stated; None: detected
+    others: tuple[str, ...] = ()  # wrappers of other models in the file, which are not read
 
     @property
     def container(self) -> str:
-        """The part of the wrapper beyond which lies what is no part of the model: an optimiser, another model."""
+        """The first part of the wrapper: keys outside it do not belong to the model (an optimizer, another model)."""
         if "/" in self.wrapper:
             return self.wrapper
         parts = self.wrapper.split(".")[:-1]
@@ -74,19 +74,19 @@ class Place:
 
     @property
     def front(self) -> str:
-        """What stands before the names of all but the classifier."""
-        return self.wrapper + (self.layout.prefix if self.prefixed else "")
+        """What precedes all names except the classifier's."""
+        return self.wrapper + (self.layout.naming.prefix if self.prefixed else "")
 
 
 def detect_layout(state_dict: Iterable[str], prefix: str | None = None) -> Detected:
-    """The layout of a state dict (or of its keys), with what decided in `.why`.
+    """The layout of a state dict (or of its keys); `.why` says what decided.
 
     Args:
         state_dict: the keys.
-        prefix: look only at keys that begin so.
+        prefix: look only at keys that begin with it.
 
     Raises:
-        CheckpointError: no layout's marker keys are there, those of several, or a model that this one cannot be.
+        CheckpointError: it has the marker keys of no layout or of several, or is a model that cannot be loaded.
     """
     keys = list(state_dict)
     prefix = whole_prefix(keys, prefix) if prefix else ""
@@ -97,16 +97,16 @@ def detect_layout(state_dict: Iterable[str], prefix: str | None = None) -> Detec
 
 
 def whole_prefix(keys: Iterable[str], prefix: str) -> str:
-    """The prefix that the caller states, with the one known wrapper before it where no key begins with it itself.
+    """The prefix that the caller states, preceded by a known wrapper if keys begin with it only behind that.
 
     Raises:
-        CheckpointError: no key begins so, or keys behind several wrappers do: it names them.
+        CheckpointError: no key begins with the prefix, or keys behind several wrappers do.
     """
     keys = list(keys)
     if any(key.startswith(prefix) for key in keys):
         return prefix
     before = {key[: key.find(prefix)] for key in keys if prefix in key}
-    before = {text for text in before if text[-1] in "./"}  # "mybackbone." ends so as well
+    before = {text for text in before if text[-1] in "./"}  # not "my", the start of "mybackbone."
     known = sorted(text for text in before if _WRAPPER.fullmatch(text))
     if len(known) == 1:
         return known[0] + prefix
@@ -117,19 +117,17 @@ def whole_prefix(keys: Iterable[str], prefix: str) -> str:
 
 
 def explain(place: Place) -> str:
-    """How the layout was told: the marker keys, in words, or the caller."""
+    """How the layout was detected: the marker keys, in words, or the caller's statement."""
     if place.lacks is not None:
         return "stated by the caller" + (f", and it lacks {' and '.join(place.lacks)}" if place.lacks else "")
-    others = place.layout.absent
-    absent = (
-        f", and nothing of another layout's ({', '.join(others[:3])}{' ...' * (len(others) > 3)})" if others else ""
-    )
+    others = place.layout.detection.absent
+    absent = f", and no key of another layout ({', '.join(others[:3])}{' ...' * (len(others) > 3)})" if others else ""
     under = f" under {place.wrapper}" if place.wrapper else ""
-    return f"it has {' and '.join(place.layout.markers)}{under}{absent}"
+    return f"it has {' and '.join(place.layout.detection.markers)}{under}{absent}"
 
 
 def locate(keys: Iterable[str], layout: str | None = None) -> Place:
-    """The one layout that the keys are of, and its place among them; with `layout` only its place is asked for."""
+    """The layout of some keys, and where among them it is; `layout` states it, so that only the place is looked for."""
     index = sorted({without_chunk(key) for key in keys})
     _refuse(index)
     place = _locate(index, layout)
@@ -146,49 +144,50 @@ def _locate(index: list[str], layout: str | None) -> Place:
         known = [place for place in known if _container_rank(place) == best]
         names = sorted({place.layout.name for place in known})
         if len(names) > 1:
-            raise CheckpointError(f"the keys fit several layouts: {', '.join(names)}; say which one it is")
+            raise CheckpointError(f"the keys fit several layouts: {', '.join(names)}; state which one it is")
         place = min(known, key=lambda place: (len(place.wrapper), place.wrapper))
         return replace(place, others=tuple(sorted(wrappers - {place.wrapper})))
-    if layout is not None:  # the caller knows; what is missing will be listed
+    if layout is not None:  # stated by the caller; missing keys are listed later
         return _stated_place(asked[0], index)
     if places:
         where = sorted({place.wrapper for place in places})
         several = f" and {len(where) - 3} more" * (len(where) > 3)
-        found = f"a model in the {places[0].layout.name} layout lies under {' and under '.join(map(repr, where[:3]))}"
+        found = f"there is a model in the {places[0].layout.name} layout under {' and '.join(map(repr, where[:3]))}"
         raise CheckpointError(f"{found}{several}: state it, prefix={where[0]!r}")
     raise CheckpointError(_nearest(index))
 
 
 def _stated_place(layout: Layout, index: list[str]) -> Place:
-    """Where a layout lies whose marker keys are not all there, told by any wrapper before its class token."""
+    """The place of a layout that lacks some marker keys, by any known wrapper before its class token."""
     (token,) = (entry.theirs[0] for entry in layout.entries if entry.ours == "class_token")
-    for prefixed in (True, False) if layout.prefix else (False,):
-        end = layout.prefix * prefixed + token
+    prefix = layout.naming.prefix
+    for prefixed in (True, False) if prefix else (False,):
+        end = prefix * prefixed + token
         wrappers = [key.removesuffix(end) for key in index if key.endswith(end)]
         places = [Place(layout, wrapper, prefixed) for wrapper in wrappers if _WRAPPER.fullmatch(wrapper)]
         if places:
             return min(places, key=lambda place: (_container_rank(place), len(place.wrapper)))
-    return Place(layout, "", bool(layout.prefix) and any(key.startswith(layout.prefix) for key in index))
+    return Place(layout, "", bool(prefix) and any(key.startswith(prefix) for key in index))
 
 
 def _container_rank(place: Place) -> int:
-    """Where its container stands among those that training scripts write; -1 without one."""
+    """The position of its container in `_CONTAINERS`; -1 without one."""
     return min((_CONTAINERS.index(part) for part in place.wrapper.split(".") if part in _CONTAINERS), default=-1)
 
 
 def _places(layout: Layout, index: list[str]) -> list[Place]:
-    """Where among the keys, sorted, all of a layout's markers lie, and none that tell another layout."""
-    first, *others = layout.markers
+    """Where among the sorted keys there are all of a layout's markers and none that must be absent."""
+    prefix, absent, (first, *others) = layout.naming.prefix, layout.detection.absent, layout.detection.markers
     found = []
     for key in (key for key in index if key.endswith(first)):
         before = key.removesuffix(first)
-        prefixed = bool(layout.prefix) and before.endswith(layout.prefix)
-        place = Place(layout, before.removesuffix(layout.prefix) if prefixed else before, prefixed)
+        prefixed = bool(prefix) and before.endswith(prefix)
+        place = Place(layout, before.removesuffix(prefix) if prefixed else before, prefixed)
         if place.wrapper and place.wrapper[-1] not in "./":
-            continue  # "myblocks.0..." ends so as well
+            continue  # "myblocks.0..."
         fronts = {place.wrapper, place.container, place.front}
         complete = all(_begins(index, place.wrapper + o, True) or _begins(index, place.front + o, True) for o in others)
-        if complete and not any(_begins(index, front + other) for other in layout.absent for front in fronts):
+        if complete and not any(_begins(index, front + other) for other in absent for front in fronts):
             found.append(place)
         if len(found) > _MOST:
             raise CheckpointError(f"there are more than {_MOST} models in the {layout.name} layout: state a prefix")
@@ -196,14 +195,12 @@ def _places(layout: Layout, index: list[str]) -> list[Place]:
 
 
 def _missing_markers(place: Place, index: list[str]) -> tuple[str, ...]:
-    fronts = (place.wrapper, place.front)
-    return tuple(
-        marker for marker in place.layout.markers if not any(_begins(index, front + marker, True) for front in fronts)
-    )
+    fronts, markers = (place.wrapper, place.front), place.layout.detection.markers
+    return tuple(marker for marker in markers if not any(_begins(index, front + marker, True) for front in fronts))
 
 
 def _begins(index: list[str], text: str, whole: bool = False) -> bool:
-    """Does any of the sorted keys begin so, or, with `whole`, read so?"""
+    """Whether any of the sorted keys begins with `text`, or with `whole` is equal to it."""
     i = bisect_left(index, text)
     return i < len(index) and (index[i] == text if whole else index[i].startswith(text))
 
@@ -212,22 +209,22 @@ def _refuse(keys: list[str]) -> None:
     for marker, why in _REFUSED.items():
         for key in keys:
             if key == marker or key.endswith(f".{marker}"):
-                raise CheckpointError(f"{key} shows {why}: this model cannot hold it")
+                raise CheckpointError(f"{key} belongs to {why}: it cannot be loaded")
     for part, why in _REFUSED_PARTS.items():
         for key in keys:
             if key.startswith(part) or f".{part}" in key:
-                raise CheckpointError(f"{key} shows {why}")
+                raise CheckpointError(f"{key} belongs to {why}: it cannot be loaded")
 
 
 def _nearest(keys: list[str]) -> str:
-    """The error for keys that are no layout's: which one they come nearest to, and what it lacks."""
+    """The error text for an unknown layout: the nearest known one, and which marker keys were expected."""
     if not keys:
-        return "unknown layout: there are no keys at all"
-    some = keys[:2000]  # enough to tell, and quick however many there are
-    known = {name: len(sort_keys(layout, some, bool(layout.prefix)).groups) for name, layout in LAYOUTS.items()}
+        return "unknown layout: there are no keys"
+    some = keys[:2000]  # enough, and fast for any number of keys
+    known = {name: len(sort_keys(layout, some, bool(layout.naming.prefix)).groups) for name, layout in LAYOUTS.items()}
     best = max(known, key=lambda name: known[name])
     if known[best] == 0:
-        known_markers = sorted({layout.markers[0] for layout in LAYOUTS.values()})
+        known_markers = sorted({layout.detection.markers[0] for layout in LAYOUTS.values()})
         return f"unknown layout: found {', '.join(some[:3])} ..., expected one of {', '.join(known_markers)}"
-    markers = ", ".join(LAYOUTS[best].markers)
-    return f"unknown layout: it comes nearest to {best}, but expected its marker keys {markers}"
+    markers = ", ".join(LAYOUTS[best].detection.markers)
+    return f"unknown layout: the nearest is {best}, which has the keys {markers}"

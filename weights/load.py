@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import warnings
 from collections import Counter
@@ -13,50 +12,29 @@ from typing import Any
 
 import torch
 
-from vit.checks import require_int, unknown, whole_patches
+from vit.checks import as_dtype, require_int, whole_patches
 from vit.config import ViTConfig
 from vit.metadata import Provenance
 from vit.model import ViT
-from vit.presets import NAMED_MODELS, list_models
-from vit.resources import bundled_checkpoint, imagenet_categories
+from vit.resources import imagenet_categories
 
 from .attention import restore_attention
 from .checkpoint import Checkpoint, CheckpointError, NotATensor, read_json
-from .convert import Ours, skeleton, to_ours
 from .description import IMAGENET, Attributes, Description
 from .formats import read_checkpoint
-from .hub import FILE_SUFFIXES, download, parse_name
 from .layouts import timm_config, transformers_config, vit
 from .patch import adapt_channels, resample_patch_projection
+from .reading import Ours, skeleton, to_ours
 from .shapes import ASSUMED, known_preprocessing
+from .source import Source, find
 
-
-@dataclass(frozen=True)
-class Source:
-    """Where a checkpoint lies."""
-
-    name: str  # for the provenance
-    weights: Path
-    config: Path | None = None  # a config.json, where there is one
-    preprocessor: Path | None = None  # a preprocessor_config.json of transformers
-    commit: str | None = None
-    sha256: str | None = None  # what it must be, where that is known
-    license: str | None = None  # where it is known without the file
-
-
-_SETTINGS = (
-    "size",
-    "mean",
-    "std",
-    "interpolation",
-    "crop_pct",
-    "mode",
-)  # fields of Preprocessing that a caller may state
+# The fields of Preprocessing that a caller may state.
+_SETTINGS = ("size", "mean", "std", "interpolation", "crop_pct", "mode")
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint that was read and fits: the weights in our names, and what goes with them."""
+    """A checkpoint that was read: its weights in our names, and what the files say of the model."""
 
     found: Source
     checkpoint: Checkpoint
@@ -66,7 +44,7 @@ class Loaded:
 
     @property
     def provenance(self) -> Provenance:
-        """Where the weights came from; waits for the file's hash."""
+        """Where the weights came from. Waits for the file's hash."""
         return Provenance(
             self.found.name, self.checkpoint.sha256, self.ours.layout.name, self.found.commit,
             self.attributes.license, self.about.parent,
@@ -84,7 +62,7 @@ def load_pretrained(
     sha256: str | None = None,
     revision: str | None = None,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     categories: Sequence[str] | None = None,
     **overrides: Any,
 ) -> ViT:
@@ -93,27 +71,27 @@ def load_pretrained(
     Args:
         source: one of `vit.list_models(pretrained=True)`, "hf-hub:organization/name", a file (.safetensors, its
             .index.json, .npz, .pth, .pt, .bin, .ckpt, .onnx), or a folder as timm and transformers write them.
-        num_classes: another number of classes than the checkpoint's: a new head with random weights takes the place
-            of its own, and a warning says so. 0 removes the head.
+        num_classes: another number of classes than the checkpoint's: its head is replaced by a new one with random
+            weights, and a warning says so. 0 removes the head.
         in_chans: another number of channels: the patch projection is adapted as timm does it (summed for one
             channel; otherwise repeated and scaled).
         patch_size: another side of patches, in pixels: the patch projection is resampled (FlexiViT,
             arXiv:2212.08013). The stored grid stays, so the model's own image size changes with it.
         layout: how the file names its weights; None detects it.
-        prefix: take only the weights whose names begin so, out of a larger model ("backbone."); a warning lists
-            what is left behind.
-        sha256: what the file must have, in hexadecimal.
+        prefix: take only the weights whose names begin with it, out of a larger model ("backbone."); a warning lists
+            the others.
+        sha256: the file's expected hash, in hexadecimal.
         revision: a branch, tag or commit of the Hub's repository.
         device: where the model goes.
-        dtype: what the weights are cast to; None keeps the file's.
+        dtype: what the weights are cast to, as torch.bfloat16 or "bfloat16"; None keeps the file's.
         categories: the names of the classes, in order, which are saved with the model; None: as the files say.
-        overrides: fields of `ViTConfig` that the file cannot know or says wrongly (num_heads=12, eps=1e-5 ...), or
-            that are the user's to choose (drop_path_rate, grad_checkpointing); `model.config.sources` tells of each
-            field where its value came from. And the fields of `Preprocessing` (mean=..., std=...): size=384 prepares
-            images at 384 px; the stored grid stays what it was trained at, as at any other size.
+        overrides: fields of `ViTConfig` that the file cannot hold or has wrong (num_heads=12, eps=1e-5 ...), or that
+            are the user's choice (drop_path_rate, grad_checkpointing); `model.config.sources` says where each value
+            came from. And fields of `Preprocessing` (mean=..., std=...): size=384 prepares images at 384 px; the
+            stored grid stays at the size that it was trained at, as it does for any size.
 
     Raises:
-        FileNotFoundError, HubError (an OSError): nothing is there, or the Hub cannot be reached.
+        FileNotFoundError, HubError (an OSError): nothing was found, or the Hub cannot be reached.
         CheckpointError (a ValueError): the file cannot be used; see `vit.weights.convert`.
         ValueError: an unknown name or override, or not one category for each class.
     """
@@ -124,8 +102,7 @@ def load_pretrained(
     ):
         if value is not None:
             require_int(name, value, least)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"dtype must be a floating torch.dtype such as torch.bfloat16, not {dtype!r}")
+    dtype = None if dtype is None else as_dtype(dtype)
     loaded = load(find(source, revision), layout, prefix, sha256, overrides)
     if prefix and loaded.ours.left:
         warnings.warn(f"left behind: {_summary(loaded.ours.left)}", stacklevel=2)
@@ -158,7 +135,7 @@ def load(
     try:
         about = describe(found, checkpoint, "num_heads" in overrides, prefix)
         claims = {"the caller": overrides, about.where: about.declared, ASSUMED: about.assumed}
-        # what is no tensor comes along, so that it is refused where the model's own keys hold it
+        # values that are not tensors are passed on, so that they are refused under the model's own keys
         state = checkpoint.tensors | {name: NotATensor(kind) for name, kind in checkpoint.others.items()}
         ours = _remember(to_ours(state, layout, claims, prefix), about)
         attributes = _attributes(found, about, ours, categories)
@@ -171,14 +148,14 @@ def load(
 
 
 def read(found: Source, sha256: str | None = None) -> Checkpoint:
-    """Read the weights, and hold them against the sha256 that is known of them."""
-    if sha256 is not None and (not isinstance(sha256, str) or not re.fullmatch("[0-9a-fA-F]{64}", sha256)):
-        raise ValueError(f"sha256 must be 64 hexadecimal digits, not {sha256!r}")
+    """Read the weights, and compare their hash with those that the caller and the Hub state."""
+    if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise ValueError(f"sha256 must be 64 hexadecimal digits, got {sha256!r}")
     checkpoint = read_checkpoint(found.weights)
     if sha256 is not None and sha256.lower() != checkpoint.sha256:
         raise CheckpointError(f"{found.weights} has sha256 {checkpoint.sha256}, expected {sha256.lower()}")
     if found.sha256 is not None and found.sha256 != checkpoint.sha256:
-        # The cache holds a link to the bytes: they are what has to go.
+        # the cache holds a link to the file, which is what has to be deleted
         raise CheckpointError(
             f"{found.weights.resolve()} has sha256 {checkpoint.sha256}, but the Hub says {found.sha256}: "
             "the download is damaged, delete it and try again"
@@ -186,61 +163,12 @@ def read(found: Source, sha256: str | None = None) -> Checkpoint:
     return checkpoint
 
 
-def find(source: str | Path, revision: str | None = None) -> Source:
-    """The files behind a name or path, downloaded where they have to be."""
-    if not isinstance(source, (str, Path)) or source == "":
-        raise ValueError(f"expected the name of a model, a file or a folder, not {source!r}")
-    path, name = Path(source), str(source)
-    if revision is not None and (path.exists() or bundled_checkpoint(name)):
-        raise ValueError(f"revision={revision!r} is for repositories of the Hub, and {name} is a local file or folder")
-    if path.is_dir():
-        return _in_folder(path, name)
-    if path.is_file():
-        return _with_configs(name, path)
-    if bundled := bundled_checkpoint(name):
-        return _in_folder(bundled, name)
-    if name in NAMED_MODELS:
-        name = f"{name}.{NAMED_MODELS[name].tag}"
-    if (parsed := parse_name(name)) is None:
-        if path.suffix in FILE_SUFFIXES or name.endswith(("/", os.sep)):
-            raise FileNotFoundError(f"{name} does not exist")
-        if len(path.parts) > 1:
-            raise FileNotFoundError(f"{name} does not exist (a repository of the Hub is written hf-hub:{name})")
-        raise ValueError(unknown("model", name, list_models(pretrained=True)))
-    repo, asked = parsed
-    if revision is not None and asked is not None:
-        raise ValueError(f"{name} names a revision already, so revision={revision!r} cannot go with it")
-    files = download(repo, asked if revision is None else revision)
-    license = "apache-2.0" if name in list_models(pretrained=True) else None  # as timm's own table has it
-    return Source(
-        f"hf-hub:{repo}", files.weights, files.config, files.preprocessor, files.commit, files.sha256, license
-    )
-
-
-# The weights in a folder, the first that is there.
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-
-
-def _in_folder(folder: Path, name: str) -> Source:
-    for file in WEIGHT_FILES:
-        if (folder / file).is_file():
-            return _with_configs(name, folder / file)
-    raise FileNotFoundError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}")
-
-
-def _with_configs(name: str, weights: Path) -> Source:
-    if weights.suffix.lower() == ".npz":  # Google's files have none, so that one lying there is another's
-        return Source(name, weights)
-    config, preprocessor = (weights.parent / file for file in ("config.json", "preprocessor_config.json"))
-    return Source(name, weights, config if config.is_file() else None, preprocessor if preprocessor.is_file() else None)
-
-
 def describe(
     found: Source, checkpoint: Checkpoint, known_heads: bool = False, prefix: str | None = None
 ) -> Description:
-    """What the checkpoint's header or the config.json beside it says of the model: the header, where there is one.
+    """What the checkpoint's header says of the model, or else the config.json beside it.
 
-    Under a prefix, a config.json speaks of the larger model; its "backbone_config" is the part that counts.
+    With a prefix, the config.json describes the larger model, and its "backbone_config" describes ours.
     """
     if any(key.startswith("vit.") for key in checkpoint.metadata):
         return vit.read_header(checkpoint.metadata)
@@ -261,32 +189,34 @@ def describe(
 
 
 def _remember(ours: Ours, about: Description) -> Ours:
-    """Of what a header declares, it also says what was assumed and by whom."""
+    """Note in `config.sources` which of the settings in a header were assumed when it was written."""
     sources = dict(ours.config.sources)
-    sources |= {name: whose for name, whose in about.guessed.items() if sources[name] == about.where}
+    sources |= {name: whose for name, whose in about.guessed.items() if sources.get(name) == about.where}
     return replace(ours, config=replace(ours.config, sources=sources))
 
 
 def _attributes(found: Source, about: Description, ours: Ours, stated: Sequence[str] | None) -> Attributes:
-    """What the model carries, as the caller or the files say it or as it is usual."""
+    """What the model carries besides weights and config: from the caller, the files, or else the layout."""
     config = ours.config
     categories, whence = (about.categories, about.categories_from) if config.num_classes else (None, "")
     if stated is not None:
         categories, whence = _checked(stated, config.num_classes), "from the caller"
     elif categories is None and about == Description() and config.num_classes == 1000:
-        categories, whence = imagenet_categories(), IMAGENET  # what timm, too, takes 1,000 classes to be
+        categories, whence = imagenet_categories(), IMAGENET  # as timm assumes for 1,000 classes
     if categories is not None and len(categories) != config.num_classes:
         raise CheckpointError(f"there are {len(categories)} categories for {config.num_classes} classes")
     preprocessing = about.preprocessing or known_preprocessing(config, ours.layout)
     if len(preprocessing.mean) != config.in_chans:
-        raise CheckpointError(f"preprocessing has {len(preprocessing.mean)} channels, the weights {config.in_chans}")
-    if about.attention is not None and len(about.attention) != config.depth:
-        raise CheckpointError(f"the header names the attention of {len(about.attention)} blocks, of {config.depth}")
+        raise CheckpointError(
+            f"preprocessing has {len(preprocessing.mean)} channels, the weights have {config.in_chans}"
+        )
+    if about.attention is not None and (count := len(about.attention)) != config.depth:
+        raise CheckpointError(f"the header names the attention of {count} blocks, but the model has {config.depth}")
     return Attributes(preprocessing, categories, about.license or found.license, whence, about.attention)
 
 
 def _checked(categories: Sequence[str], num_classes: int) -> list[str]:
-    """The caller's names for the classes; ValueError where these are no names, or not one for each class."""
+    """The caller's names for the classes; ValueError if they are not texts, one for each class."""
     if not isinstance(categories, (list, tuple)) or not all(isinstance(name, str) for name in categories):
         raise ValueError(f"categories must be a list of texts, one for each of the {num_classes} classes")
     if len(categories) != num_classes:
@@ -295,7 +225,7 @@ def _checked(categories: Sequence[str], num_classes: int) -> list[str]:
 
 
 def build(loaded: Loaded, in_chans: int | None = None, patch_size: int | None = None) -> ViT:
-    """A model around weights that fit: they become its parameters without being copied."""
+    """The model of a checkpoint. Its weights become the parameters without being copied."""
     config, tensors, preprocessing = loaded.ours.config, loaded.ours.tensors, loaded.attributes.preprocessing
     weight = tensors["patch_embed.proj.weight"]
     if in_chans is not None and in_chans != config.in_chans:
@@ -321,6 +251,6 @@ def _stated(config: ViTConfig, **values: Any) -> ViTConfig:
 
 
 def _summary(keys: list[str]) -> str:
-    """Keys, counted by how they begin."""
+    """Keys, counted by their first part."""
     counts = Counter(re.split(r"[./]", key)[0] for key in keys)
     return ", ".join(f"{name} ({count})" for name, count in counts.most_common())

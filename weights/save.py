@@ -6,13 +6,13 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vit.config import ViTConfig
 from vit.files import replacing, write_json
 from vit.metadata import Preprocessing, Provenance
 from vit.model import ViT
@@ -20,75 +20,67 @@ from vit.resources import imagenet_categories
 
 from .attention import settings_of, unnamed
 from .checkpoint import Checkpoint, CheckpointError
-from .convert import Converted, Ours, adapt_positions, from_model, to_ours, to_theirs, unrecorded
-from .description import Attributes
+from .convert import Converted, adapt_positions, to_theirs, unrecorded
+from .description import Attributes, Description
 from .detect import locate
 from .formats.npz import read_npz, write_npz
 from .formats.safetensors import read_safetensors, write_safetensors
-from .layouts import get_layout, timm_config, transformers_config
-from .layouts.google import AUGREG, BIG_VISION, BIG_VISION_SCANNED
-from .layouts.vit import check_attributes, read_header, write_header
+from .keymap import Layout
+from .layouts import get_layout
+from .layouts.vit import VIT, check_attributes, read_header, write_header
+from .reading import Ours, to_ours
 from .shapes import known_preprocessing
-
-_NPZ = {layout.name for layout in (AUGREG, BIG_VISION, BIG_VISION_SCANNED)}
-_TIMM = {"timm", "deit"}  # layouts with timm's config.json
-
-
-def _is_transformers(layout: str) -> bool:
-    return layout.startswith("transformers") and not layout.endswith("_memory")
 
 
 def save_checkpoint(model: ViT, path: str | Path, layout: str = "vit") -> Path:
-    """Write a model's weights, with all that `load_pretrained` needs to bring back the same model.
+    """Write a model's weights, with all that `load_pretrained` needs to load the same model.
 
     Args:
-        model: the model, on any device and in any floating dtype; both its weights and dtype are kept to the bit.
+        model: the model, on any device and in any floating dtype; weights and dtype are kept bit for bit.
         path: a `.safetensors` file, or a folder in which `model.safetensors` is written. "timm", "deit" and
-            transformers' layouts take a folder only, since their `config.json` speaks for all that lies beside it.
+            transformers' layouts need a folder, because their `config.json` describes the folder's weights.
             Google's layouts also take an `.npz` file.
         layout: one of `vit.weights.LAYOUTS`. timm's and transformers' come with the `config.json` from which timm
-            and transformers load them; the others carry config (with what was assumed of it), preprocessing,
-            categories, provenance and the registered names of replaced attention in the file's header. Attention with
-            weights of its own goes into "vit" alone. An npz file holds weights only: what it cannot say is
-            listed by `vit convert`.
+            and transformers load them. In the others, the file's header holds config (and which of it was assumed),
+            preprocessing, categories, provenance and the registered names of attention that was set. Only "vit" can
+            hold attention with weights of its own. An npz file holds weights only; a warning names what is lost.
 
     Returns:
         The file that was written.
 
     Raises:
         ValueError: an unknown layout, a path with another ending, weights that are not finite, settings that
-            contradict each other or that the layout cannot hold. Nothing is written then; a file that was there is
-            replaced only by a whole one.
+            contradict each other or that the layout cannot hold. Nothing is written then, and an existing file is
+            only ever replaced by a complete one.
     """
     if not isinstance(model, ViT):
-        raise ValueError(f"expected a vit.ViT, not {type(model).__name__}: save a model as it was before compiling")
+        raise ValueError(f"expected a vit.ViT, got {type(model).__name__}: save a model as it was before compiling")
     file = target_files(path, layout)[0]
     license = None if model.provenance is None else model.provenance.license
     attributes = Attributes(model.preprocessing, model.categories, license, attention=settings_of(model))
-    converted = write(from_model(model), attributes, file, layout, lambda: model.provenance)
+    # checked as the weights of a file are; the config still says who stated what
+    ours = to_ours(model.state_dict(), VIT.name, {"the model": model.config.to_dict()})
+    ours = replace(ours, config=replace(ours.config, sources={**ours.config.sources, **model.config.sources}))
+    converted = write(ours, attributes, file, layout, lambda: model.provenance)
     for name, value in converted.report.unsaid.items():
-        warnings.warn(f"{file} cannot say {name}, whose reader will assume {value!r}", stacklevel=2)
+        warnings.warn(f"{file} cannot hold {name}: readers will assume {value!r}", stacklevel=2)
     return file
 
 
 def target_files(path: str | Path, layout: str) -> list[Path]:
-    """The files that are written: the weights, then the JSON files beside them where the layout has any."""
-    get_layout(layout)
-    if str(path) == "":
-        raise ValueError("expected a file or folder to write, not ''")
-    path = Path(path)
+    """The files that are written: the weights, then the JSON files beside them if the layout has any."""
+    files, path = get_layout(layout).files, Path(path)
     is_folder = path.is_dir() or path.suffix.lower() not in (
         ".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".npy", ".onnx", ".json", ".jpg", ".png",
     )  # fmt: skip
-    beside = _beside(layout)
     if is_folder:
-        return [path / "model.safetensors", *(path / name for name in beside)]
-    if path.suffix != ".safetensors" and not (path.suffix == ".npz" and layout in _NPZ):
-        kinds = ".safetensors, .npz" if layout in _NPZ else ".safetensors"
+        return [path / "model.safetensors", *(path / name for name in files.beside)]
+    if path.suffix != ".safetensors" and not (path.suffix == ".npz" and files.npz):
+        kinds = ".safetensors, .npz" if files.npz else ".safetensors"
         raise ValueError(f"{path} must end in {kinds} or be a folder: other formats are not written as {layout}")
-    if beside:
+    if files.beside:
         raise ValueError(
-            f"{path} must be a folder: the {layout} layout is model.safetensors with {beside[0]} beside it"
+            f"{path} must be a folder: the {layout} layout is model.safetensors with {files.beside[0]} beside it"
         )
     return [path]
 
@@ -96,12 +88,6 @@ def target_files(path: str | Path, layout: str) -> list[Path]:
 def report_path(file: Path) -> Path:
     """Where the report on a converted file is written."""
     return file.with_name(f"{file.name}.report.json")
-
-
-def _beside(layout: str) -> tuple[str, ...]:
-    if layout in _TIMM:
-        return ("config.json",)
-    return ("config.json", "preprocessor_config.json") if _is_transformers(layout) else ()
 
 
 def write(
@@ -112,56 +98,54 @@ def write(
     provenance: Callable[[], Provenance | None],
     report: Callable[[Converted, str], Mapping[str, Any]] | None = None,
 ) -> Converted:
-    """Write weights that fit in a layout; what came of them and of each setting stands in the result's report.
+    """Write weights in a layout.
 
-    Each file is written under a temporary name and renamed, so that it holds all of its new content or all of its
-    old; a failure before the last of the writing leaves all as they were. Where a `report` is asked for, the weights
-    are read back and compared to the bit before that, and what it makes of the conversion and of the weights' sha256 is
-    written beside them. `provenance` is asked for where a header holds it only: it waits for the hash of what was read.
+    Each file is written under a temporary name and renamed, so that it never holds a part of its content; if any of
+    them cannot be written, all stay as they were.
+
+    Args:
+        ours: the weights.
+        attributes: what the model carries besides weights and config.
+        file: where the weights go, the first of `target_files`.
+        layout: the layout to write.
+        provenance: called only if a header is written; it waits for the hash of the source.
+        report: asks for a proof: the weights are read back and compared bit for bit before the files get their names,
+            and what `report` makes of the conversion and of the weights' sha256 is written beside them.
+
+    Returns:
+        What was written, and a report on each key and setting.
     """
     target = get_layout(layout)
     converted = to_theirs(ours, target)
     check_attributes(converted.config, attributes)
-    contents = _configs(converted.config, attributes, layout)
-    if contents or file.suffix == ".npz":  # the others carry everything in their header
-        _check_detected(converted, layout)
-        converted.report.unsaid.update(_unsaid(ours, converted, attributes, layout, contents))
+    is_npz = file.suffix == ".npz"
+    contents = {} if target.files.write is None else target.files.write(converted.config, attributes)
     header = {}
-    if not contents and file.suffix != ".npz":
+    if contents or is_npz:
+        _check_detected(converted, layout)
+        converted.report.unsaid.update(_unsaid(ours, converted, attributes, target, contents))
+    else:
         header = write_header(converted.config, attributes, provenance())
-        read_header(header)  # it must read back
+        read_header(header)  # raises if it could not be read back
     file.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         temporary = stack.enter_context(replacing(file))
-        if file.suffix == ".npz":
+        if is_npz:
             write_npz(temporary, converted.state_dict)
         else:
             write_safetensors(temporary, converted.state_dict, {"format": "pt", **header})
         if report is not None:
-            read = read_npz if file.suffix == ".npz" else read_safetensors
             tensors = {**adapt_positions(ours.tensors, ours.config, target)[0], **ours.attention}
-            sha256 = _verify(read(temporary), tensors, converted, layout)
-            content = report(converted, sha256)
-            write_json(stack.enter_context(replacing(report_path(file))), content)
+            written = read_npz(temporary) if is_npz else read_safetensors(temporary)
+            _check_same(written, tensors, converted, layout)
+            write_json(stack.enter_context(replacing(report_path(file))), report(converted, written.sha256))
         for name, content in contents.items():
             write_json(stack.enter_context(replacing(file.parent / name)), content)
     return converted
 
 
-def _configs(config: ViTConfig, attributes: Attributes, layout: str) -> dict[str, dict[str, Any]]:
-    """The JSON files that go with a layout, by name."""
-    if layout in _TIMM:
-        return {"config.json": timm_config.write_config(config, attributes)}
-    if not _is_transformers(layout):
-        return {}
-    return {
-        "config.json": transformers_config.write_config(config, attributes),
-        "preprocessor_config.json": transformers_config.write_preprocessing(attributes),
-    }
-
-
-def _verify(written: Checkpoint, tensors: Mapping[str, Tensor], converted: Converted, layout: str) -> str:
-    """What was written must come back to the bit; its sha256."""
+def _check_same(written: Checkpoint, tensors: Mapping[str, Tensor], converted: Converted, layout: str) -> None:
+    """CheckpointError unless the written tensors read back bit for bit."""
     read = to_ours(written.tensors, layout, {"the writer": converted.config.to_dict()})
     again = {**read.tensors, **read.attention}
     odd = [
@@ -170,8 +154,7 @@ def _verify(written: Checkpoint, tensors: Mapping[str, Tensor], converted: Conve
         if name not in tensors or name not in again or not _same_bits(tensors[name], again[name])
     ]
     if odd:
-        raise CheckpointError(f"{', '.join(odd)} did not come back as written in the {layout} layout")
-    return written.sha256
+        raise CheckpointError(f"{', '.join(odd)} did not read back as written in the {layout} layout")
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
@@ -179,32 +162,30 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _check_detected(converted: Converted, layout: str) -> None:
-    """A file that says nothing of its layout must be taken for what it is."""
+    """CheckpointError if a file without our header would be taken for another layout."""
     found = locate(converted.state_dict).layout.name
     if found != layout:
         raise CheckpointError(f"written in the {layout} layout, this model would be read as {found}")
 
 
 def _unsaid(
-    ours: Ours, converted: Converted, attributes: Attributes, layout: str, contents: dict[str, dict[str, Any]]
+    ours: Ours,
+    converted: Converted,
+    attributes: Attributes,
+    target: Layout,
+    contents: Mapping[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """What files without our header cannot say of a model -> what their reader will take it to be."""
-    config, target = converted.config, get_layout(layout)
-    stated: Mapping[str, Any] = {}
-    images = known_preprocessing(config, target)
-    categories = imagenet_categories() if config.num_classes == 1000 else None
-    if layout in _TIMM:
-        read = timm_config.read_config(contents["config.json"], "config.json")
-        stated, images, categories = read.declared, read.preprocessing or images, read.categories
-    elif contents:
-        read = transformers_config.read_config(contents["config.json"], "config.json")
-        stated, categories = read.declared, read.categories
-        images = transformers_config.read_preprocessing(
-            contents["preprocessor_config.json"], "preprocessor_config.json"
-        )
-    elif config.grid[0] != config.grid[1]:
-        raise CheckpointError(f"an npz file cannot say that its grid is {config.grid[0]}x{config.grid[1]}, not square")
-    unsaid = unrecorded(ours, config, target, stated)
+    """The settings that files without our header cannot hold -> what their reader will assume instead."""
+    config = converted.config
+    if target.files.read is not None:
+        about = target.files.read(contents)
+    else:
+        about = Description(categories=imagenet_categories() if config.num_classes == 1000 else None)
+        if config.grid[0] != config.grid[1]:
+            grid = f"{config.grid[0]}x{config.grid[1]}"
+            raise CheckpointError(f"an npz file cannot hold that the grid is {grid}: readers assume a square")
+    unsaid = unrecorded(ours, config, target, about.declared)
+    images, categories = about.preprocessing or known_preprocessing(config, target), about.categories
     if effect(images) != effect(attributes.preprocessing):
         unsaid["preprocessing"] = images
     if categories != attributes.categories:
@@ -215,6 +196,6 @@ def _unsaid(
 
 
 def effect(settings: Preprocessing) -> tuple:
-    """What preprocessing does to images, the size they are resized to last: it may come of several crop_pct."""
+    """What preprocessing does to images. Last, the size to resize to: several crop_pct may give the same."""
     resized = [math.floor(side / settings.crop_pct) for side in settings.size] if settings.mode == "crop" else None
     return settings.size, settings.mean, settings.std, settings.interpolation, settings.mode, resized

@@ -1,4 +1,4 @@
-"""What the shapes of the weights tell of a model's config, held against what is stated of it."""
+"""A model's config from the shapes of its weights, compared with what is stated of it."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from .description import ANSWERS, layout_default
 from .keymap import Layout
 from .layouts.vit import VIT
 
-# The weights that the shapes are read from, besides the optional ones.
+# The weights whose shapes are read, besides optional ones.
 SHAPE_SOURCES = ("position_embedding", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
 _OPTIONAL = re.compile(r"(dist_token|register_tokens|blocks\.\{\}\.scale|norm\.|fc_norm\.|head).*")
 
-# Statements about the model, the first one first: who states it -> fields of ViTConfig.
+# Who states something about the model -> fields of ViTConfig; earlier ones take precedence.
 Claims = Mapping[str, Mapping[str, Any]]
-ASSUMED = "the named model's default"  # what goes by this name counts less than shapes
+ASSUMED = "the named model's default"  # claims under this name yield to the shapes
 
 
 def required_names(names: Iterable[str]) -> list[str]:
-    """The weights that no ViT lacks, for as many blocks as `names` has numbers of (at least one)."""
+    """The weights that every ViT has, with as many blocks as there are numbers in `names` (at least one)."""
     templates = [entry.ours for entry in VIT.entries if not _OPTIONAL.fullmatch(entry.ours)]
     depth = max(1, _depth(names))
     return [name for t in templates for name in ([t.format(i) for i in range(depth)] if "{}" in t else [t])]
 
 
 def _depth(names: Iterable[str]) -> int:
-    """How many numbers of blocks there are; gaps between them show as missing and unexpected keys."""
+    """How many different block numbers there are; gaps between them show as missing and unexpected keys."""
     return len({match.group(1) for name in names if (match := re.match(r"blocks\.(\d+)\.", name))})
 
 
@@ -46,17 +46,17 @@ def config_from_shapes(
 ) -> ViTConfig:
     """The config of a state dict in our names; its `sources` say where each value came from.
 
-    Shapes tell everything but the heads, eps, the GELU, the pooling, the rule for positions and a grid that is not
-    square. Those are taken from the claims, or else are what goes without saying in the layout.
+    Shapes give everything except the heads, eps, the GELU, the pooling, the rule for positions and a grid that is not
+    square. Those come from the claims, or else from the layout's assumptions.
 
     Args:
-        tensors: the weights, in our names, `SHAPE_SOURCES` among them.
-        claims: what the caller, a header or a config.json states, in the order in which they count.
+        tensors: the weights in our names, including `SHAPE_SOURCES`.
+        claims: what the caller, a header or a config.json states, in order of precedence.
         layout: the layout that the weights came in.
-        extra: what the shapes tell in that layout alone (the heads).
+        extra: what only this layout's shapes give (the heads).
 
     Raises:
-        CheckpointError: shapes contradict what is stated, or cannot tell what has to be known.
+        CheckpointError: shapes contradict what is stated, or something is neither stated nor given by the shapes.
     """
     facts = _facts(tensors) | dict(extra or {})
     stated, sources = _merge({source: fields for source, fields in claims.items() if source != ASSUMED})
@@ -66,9 +66,8 @@ def config_from_shapes(
     if "init_values" in stated and (stated["init_values"] is None) != (facts["init_values"] is None):
         has = "have" if facts["init_values"] is not None else "lack"
         raise CheckpointError(f"init_values is declared as {stated['init_values']}, the weights {has} LayerScale")
-    assumed = dict(layout.defaults) | (dict(layout.register_defaults) if facts["reg_tokens"] else {})
-    named = dict(claims.get(ASSUMED, {}))
-    assumed |= named
+    usual, named = layout.assumptions, dict(claims.get(ASSUMED, {}))
+    assumed = {**usual.defaults, **(usual.register_defaults if facts["reg_tokens"] else {}), **named}
     values: dict[str, Any] = {**assumed, **facts, **stated}
     if "num_heads" not in values:
         values["num_heads"] = assumed["num_heads"] = _default_heads(layout, values["embed_dim"])
@@ -91,7 +90,7 @@ def config_from_shapes(
 
 
 def _merge(claims: Claims) -> tuple[dict[str, Any], dict[str, str]]:
-    """What is stated, and by whom; of several statements about one field the first counts."""
+    """What is stated, and by whom. Of several claims about one field, the first counts."""
     stated: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for source, fields in claims.items():
@@ -102,23 +101,24 @@ def _merge(claims: Claims) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _settled(layout: Layout) -> list[str]:
-    """The fields that are alike in all models of a layout, so that nothing has to be assumed."""
-    pooling = [] if layout.head_pool is None else ["global_pool"]
-    return [name for name, values in layout.needs.items() if len(values) == 1] + pooling
+    """The fields that are the same in all models of a layout, so nothing is assumed about them."""
+    pooling = [] if layout.holds.head_pool is None else ["global_pool"]
+    return [name for name, values in layout.holds.needs.items() if len(values) == 1] + pooling
 
 
 def _default_heads(layout: Layout, width: int) -> int:
-    heads = layout.heads or (width // layout.head_width if layout.head_width and width % layout.head_width == 0 else 0)
+    usual = layout.assumptions
+    heads = usual.heads or (width // usual.head_width if usual.head_width and width % usual.head_width == 0 else 0)
     if not heads:
         raise CheckpointError(
-            f"nothing says how many heads share the width {width}: state num_heads"
+            f"the number of heads is not known for the width {width}: state num_heads"
             " (load_pretrained(..., num_heads=...), convert(..., config={'num_heads': ...}), or --set num_heads=...)"
         )
     return heads
 
 
 def _facts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The fields of a config that shapes tell."""
+    """The fields of a config that shapes give."""
 
     def shape(name: str, dims: int) -> tuple[int, ...]:
         if tensors[name].ndim != dims:
@@ -135,7 +135,7 @@ def _facts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "patch_size": patch_size,
         "depth": _depth(tensors),
         "mlp_ratio": hidden / D,
-        "init_values": 1.0 if "blocks.0.scale1" in tensors else None,  # trained: what it started from is not known
+        "init_values": 1.0 if "blocks.0.scale1" in tensors else None,  # trained: its first value is unknown
         "dist_token": "dist_token" in tensors,
         "reg_tokens": shape("register_tokens", 3)[1] if "register_tokens" in tensors else 0,
         "fc_norm": "fc_norm.weight" in tensors,
@@ -151,10 +151,9 @@ def _facts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _positions(rows: int, values: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
-    """Do the class and distillation tokens have rows in the position embedding, and what is the grid of the others?
+    """Whether the class and distillation tokens have rows in the position embedding, and the grid of the other rows.
 
-    With a stated size the number of rows answers the first question. Without one the layout does, and the grid has
-    to be square.
+    With a stated size, the number of rows gives the first. Without one the layout does, and the grid must be square.
     """
     p, prefix = values["patch_size"], 1 + values["dist_token"]
     if not isinstance(values.get("class_position", True), bool):
@@ -164,8 +163,8 @@ def _positions(rows: int, values: Mapping[str, Any], layout: Layout) -> dict[str
         class_position = values.get("class_position", rows == (H // p) * (W // p) + prefix)
         if rows - class_position * prefix != (H // p) * (W // p):
             raise CheckpointError(
-                f"position_embedding has {rows} rows, which img_size {H}x{W} does not give: that is the size they were"
-                " trained at, and the model takes any other (size=... sets the one that images are prepared at)"
+                f"position_embedding has {rows} rows, which does not fit img_size {H}x{W}: img_size is the size that it"
+                " was trained at; the model takes any other too (size=... sets the size that images are prepared at)"
             )
         return {"class_position": class_position}
     choices = [values["class_position"]] if "class_position" in values else _usual_class_rows(layout, values)
@@ -174,24 +173,24 @@ def _positions(rows: int, values: Mapping[str, Any], layout: Layout) -> dict[str
         if side > 0 and side * side == rows - class_position * prefix:
             return {"class_position": class_position, "img_size": (side * p, side * p)}
     raise CheckpointError(
-        f"position_embedding has {rows} rows, which leave no square grid: state img_size=(height, width)"
+        f"position_embedding has {rows} rows, which do not make a square grid: state img_size=(height, width)"
     )
 
 
 def _usual_class_rows(layout: Layout, values: Mapping[str, Any]) -> list[bool]:
-    """Whether the class token has a row in a layout's models, the likelier answer first."""
-    if layout.class_rows == "unless registers" and values["reg_tokens"]:
+    """Whether the class token has a row in a layout's models, the more likely answer first."""
+    if layout.assumptions.class_rows == "unless registers" and values["reg_tokens"]:
         return [False]
-    if layout.class_rows == "unless registers" and values["init_values"] is not None:
-        return [True, False]  # DINOv2 has one and DeiT-III has none: no square is one more than another
-    return [layout.class_rows != "never"]
+    if layout.assumptions.class_rows == "unless registers" and values["init_values"] is not None:
+        return [True, False]  # DINOv2 has one, DeiT-III has none: only one of them leaves a square
+    return [layout.assumptions.class_rows != "never"]
 
 
 def known_preprocessing(config: ViTConfig, layout: Layout) -> Preprocessing:
-    """Where no file says it: the layout's, or that of the named model that this is, or the default at this size."""
-    if layout.preprocessing is not None:
-        return replace(layout.preprocessing, size=config.img_size).with_channels(config.in_chans)
-    # fields that may differ without the images being prepared otherwise
+    """The preprocessing if no file states it: the layout's, that of a named model with this config, or the default."""
+    if layout.assumptions.preprocessing is not None:
+        return replace(layout.assumptions.preprocessing, size=config.img_size).with_channels(config.in_chans)
+    # fields that may differ while the preprocessing stays the same
     loose = {"num_classes": 0, "init_values": None, "drop_path_rate": 0.0, "grad_checkpointing": False, "in_chans": 3}
     for named in NAMED_MODELS.values():
         if named.config.to_dict() | loose == config.to_dict() | loose:

@@ -1,1 +1,1 @@
-"""Attention backends, which `vit.kernels` registers by name."""
+"""Attention backends, registered by name in `vit.kernels`."""

@@ -1,4 +1,4 @@
-"""Which attention backends there are, which of them this machine has, and which would run on given images."""
+"""The attention backends, which of them run on this machine, and which run on given images."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
     "math": pytorch.math, "flash": pytorch.flash, "efficient": pytorch.efficient, "cudnn": pytorch.cudnn,
     "flex": flex.flex, "triton": flash.triton, "varlen": varlen.varlen, "bmm": products.bmm,
 }  # fmt: skip
-# Name -> why it cannot run on q, k, v [B, A, T, d] and a bias; None where it can. As they are listed.
+# Name -> why it cannot run on q, k, v [B, A, T, d] and a bias, or None if it can; in the order of the listing.
 REFUSALS: dict[str, Refusal] = {
     "reference": _bias_alone, "sdpa": _bias_alone, "bmm": products.refusal, **pytorch.REFUSALS,
     "flex": flex.refusal, "triton": flash.refusal, "varlen": varlen.refusal,
@@ -35,19 +35,19 @@ REFUSALS: dict[str, Refusal] = {
 
 
 def available(device: str | torch.device | None = None) -> dict[str, str | None]:
-    """What this machine has.
+    """Which backends run on this machine.
 
     Args:
-        device: where to run; None: on CUDA where there is one, else on the CPU.
+        device: where to run; None: CUDA if there is a GPU, else the CPU.
 
     Returns:
-        Each backend's name -> None where it runs in one of float32, bfloat16 and float16 at least, with gradients or
-        without; otherwise why it does not.
+        Each backend's name -> None if it runs in at least one of float32, bfloat16 and float16, with or without
+        gradients; otherwise the reason why not.
     """
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(1, device=where)
-    except Exception:  # each device type has its own way of not being there
+    except Exception:  # which one depends on the device type
         return dict.fromkeys(REFUSALS, f"there is no device {str(where)!r} here")
     found: dict[str, str | None] = {}
     for name, refusal in REFUSALS.items():
@@ -61,9 +61,9 @@ def _empty(dtype: torch.dtype, device: str | torch.device) -> list[Tensor]:
 
 
 def explain(model: ViT, images: Tensor) -> None:
-    """Print which kernel runs in each block for these images, on what, and why others would not.
+    """Print which kernel runs in each block for these images, what it is given, and why others would not run.
 
-    Nothing is computed. `requires_grad` and autocast count as they are when it is called.
+    Nothing is computed. `requires_grad` and autocast count as they are at the time of the call.
 
     Args:
         model: the model.
@@ -80,7 +80,7 @@ def explain(model: ViT, images: Tensor) -> None:
         print(f"{numbers}: {attend.extra_repr()}: {_what_runs(attend, q, k, v)}")
     if isinstance(model, OptimizedViT) and (n := model.tokens_read()) is not None:
         how = "as above" if images.device.type == "cpu" and model.optimized in ("float32", "int8") else "by 'sdpa'"
-        print(f"where only logits are asked for, the last block attends for {n} token{'s' * (n > 1)} alone, {how}")
+        print(f"for logits alone, the last block computes attention for {n} token{'s' * (n > 1)} only, {how}")
     print("the others:")
     used = {attend.name for attend in model.attends}
     for name, refusal in REFUSALS.items():
@@ -89,12 +89,12 @@ def explain(model: ViT, images: Tensor) -> None:
 
 
 def _what_attention_gets(model: ViT, images: Tensor) -> Tensor:
-    """q, k and v as every block has them, [3, B, A, T, d], without values."""
+    """q, k and v, [3, B, A, T, d], as each block gives them to attention, without values."""
     h, w = model.grid_of(images)
     weight, device = model.patch_embed.proj.weight, images.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-    dtype = getattr(model.blocks[0].attention, "dtype", dtype)  # that of an int8 model is its own
+    dtype = getattr(model.blocks[0].attention, "dtype", dtype)  # int8 models have their own
     T, A = model.config.num_prefix_tokens + h * w, model.config.num_heads
     qkv = torch.empty(len(images), T, 3, A, model.config.embed_dim // A, dtype=dtype, device=images.device)
     tokens = [x for x in (model.class_token, model.dist_token, model.register_tokens) if x is not None]
@@ -104,7 +104,7 @@ def _what_attention_gets(model: ViT, images: Tensor) -> Tensor:
 
 
 def _alike(attends: list[Attend]) -> list[tuple[int, int, Attend]]:
-    """Runs of blocks that attend alike: the first number, the last, and one of them."""
+    """Runs of blocks with equal attention: the first number, the last, and one of them."""
     runs: list[tuple[int, int, Attend]] = []
     for attend in attends:
         if runs and _same(runs[-1][2], attend):
@@ -115,7 +115,7 @@ def _alike(attends: list[Attend]) -> list[tuple[int, int, Attend]]:
 
 
 def _same(a: Attend, b: Attend) -> bool:
-    def trained(attend: Attend) -> list[bool]:  # which a bias does not show
+    def trained(attend: Attend) -> list[bool]:  # which `extra_repr` does not show
         return [x.requires_grad for x in attend.options.values() if isinstance(x, Tensor)]
 
     return a.source is b.source and a.extra_repr() == b.extra_repr() and trained(a) == trained(b)

@@ -1,7 +1,7 @@
 """Attention by our own Triton kernels, forward and backward: FlashAttention-2 (arXiv:2307.08691) with a bias.
 
-This file is what PyTorch sees, two operators that torch.compile takes whole; `flash_kernels` computes. That file needs
-triton and is imported at the first use, so that this one can be imported anywhere.
+This file holds what PyTorch sees: two operators, opaque to torch.compile. `flash_kernels` computes; it needs triton and
+is imported at the first use, so that this file can be imported anywhere.
 """
 
 from functools import cache
@@ -16,24 +16,24 @@ from torch.autograd.forward_ad import unpack_dual
 from vit.attention import bad_bias, fit_bias
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WIDTHS = (32, 128)  # of a head: narrower ones would be mostly padding, and wider ones' tiles would not fit
+WIDTHS = (32, 128)  # of a head: narrower ones would be mostly padding, and tiles of wider ones would not fit
 
 
 def triton(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
     """See `vit.attention` for the arguments. The T * T weights are never in memory.
 
-    A query whose keys all have a bias of -inf gets NaN, as in `vit.attention.reference`, and so do the gradients that
-    it reaches. There is no second derivative.
+    A query whose keys all have a bias of -inf gives NaN, as in `vit.attention.reference`, and NaN gradients. There is
+    no second derivative.
 
     Args:
         q, k, v: [B, A, T, d] in float32, float16 or bfloat16, any strides, on CUDA; d of 32 to 128.
         bias: broadcastable to [B, A, T, T], of q's dtype, or None.
 
     Returns:
-        [B, A, T, d]; its memory lies as [B, T, A, d], so that merging the heads copies nothing.
+        [B, A, T, d], with the memory layout [B, T, A, d], so that merging the heads copies nothing.
 
     Raises:
-        ValueError: `refusal` has a reason.
+        ValueError: the reason that `refusal` gives.
     """
     if reason := refusal(q, k, v, bias):
         raise ValueError(f"attention 'triton' {reason}")
@@ -42,9 +42,9 @@ def triton(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Te
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> str | None:
-    """Why `triton` cannot run on these, in one line, or None where it can.
+    """Why `triton` cannot run on these, in one line, or None if it can.
 
-    While torch.compile reads the code the machine is not looked at: the operator itself does so when it runs.
+    While torch.compile traces, the machine is not checked: the operator itself does so when it runs.
     """
     if q.ndim != 4 or not q.shape == k.shape == v.shape:
         return f"takes q, k and v of one shape [B, A, T, d], not {', '.join(str(list(x.shape)) for x in (q, k, v))}"
@@ -64,11 +64,11 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> str 
 
 
 def wrong_machine(q: Tensor) -> str | None:
-    """Why the kernels cannot run where q is and in its dtype, or None."""
+    """Why the kernels cannot run on q's device and in its dtype, or None if they can."""
     if not installed():
         return "needs triton, which is not installed"
     interpreted = kernels().INTERPRETED
-    if interpreted and q.dtype == torch.bfloat16:  # it multiplies the 16 bits as whole numbers
+    if interpreted and q.dtype == torch.bfloat16:  # it multiplies the 16 bits as integers
         return "does not run in torch.bfloat16 in Triton's interpreter, which computes nonsense there"
     if q.device.type != "cuda" and not (interpreted and q.device.type == "cpu"):
         return (
@@ -82,12 +82,12 @@ def wrong_machine(q: Tensor) -> str | None:
 
 @cache
 def installed() -> bool:
-    """Whether there is a triton to import."""
+    """Whether triton can be imported."""
     return find_spec("triton") is not None
 
 
 def kernels() -> ModuleType:
-    """`flash_kernels`, imported when first needed."""
+    """`flash_kernels`, imported at the first use."""
     from . import flash_kernels
 
     return flash_kernels
@@ -113,7 +113,7 @@ def flash_attention_backward(
 
 @flash_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Shapes, strides and dtypes of `flash_attention`'s results, for torch.compile."""
+    """The shapes, strides and dtypes of `flash_attention`'s results, for torch.compile."""
     B, A, T, d = q.shape
     return q.new_empty(B, T, A, d).transpose(1, 2), q.new_empty(B, A, T, dtype=torch.float32)
 
@@ -122,14 +122,14 @@ def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Ten
 def _(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same of `flash_attention_backward`'s."""
+    """The same for `flash_attention_backward`."""
     B, A, T, d = q.shape
     dq, dk, dv = (q.new_empty(B, T, A, d).transpose(1, 2) for _ in range(3))
     return dq, dk, dv, q.new_empty(bias.shape if bias_grad and bias is not None else 0)
 
 
 def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """What the backward pass needs: nothing of T * T."""
+    """Keep what the backward pass needs: nothing of size T * T."""
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*inputs, *output)
 

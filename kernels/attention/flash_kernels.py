@@ -1,15 +1,15 @@
 # mypy: allow-untyped-defs
-"""The Triton kernels of `flash`, and what launches them: attention that never holds its T * T weights.
+"""The Triton kernels of `flash` and their launches: attention that never holds its T * T weights.
 
 Written from two papers. FA1 is FlashAttention, arXiv:2205.14135: the softmax of a row, computed from one tile of
 scores after another (section 3.1), and scores computed again in the backward pass instead of kept (section 3.1 and
 appendix B). FA2 is FlashAttention-2, arXiv:2307.08691, whose Algorithm 1 (forward) and Algorithm 2 (backward) are
-followed here; "line 9" is a line of these. Three things differ from them:
+followed here; "line 9" is one of their lines. Three things differ from them:
 
   - A bias is added to the scores, and gets a gradient.
   - Algorithm 2 adds up dQ in memory from every tile of keys, which needs atomics and rounds in another order each time.
-    Here dQ has a kernel with the loops the other way round. The scores are computed once more for that, and equal
-    inputs give equal gradients to the bit.
+    Here dQ has a kernel with the loops exchanged. It computes the scores once more, and equal inputs give equal
+    gradients to the bit.
   - Scores are kept in powers of two: exp(x) is exp2(x log2(e)), and log2(e) is folded into the scale 1/sqrt(d). GPUs
     have an instruction for exp2 and multiply before it to get exp.
 
@@ -31,15 +31,15 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret  # decided here for good: triton.jit looks at it below
+INTERPRETED = triton.knobs.runtime.interpret  # decided once, here: triton.jit reads it below
 LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 def from_triton(function: Any) -> Any:
     """A function of Triton's library as the kernels need it.
 
-    It was compiled or made for the interpreter when triton was imported, which something else, such as torch.compile,
-    may have done before TRITON_INTERPRET was set. Then it is made anew.
+    Whether it is compiled or interpreted was decided when triton was imported, which torch.compile, for example, may
+    have done before TRITON_INTERPRET was set. Then it is made anew.
     """
     return triton.jit(function.fn) if INTERPRETED and isinstance(function, triton.JITFunction) else function
 
@@ -54,7 +54,7 @@ cdiv, zeros, largest, added_up = (from_triton(function) for function in (tl.cdiv
 def place(A, tiles):
     """The image, the head and the tile of this program, of programs that have `tiles` tiles per head.
 
-    Tiles of one head come one after another, so that what they all read is still in the GPU's cache.
+    Tiles of one head come one after another, so that what they share is still in the GPU's cache.
     """
     program = tl.program_id(0)
     head = program // tiles
@@ -63,9 +63,9 @@ def place(A, tiles):
 
 @triton.jit
 def addresses(x, strides, b, a, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where a tile of ROWS by COLUMNS lies whose first element is x[b, a, row, column]: [ROWS, COLUMNS].
+    """The addresses of a tile of ROWS by COLUMNS whose first element is x[b, a, row, column]: [ROWS, COLUMNS].
 
-    All in 64 bits. What is one number for the whole tile is added up first.
+    All in 64 bits. What is the same for the whole tile is added up first.
     """
     x += tl.cast(b, tl.int64) * strides[0] + tl.cast(a, tl.int64) * strides[1]
     x += tl.cast(row, tl.int64) * strides[2] + tl.cast(column, tl.int64) * strides[3]
@@ -308,7 +308,7 @@ LAUNCHES = {
     (64, 4): (Launch(64, 32, 8, 2), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)),
     (128, 4): (Launch(32, 32, 8, 2), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1)),
 }
-INTERPRETER = Launch(128, 64, 1, 1)  # a step takes as long for any size; oblong, so that a tile read sideways shows
+INTERPRETER = Launch(128, 64, 1, 1)  # a step takes equally long for any size; not square, so that swapped sides show
 PROGRAMS = 512  # enough to keep any GPU busy: a bias's gradient is split into parts until there are so many
 
 
@@ -325,12 +325,12 @@ def padded(d: int) -> int:
 
 
 def heads_apart(x: Tensor) -> Tensor:
-    """Memory for a result of x's shape [B, A, T, d] that lies as [B, T, A, d]: merging its heads copies nothing."""
+    """Memory for a result of x's shape [B, A, T, d], laid out as [B, T, A, d]: merging its heads copies nothing."""
     return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)  # [B, A, T, d]
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention, and what its backward pass needs besides.
+    """Attention, and what its backward pass needs.
 
     Args:
         q, k, v: [B, A, T, d], any strides.

@@ -1,4 +1,4 @@
-"""Attention as two batched matrix products with a softmax between: on CPUs in bfloat16, faster than fused kernels."""
+"""Attention as two batched matrix products with a softmax between: on a CPU in bfloat16, faster than fused kernels."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def bmm(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tenso
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> str | None:
-    """Why it cannot run on these; None where it can."""
+    """Why it cannot run on these, or None if it can."""
     return None if bias is None else bad_bias(q, k, bias)

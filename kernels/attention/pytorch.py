@@ -1,6 +1,6 @@
-"""PyTorch's own attention kernels, each by itself: `sdpa` chooses among them, these insist.
+"""PyTorch's own attention kernels, each on its own: `sdpa` chooses among them, these take one or refuse.
 
-On CUDA PyTorch can only be told so for the whole process: other threads that attend meanwhile are told the same.
+On CUDA PyTorch can only be told so for the whole process, so attention in other threads meanwhile takes the same one.
 
 https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
 """
@@ -44,11 +44,11 @@ _KERNELS = {
     "math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }  # fmt: skip
-_one_at_a_time = RLock()  # what PyTorch sets to insist on a kernel holds for all threads, and two would leave it set
+_one_at_a_time = RLock()  # PyTorch's switches hold for all threads, and two of them at a time would leave one set
 
 
 def _insist(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """[B, A, T, d] from this kernel and no other; ValueError with the reason where it cannot."""
+    """[B, A, T, d] from this kernel and no other; ValueError with the reason if it cannot run."""
     if reason := refusal(name, q, k, v, bias):
         raise ValueError(f"attention {name!r} {reason}")
     bias = None if bias is None else fit_bias(q, k, bias)
@@ -63,13 +63,13 @@ def _insist(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> 
 
 
 def _by(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """The same by PyTorch's switches, which leave one kernel on."""
-    with sdpa_kernel(_KERNELS[name]):  # PyTorch raises where its kernel refuses for a reason that is not known here
+    """The same by PyTorch's switches, with only one kernel enabled."""
+    with sdpa_kernel(_KERNELS[name]):  # PyTorch raises if its kernel refuses for other reasons
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def refusal(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> str | None:
-    """Why a kernel cannot run on these, [B, A, T, d] each; None where it can."""
+    """Why a kernel cannot run on these, [B, A, T, d] each, or None if it can."""
     device, d = q.device.type, q.shape[3]
     if bias is not None and (reason := bad_bias(q, k, bias)):
         return reason
@@ -93,8 +93,8 @@ def refusal(name: str, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = No
 def _refusal_of_flash_on_a_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str | None:
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return "has no gradient of bias on a cpu"
-    if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (q, k, v)):  # which it would read as if they lay so
-        return "takes q, k and v whose numbers lie one after another in each head"
+    if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (q, k, v)):  # it would read them as if it were 1
+        return "takes q, k and v whose last stride is 1"
     if not (q.numel() and k.numel()):
         return f"takes no empty tensors, not q {list(q.shape)} and k {list(k.shape)}"
     return None

@@ -1,6 +1,6 @@
 """Attention over packed images in one call on CUDA: PyTorch's `varlen_attn`, a FlashAttention (arXiv:2307.08691).
 
-Images of different sizes lie one after another; each one's tokens attend to one another only, and nothing is padded.
+Images of different sizes are concatenated; tokens attend only within their own image, and nothing is padded.
 """
 
 from itertools import accumulate
@@ -17,8 +17,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lengt
 
     Args:
         q, k, v: [B, A, T, d] on CUDA, bfloat16 or float16; with `lengths` B is 1.
-        bias: None; the kernel has no place for one.
-        lengths: each image's number of tokens, T in sum; None where all images have T.
+        bias: must be None; the kernel takes none.
+        lengths: each image's number of tokens, T in sum; None if each of the B images has T.
 
     Returns:
         [B, A, T, d].
@@ -32,7 +32,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, lengt
 
 
 def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> str | None:
-    """Why it cannot run on these, [B, A, T, d] each; None where it can."""
+    """Why it cannot run on these, [B, A, T, d] each, or None if it can."""
     if q.device.type != "cuda":
         return f"runs on cuda, not on {q.device.type}"
     if q.dtype not in HALF:
@@ -41,8 +41,8 @@ def refusal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> str 
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """The call itself: heads beside one another, and where each image begins and ends."""
-    from torch.nn.attention.varlen import varlen_attn  # not in every PyTorch that everything else runs on
+    """The call itself, on [tokens, A, d] with the places where each image begins and ends."""
+    from torch.nn.attention.varlen import varlen_attn  # which older PyTorch versions do not have
 
     B, A, T, d = q.shape
     ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=q.device)  # [images + 1]

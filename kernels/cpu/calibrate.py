@@ -1,10 +1,10 @@
-"""From a model and images to int8: what range each activation takes, and weights that share the difficulty.
+"""Calibration of int8: the range of each activation, measured on images, and the weights quantized to match.
 
-A few channels of a trained ViT's activations are far larger than the rest, and one scale for all would leave little of
-the others. Where a LayerNorm or v lies before, they are divided by a factor that the weights after them are multiplied
-by, which changes no result (SmoothQuant, arXiv:2211.10438, Eq. 4). The MLP's hidden layer comes out of a GELU, which
-such factors cannot pass: there the widest channels get a scale of their own. Biases take over what rounding the
-weights does to the mean of a result (arXiv:1906.04721, Sec. 4.2).
+A few channels of a trained ViT's activations are far larger than the rest, and one scale for all would leave the others
+few levels. After a LayerNorm, and for v, each channel is divided by a factor that the next weight is multiplied by,
+which changes no result (SmoothQuant, arXiv:2211.10438, Eq. 4). Such factors cannot pass the GELU before the MLP's
+second layer: there the widest channels get a scale of their own. Biases are corrected for what rounding the weights
+does to the mean of a result (arXiv:1906.04721, Sec. 4.2).
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ from ..base import float_tensors
 from .int8 import LAYERS, wide_channels
 
 MEASURED = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2")
-STRENGTH = 0.7  # of smoothing: SmoothQuant's alpha. Weights have a scale per row and can bear more than activations
-MARGIN = 1.15  # ranges are so much wider than what was seen: other images go beyond it
+STRENGTH = 0.7  # SmoothQuant's alpha: weights, with a scale for each row, can take a larger range than activations
+MARGIN = 1.15  # ranges are wider than what was seen by this factor, since other images exceed it
 LEVELS = 255
 
 
 @dataclass
 class Seen:
-    """What went into one layer, per channel, over all tokens of all images."""
+    """The inputs of one layer, per channel, over all tokens of all images."""
 
     low: Tensor  # [K]
     high: Tensor  # [K]
     mean: Tensor  # [K]
 
     def of(self, channels: Tensor) -> Seen:
-        """Some of the channels, by their numbers."""
+        """The same for some of the channels."""
         return Seen(self.low[channels], self.high[channels], self.mean[channels])
 
 
 def int8_tensors(model: ViT, images: list[Tensor]) -> dict[str, Tensor]:
-    """What an int8 model is made of, by name; `images` as `vit.kernels.cpu.images.batches` gives them."""
+    """The tensors that an int8 model is made of, by name; `images` as `vit.kernels.cpu.images.batches` returns them."""
     tensors, seen = float_tensors(model), look(model, images)
     for i in range(model.config.depth):
         block = f"blocks.{i}."
         of_block = {layer: seen[block + layer] for layer in MEASURED}
         smoothed = ["attention.qkv", "mlp.fc1"]
-        if model.attends[i].exact:  # any other function may mix the channels of v, or bend them
+        if model.attends[i].exact:  # other functions may mix the channels of v or be nonlinear in them
             smoothed.append("attention.proj")
         for layer in smoothed:
             of_block[layer] = smooth(tensors, block, layer, of_block[layer])
@@ -58,7 +58,7 @@ def int8_tensors(model: ViT, images: list[Tensor]) -> dict[str, Tensor]:
 
 
 def look(model: ViT, images: list[Tensor]) -> dict[str, Seen]:
-    """What goes into each layer of the float model."""
+    """The inputs of each layer of the float model."""
     seen: dict[str, Seen] = {}
     total = sum(len(batch) for batch in images)
 
@@ -79,17 +79,17 @@ def look(model: ViT, images: list[Tensor]) -> dict[str, Seen]:
             model.forward_features(batch)
     for name, one in seen.items():
         if not (one.low.isfinite() & one.high.isfinite()).all():
-            raise ValueError(f"the images to calibrate on give {name} values that are not finite: are they normalised?")
+            raise ValueError(f"the images to calibrate on give {name} values that are not finite: normalise them")
     return seen
 
 
 def smooth(tensors: dict[str, Tensor], block: str, layer: str, seen: Seen) -> Seen:
-    """Divide what goes into a layer by factors that its weight takes over; what goes in then."""
+    """Divide a layer's inputs by factors, multiply its weight by them, and return what the inputs then are."""
     weight = tensors[f"{block}{layer}.weight"]  # [N, K]
     largest = torch.maximum(seen.low.abs(), seen.high.abs()).clamp(min=1e-5)  # [K]
     factor = largest**STRENGTH / weight.abs().amax(0).clamp(min=1e-5) ** (1 - STRENGTH)  # [K]
     before = {"attention.qkv": "norm1", "attention.proj": "attention.qkv", "mlp.fc1": "norm2"}[layer]
-    for part in ("weight", "bias"):  # of qkv the last third, which makes v: what attention gives is a mean of v
+    for part in ("weight", "bias"):  # of qkv the last third, which makes v: attention's result is a mean of v
         values = tensors[f"{block}{before}.{part}"]  # [K], [3K] or [3K, K]
         values[-len(factor) :] /= factor.view(-1, *[1] * (values.ndim - 1))
     weight *= factor
@@ -97,7 +97,7 @@ def smooth(tensors: dict[str, Tensor], block: str, layer: str, seen: Seen) -> Se
 
 
 def set_wide_apart(tensors: dict[str, Tensor], block: str, seen: dict[str, Seen]) -> None:
-    """Part the hidden channels: `wide1` and `wide2` get the widest, `fc1` and `fc2` keep the others."""
+    """Split the hidden channels: `wide1` and `wide2` get the widest, `fc1` and `fc2` keep the others."""
     order = seen["mlp.fc2"].high.argsort()
     others, widest = order.tensor_split([len(order) - wide_channels(len(order))])
     fc1, fc2 = f"{block}mlp.fc1", f"{block}mlp.fc2"
@@ -112,7 +112,7 @@ def set_wide_apart(tensors: dict[str, Tensor], block: str, seen: dict[str, Seen]
 
 
 def quantize(tensors: dict[str, Tensor], name: str, seen: Seen) -> None:
-    """A layer in int8: one scale and zero for what goes in, a scale for each row of the weight."""
+    """Quantize a layer: one scale and zero for its inputs, a scale for each row of the weight."""
     low, high = min(seen.low.min().item(), 0.0) * MARGIN, max(seen.high.max().item(), 0.0) * MARGIN
     scale = max(high - low, 1e-5) / LEVELS
     weight = tensors[f"{name}.weight"]  # [N, K]

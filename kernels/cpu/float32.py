@@ -1,8 +1,8 @@
-"""float32 on a CPU: the same numbers from oneDNN's products, whose weights lie in its own layout from the start.
+"""float32 on a CPU: the same numbers from oneDNN's products, with weights stored in its own layout.
 
 oneDNN (https://uxlfoundation.github.io/oneDNN) multiplies fastest by weights in blocks that fit its registers. Eager
-PyTorch hands them over as rows, in every call; here they are brought into that layout once, GELU is applied to a
-product while it is still in registers, where there are enough registers, and LayerScale is a part of the weights.
+PyTorch passes them in rows, in every call; here they are brought into that layout once, GELU is applied to a product
+while it is still in registers, if there are enough of them, and LayerScale is folded into the weights.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from vit.model import MLP, Block
 from ..base import frozen, is_hooked
 from .numbered import NumberedLayer
 
-# Within a product GELU shares its registers, of which AVX2 has 16: there it takes two to three times as long as behind.
+# In a product GELU shares its registers. AVX2 has only 16: there it takes two to three times as long as after it.
 FUSES_GELU = torch.cpu._is_avx512_supported() or not torch.cpu._is_avx2_supported()
 
 
 def epilogue(gelu: str | None) -> tuple[str, list, str]:
-    """How oneDNN's products are told to end in a GELU, approximated by "none" or "tanh", or in nothing."""
+    """oneDNN's arguments for ending a product in a GELU, approximated by "none" or "tanh", or in nothing."""
     return ("gelu", [], gelu) if gelu else ("none", [], "")
 
 
 class PackedLinear(NumberedLayer):
-    """x W^T + b, and a GELU where it is asked for: in the product, or on AVX2 in place behind it."""
+    """x W^T + b, and optionally a GELU: in the product, or on AVX2 in place after it."""
 
     bias: Tensor
 
@@ -60,7 +60,7 @@ class PackedLinear(NumberedLayer):
 
 
 class PackedMLP(MLP):
-    """`vit.model.MLP`, whose GELU is applied by fc1 unless somebody looks between them."""
+    """`vit.model.MLP` with its GELU applied by fc1, unless one of the two has hooks."""
 
     def forward(self, x: Tensor) -> Tensor:
         if type(self.act) is not nn.GELU or is_hooked((self.fc1, self.act)):
@@ -69,11 +69,11 @@ class PackedMLP(MLP):
 
 
 class FloatBlock(Block):
-    """A block whose products are packed: what runs is `vit.model.Block`."""
+    """`vit.model.Block` with packed products."""
 
     def __init__(self, config: ViTConfig, block: int, tensors: Mapping[str, Tensor]) -> None:
         """`tensors`: the block's, by their names in it."""
-        with torch.device("meta"):  # all that it would fill with random numbers is replaced
+        with torch.device("meta"):  # all of its tensors are replaced
             super().__init__(config, block, drop_path_rate=0.0)
             self.mlp = PackedMLP(config)
         self.scale1 = self.scale2 = None
@@ -86,7 +86,7 @@ class FloatBlock(Block):
             setattr(self.get_submodule(owner), layer, packed)
 
     def first(self, x: Tensor, n: int) -> Tensor:
-        """[B, T, D] -> [B, n, D], what the block makes of the first n tokens: the others are keys and values only."""
+        """[B, T, D] -> [B, n, D], the block's result for the first n tokens; the others are only keys and values."""
         B, T, D = x.shape
         qkv = self.attention.qkv(self.norm1(x)).view(B, T, 3, self.attention.num_heads, -1)  # [B, T, 3, A, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, A, T, d]
@@ -95,7 +95,7 @@ class FloatBlock(Block):
         return x + self.mlp(self.norm2(x))  # [B, n, D]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it was made of."""
+        """The tensors that it was made of, by their names in it."""
         tensors: dict[str, Tensor] = dict(self.named_parameters())
         for name, module in self.named_modules():
             if isinstance(module, PackedLinear):

@@ -1,4 +1,4 @@
-"""Images to calibrate on: those that are given, checked and in batches, or parts of photographs that ship."""
+"""The images to calibrate int8 on: the caller's, checked and batched, or parts of photographs that ship."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ TOKENS = 2048  # in a batch, at most
 
 
 def batches(model: ViT, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """[n, C, H, W] or a list of [C, H_i, W_i] -> batches [B, C, H, W] of neighbours of one size.
+    """[n, C, H, W] or a list of [C, H_i, W_i] -> batches [B, C, H, W] of consecutive images of one size.
+
+    Warns of images that do not look normalised.
 
     Raises:
-        ValueError: fewer than `LEAST` images or more than `MOST`, or one that the model refuses, is not finite, or has
-            one value throughout; it is named by its number. Images that do not look normalised are warned of.
+        ValueError: fewer than `LEAST` images or more than `MOST`; an image, named by its number, that the model
+            refuses, that has values that are not finite, or whose values are all the same.
     """
     expected = "expected a tensor [n, C, H, W] or a list of tensors [C, H, W] to calibrate on"
     if not isinstance(images, (Tensor, list, tuple)):
@@ -39,7 +41,7 @@ def batches(model: ViT, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
         try:
             image = model.accept(image[None], "error")
         except ValueError as error:
-            why = str(error).partition(" (or say ragged=")[0]  # which there is not
+            why = str(error).partition(" (or say ragged=")[0]  # which `optimize` does not take
             raise ValueError(f"image {i} to calibrate on: {why}") from None
         if not torch.isfinite(image).all():
             raise ValueError(f"image {i} to calibrate on has values that are not finite")
@@ -57,27 +59,27 @@ def batches(model: ViT, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
 
 
 def unlike(model: ViT, batches: list[Tensor]) -> str | None:
-    """What is unlikely of normalised images, in words; None where they look like such."""
+    """Why these do not look like normalised images; None if they do."""
     low, high = min(x.min().item() for x in batches), max(x.max().item() for x in batches)
     least = min(-mean / std for mean, std in zip(model.preprocessing.mean, model.preprocessing.std))
     most = max((1 - mean) / std for mean, std in zip(model.preprocessing.mean, model.preprocessing.std))
     if low >= 0 > least:
-        return f"are from {low:.3g} to {high:.3g}, all above their mean"
+        return f"range from {low:.3g} to {high:.3g}, all above their mean"
     if high > 10 * most or low < 10 * least:
-        return f"are from {low:.3g} to {high:.3g}, where pixels are from {least:.3g} to {most:.3g}"
+        return f"range from {low:.3g} to {high:.3g}, where pixels range from {least:.3g} to {most:.3g}"
     return None
 
 
 def photographs(model: ViT, each: int = 10) -> Tensor:
-    """[7 * each, C, H, W] of the model's own size, cut at random places and scales out of the photographs that ship.
+    """[7 * each, C, H, W] of the model's own size: random crops of the seven photographs that ship.
 
     Raises:
-        ValueError: a model whose channels are not 1 or 3.
+        ValueError: a model for another number of channels than 1 or 3.
     """
     if model.config.in_chans not in (1, 3):
         raise ValueError(
-            f"the photographs that ship have 1 or 3 channels, and the model {model.config.in_chans}: give images= of"
-            " your own to calibrate on"
+            f"the photographs that ship have 1 or 3 channels, and the model takes {model.config.in_chans}: calibrate on"
+            " images of your own, images=..."
         )
     transform = create_transform(model, mode="squash")
     random = Random(0)

@@ -1,10 +1,10 @@
 """int8 on a CPU: unsigned activations times signed weights, by the processor's VNNI instructions through oneDNN.
 
-A number x stands as q = round(x / scale) + zero, 0 to 255 (arXiv:1712.05877, Eq. 1). Weights have a scale for each row
-and no zero; activations have one scale and zero for a whole tensor, fixed beforehand (`calibrate`). Between two
-products nothing is held in float32 but the residual stream, LayerNorm's sums and attention: quantizing ends LayerNorm,
-and GELU and quantizing end fc1. Who looks inside sees norms and what fc1 gives as bytes, the latter after the GELU and
-without its widest channels, and v and heads smoothed.
+A number x is stored as q = round(x / scale) + zero, 0 to 255 (arXiv:1712.05877, Eq. 1). Weights have a scale for each
+row and no zero; activations have one scale and zero for a whole tensor, fixed by calibration (`calibrate`). Only the
+residual stream, LayerNorm's sums and attention are held in float32 between two products: LayerNorm ends in quantizing,
+and fc1 in GELU and quantizing. Hooks see norms and the output of fc1 as bytes, the latter after the GELU and without
+its widest channels, and v and heads smoothed.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ LAYERS = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2", "mlp.wide1", 
 
 
 def wide_channels(hidden: int) -> int:
-    """How many of the MLP's hidden channels have a scale of their own."""
+    """How many of the MLP's hidden channels get a scale of their own."""
     return min(32, hidden // 2)
 
 
 def expected(config: ViTConfig) -> dict[str, tuple[list[int], torch.dtype]]:
-    """Shapes and dtypes of what the layers of a block are made of, by name."""
+    """Shapes and dtypes of the tensors that the layers of a block are made of, by name."""
     D, H = config.embed_dim, config.mlp_dim
     wide = wide_channels(H)
     sizes = [(3 * D, D), (D, D), (H - wide, D), (D, H - wide), (wide, D), (D, wide)]
@@ -46,7 +46,7 @@ def expected(config: ViTConfig) -> dict[str, tuple[list[int], torch.dtype]]:
     return kinds
 
 
-with warnings.catch_warnings():  # warns, once, that it may go; nothing else is as fast, and `missing` asks for it
+with warnings.catch_warnings():  # it warns once that it may be removed; nothing else is as fast
     warnings.simplefilter("ignore")
     if hasattr(torch, "quantize_per_tensor"):
         torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
@@ -56,16 +56,14 @@ class Quantize(nn.Module):
     """float -> unsigned bytes."""
 
     def __init__(self, scale: Tensor, zero: Tensor) -> None:
-        """Scalars: float32 above 0, and int32 from 0 to 255; ValueError for others."""
+        """Scalars: float32 above 0, and int32 from 0 to 255."""
         super().__init__()
         self.scale, self.zero = scale.item(), int(zero.item())
-        self.factor, self.offset = 1 / scale.float(), zero.float()  # inputs of compiled graphs; numbers are parts
-        if self.scale <= 0 or not 0 <= self.zero <= 255:
-            raise ValueError(f"expected a scale above 0 and a zero from 0 to 255, not {self.scale} and {self.zero}")
+        self.factor, self.offset = 1 / scale.float(), zero.float()  # inputs of a compiled graph
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of any shape."""
-        if torch.compiler.is_compiling():  # into one pass with what comes before it
+        """x, of any shape, in bytes."""
+        if torch.compiler.is_compiling():  # fused with what comes before it
             return (x * self.factor).round().add(self.offset).clamp(0, 255).to(torch.uint8)
         q = torch.quantize_per_tensor(x, self.scale, self.zero, torch.quint8)
         return torch.empty(0, dtype=torch.uint8).set_(q.untyped_storage(), 0, q.shape, q.stride())  # int_repr() copies
@@ -84,7 +82,7 @@ class QuantizedNorm(nn.Module):
 
 
 class Int8Linear(NumberedLayer):
-    """x W^T + b of bytes, and what follows while it is in registers: GELU and quantizing, or the residual's sum."""
+    """x W^T + b of bytes, then in registers GELU and quantizing, or the addition of the residual."""
 
     bias: Tensor
     weight_scale: Tensor
@@ -101,8 +99,6 @@ class Int8Linear(NumberedLayer):
         self.register_buffer("weight_scale", tensors[f"{name}.weight_scale"])
         self.register_buffer("weight_zero", torch.zeros(self.out_features, dtype=torch.int32))
         self.register_buffer("packed", self.pack(weight))
-        if not (self.weight_scale > 0).all():
-            raise ValueError(f"{name}.weight_scale must be above 0")
 
     @staticmethod
     def pack(weight: Tensor) -> Tensor:
@@ -115,17 +111,17 @@ class Int8Linear(NumberedLayer):
         return self.packed.to_dense().t().contiguous()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it was made of."""
+        """The tensors that it was made of."""
         scale, zero = torch.tensor(self.quantize.scale), torch.tensor(self.quantize.zero, dtype=torch.int32)
         parts = {"weight": self.weight, "weight_scale": self.weight_scale, "bias": self.bias}
         return {**parts, "scale": scale, "zero": zero}
 
     def dtype(self, wanted: torch.dtype) -> torch.dtype:
-        """Bytes where quantizing follows."""
+        """Bytes if quantizing follows."""
         return wanted if self.then is None else torch.uint8
 
     def compute(self, x: Tensor, residual: Tensor | None, dtype: torch.dtype, gelu: str | None) -> Tensor:
-        """[..., K] bytes -> [..., N] of `dtype`, or bytes where quantizing follows."""
+        """[..., K] bytes -> [..., N] of `dtype`, or bytes if quantizing follows."""
         start = x, self.quantize.scale, self.quantize.zero, self.packed, self.weight_scale, self.weight_zero
         linear = torch.ops.onednn.qlinear_pointwise
         if residual is not None:
@@ -136,7 +132,7 @@ class Int8Linear(NumberedLayer):
 
 
 def square_product(side: int) -> Callable[[], Tensor]:
-    """A product of two square matrices of random bytes, for what a machine can do."""
+    """A product of two square matrices of random bytes, to measure a machine's peak."""
     tensors = {
         "x.weight": torch.randint(-128, 128, (side, side), dtype=torch.int8), "x.weight_scale": torch.ones(side),
         "x.bias": torch.zeros(side), "x.scale": torch.tensor(1.0), "x.zero": torch.tensor(128, dtype=torch.int32),
@@ -145,7 +141,7 @@ def square_product(side: int) -> Callable[[], Tensor]:
 
 
 def multiplies_bfloat16() -> bool:
-    """Is the processor faster in bfloat16 than in float32?"""
+    """Whether the processor multiplies bfloat16 faster than float32."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
@@ -162,13 +158,13 @@ class Int8Attention(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of q, k and v: bfloat16 for `bmm` where that is fast; other functions get what they get in the model."""
+        """The dtype of q, k and v: bfloat16 for `bmm` where that is fast, float32 for other functions."""
         return torch.bfloat16 if self.attend.name == "bmm" and self.multiplies_bfloat16 else torch.float32
 
     def forward(self, x: Tensor, residual: Tensor | None, packing: Packing | None = None) -> Tensor:
-        """[B, T, D] bytes, and the stream [B, T', D] -> [B, T', D]: of the first T' tokens as queries.
+        """[B, T, D] bytes, and the residual stream [B, T', D] -> [B, T', D], with the first T' tokens as queries.
 
-        Without the stream what is to be added to it.
+        If the residual stream is None, what is to be added to it.
         """
         B, T, D = x.shape
         n = T if residual is None else residual.shape[1]
@@ -180,7 +176,7 @@ class Int8Attention(nn.Module):
 
 
 class Int8MLP(nn.Module):
-    """`vit.model.MLP` between bytes and the residual stream; the widest hidden channels go their own way."""
+    """`vit.model.MLP` between bytes and the residual stream; the widest hidden channels have layers of their own."""
 
     def __init__(self, config: ViTConfig, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -190,7 +186,7 @@ class Int8MLP(nn.Module):
         self.gelu = "none" if config.gelu == "erf" else "tanh"
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """[B, T, D] bytes, and the stream [B, T, D] -> [B, T, D]; without the stream what is to be added to it."""
+        """[B, T, D] bytes, and the residual stream [B, T, D] -> [B, T, D]; if None, what is to be added to it."""
         hidden, wide = self.fc1(x, gelu=self.gelu), self.wide1(x, gelu=self.gelu)  # [B, T, 4D] in two parts
         return self.wide2(wide, self.fc2(hidden, residual))
 
@@ -211,19 +207,19 @@ class Int8Block(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """As `vit.model.Block.forward`."""
-        if is_hooked((self.attention, self.mlp)):  # which are to see what the model's would
+        if is_hooked((self.attention, self.mlp)):  # hooks see the same as in the original model
             x = x + self.attention(self.norm1(x), None, packing)  # [B, T, D]
             return x + self.mlp(self.norm2(x), None)  # [B, T, D]
         x = self.attention(self.norm1(x), x, packing)  # [B, T, D]
         return self.mlp(self.norm2(x), x)  # [B, T, D]
 
     def first(self, x: Tensor, n: int) -> Tensor:
-        """[B, T, D] -> [B, n, D], what the block makes of the first n tokens: the others are keys and values only."""
+        """[B, T, D] -> [B, n, D], the block's result for the first n tokens; the others are only keys and values."""
         x = self.attention(self.norm1(x), x[:, :n].contiguous())  # [B, n, D]
         return self.mlp(self.norm2(x), x)  # [B, n, D]
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it was made of."""
+        """The tensors that it was made of, by their names in it."""
         tensors: dict[str, Tensor] = dict(self.named_parameters())
         for name, module in self.named_modules():
             if isinstance(module, Int8Linear):

@@ -1,4 +1,4 @@
-"""The blocks of a ViT as a few fused kernels each, and what they are made of."""
+"""The blocks of a ViT as a few fused kernels each, and the tensors that they are made of."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .tiles import Tile
 from .tuning import fastest
 
 LAYERS = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2")  # of a block
-OPAQUE = "a block of Triton kernels, chosen by measurement, is fused already"  # to torch.compile, which leaves it out
+OPAQUE = "a block of Triton kernels, chosen by measurement, is fused already"  # why torch.compile leaves it out
 NORMS = {"attention.qkv": "norm1", "mlp.fc1": "norm2"}  # which are folded into them
 
 
 def half_tensors(model: ViT, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A model's weights in `dtype`, LayerScale and the blocks' norms folded in; biases of products stay float32."""
+    """A model's weights in `dtype`, LayerScale and the blocks' norms folded in; biases of products stay in float32."""
     tensors = float_tensors(model)
     for i in range(model.config.depth):
         for layer in LAYERS:
@@ -38,7 +38,7 @@ def half_tensors(model: ViT, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def expected(model: ViT, dtype: torch.dtype) -> Kinds:
-    """What such a model is made of."""
+    """The shapes and dtypes of the tensors that such a model is made of, by name."""
     kinds: Kinds = {}
     for name, x in model.named_parameters():
         layer, _, part = name.rpartition(".")
@@ -82,14 +82,14 @@ class FusedLinear(nn.Module):
 
 
 def add_to(residual: Tensor | None, layer: FusedLinear, x: Tensor) -> Tensor:
-    """residual + layer(x), in one kernel unless somebody is to see what the layer gives."""
+    """residual + layer(x), in one kernel unless the layer has hooks, which see its output alone."""
     if residual is not None and is_hooked([layer]):
         return residual + layer(x)
     return layer(x, residual)
 
 
 class FusedAttention(nn.Module):
-    """`vit.model.Attention` with the norm before it and the residual's sum after it."""
+    """`vit.model.Attention` with the norm before it and the residual addition after it."""
 
     def __init__(self, config: ViTConfig, block: int, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -99,13 +99,13 @@ class FusedAttention(nn.Module):
         self.proj = FusedLinear(tensors, "attention.proj", config.eps)
 
     def forward(self, x: Tensor, residual: Tensor | None, packing: Packing | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D], residual + attention(norm(x)); without the residual what is to be added to it."""
+        """[B, T, D] -> [B, T, D], residual + attention(norm(x)); if the residual is None, what is to be added to it."""
         q, k, v = self.split(self.qkv(x))
         out = self.attend(q, k, v, packing)  # [B, A, T, d]
         return add_to(residual, self.proj, out.transpose(1, 2).reshape(x.shape))  # [B, T, D]
 
     def first(self, x: Tensor, n: int) -> Tensor:
-        """[B, T, D] -> [B, n, D], for the first n tokens; the others are keys and values only."""
+        """[B, T, D] -> [B, n, D], for the first n tokens; the others are only keys and values."""
         q, k, v = self.split(self.qkv(x))
         out = sdpa(q[:, :, :n], k, v).transpose(1, 2)  # [B, n, A, d]
         return self.proj(out.reshape(len(x), n, -1), x[:, :n])  # [B, n, D]
@@ -117,7 +117,7 @@ class FusedAttention(nn.Module):
 
 
 class FusedMLP(nn.Module):
-    """`vit.model.MLP` with the norm before it and the residual's sum after it: one kernel, or two where faster."""
+    """`vit.model.MLP` with the norm before it and the residual addition after it: one kernel, or two if faster."""
 
     def __init__(self, config: ViTConfig, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class FusedMLP(nn.Module):
         self.fc2 = FusedLinear(tensors, "mlp.fc2", config.eps)
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """[B, T, D] -> [B, T, D]: residual, which is x, + mlp(norm(x)); with None what is to be added to it."""
+        """[B, T, D] -> [B, T, D]: residual, which is x, + mlp(norm(x)); if it is None, what is to be added to it."""
         fc1, fc2 = self.fc1, self.fc2
 
         def call(tile: Tile | None) -> Tensor:
@@ -142,25 +142,25 @@ class FusedMLP(nn.Module):
 
 
 class FusedBlock(nn.Module):
-    """`vit.model.Block` in four kernels or five."""
+    """`vit.model.Block` in four or five kernels."""
 
     def __init__(self, config: ViTConfig, block: int, tensors: Mapping[str, Tensor]) -> None:
         """`tensors`: the block's, by their names in it, as `half_tensors` gives them."""
         super().__init__()
-        self.norm1 = nn.Identity()  # qkv does it; `vit.attention_maps` asks for it
+        self.norm1 = nn.Identity()  # the norm is part of qkv; `vit.attention_maps` reads norm1
         self.attention = FusedAttention(config, block, tensors)
         self.mlp = FusedMLP(config, tensors)
 
     @torch.compiler.disable(reason=OPAQUE)
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
         """As `vit.model.Block.forward`."""
-        if is_hooked((self.attention, self.mlp)):  # which are to see what the model's would
+        if is_hooked((self.attention, self.mlp)):  # hooks see the same as in the original model
             x = x + self.attention(x, None, packing)  # [B, T, D]
             return x + self.mlp(x, None)  # [B, T, D]
         x = self.attention(x, x, packing)  # [B, T, D]
         return self.mlp(x, x)  # [B, T, D]
 
     def first(self, x: Tensor, n: int) -> Tensor:
-        """[B, T, D] -> [B, n, D], what the block makes of the first n tokens."""
+        """[B, T, D] -> [B, n, D], the block's result for the first n tokens."""
         x = self.attention.first(x, n)  # [B, n, D]
         return self.mlp(x, x)  # [B, n, D]

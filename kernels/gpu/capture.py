@@ -1,4 +1,4 @@
-"""How work on a GPU is recorded as a CUDA graph: one at a time in a process, since PyTorch cannot record two."""
+"""Recording work on a GPU as a CUDA graph: one at a time in a process, since PyTorch cannot record two."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
-lock = RLock()  # held by whoever records or replays
+lock = RLock()  # held while recording and replaying
 
 
 @cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which all graphs are recorded: the allocator does not reuse one stream's memory on another."""
+    """The one stream on which all graphs are recorded: the allocator does not reuse one stream's memory on another."""
     return torch.cuda.Stream(device)
 
 
 def record(run: Callable[[], Result], device: torch.device, pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """A graph of `run`, and what that gave while it was recorded, which a replay fills; call it with `lock` held.
+    """A graph of `run`, and the result of `run`, which a replay fills; call it with `lock` held.
 
     `run` is called once before, since what kernels and libraries set up at their first call must not be recorded.
-    cuBLAS keeps a workspace for each stream. It is dropped before and after, so that the graph's lies in memory of the
-    graph's own: elsewhere it would be freed as soon as another graph of this stream is.
+    cuBLAS keeps a workspace for each stream. It is dropped before and after, so that the graph gets one in its own
+    memory: any other would be freed as soon as another graph of this stream is.
     """
     graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
-    torch.cuda.synchronize(device)  # a graph that still runs may use what the call before is going to
-    with torch.cuda.stream(side_stream(device)):  # torch.cuda.graph does not leave it when recording fails
+    torch.cuda.synchronize(device)  # a graph that is still running may use the same memory as the call below
+    with torch.cuda.stream(side_stream(device)):  # which torch.cuda.graph does not leave when recording fails
         run()
         torch._C._cuda_clearCublasWorkspaces()
-        gc.disable()  # unloading a kernel meanwhile would invalidate the recording
+        gc.disable()  # unloading a kernel meanwhile would end the recording
         try:
             # Other threads may use the GPU meanwhile, as those that load images do.
             with torch.cuda.graph(graph, pool, stream=side_stream(device), capture_error_mode="thread_local"):
@@ -47,5 +47,5 @@ def record(run: Callable[[], Result], device: torch.device, pool: Any = None) ->
 
 
 def is_recording(x: Tensor) -> bool:
-    """Is what this thread does with a tensor on a GPU recorded by somebody, and not run?"""
+    """Whether this thread is recording a CUDA graph, so that nothing is computed on x yet."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()

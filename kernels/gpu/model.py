@@ -1,4 +1,4 @@
-"""A ViT of fused blocks, which reads pixels as they are."""
+"""A ViT of fused blocks, which reads pixels where they lie."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ from .graphs import Graphs
 from .tiles import Tile
 from .tuning import fastest
 
-GRAPHED = 65536  # tokens in a batch, up to which launching its kernels one by one could take longer than they do
-CAPTURED = ("sdpa", "reference", "bmm", "math", "flash", "efficient", "cudnn", "triton")  # ask the GPU for nothing back
+GRAPHED = 65536  # tokens in a batch; with more, its kernels take longer than launching them one by one
+# Backends that read nothing back from the GPU, as a CUDA graph requires.
+CAPTURED = ("sdpa", "reference", "bmm", "math", "flash", "efficient", "cudnn", "triton")
 
 
 class CUDAViT(OptimizedViT):
     """A model in bfloat16 or float16 on an NVIDIA GPU.
 
-    Besides images in its own dtype it takes float32, normalised likewise, and unsigned bytes as they come from a file,
-    0 to 255, which it normalises as `preprocessing` says: both are converted while patches are embedded.
+    It takes images in its own dtype or in float32, normalised, and unsigned bytes as they come from a file, 0 to 255,
+    which it normalises as `preprocessing` says. They are converted while patches are embedded.
     """
 
     def __init__(self, config: ViTConfig, dtype: str, tensors: Mapping[str, Tensor], mode: str = "latency") -> None:
-        """`tensors`: as `half_tensors` gives them, on the device where it is to run; the rest as for `optimize`.
+        """`tensors`: as `half_tensors` returns them, on the device that is to run them; the rest as for `optimize`.
 
         Raises:
-            ValueError: tensors of other names or shapes than these.
+            ValueError: tensors with other names, shapes or dtypes.
         """
         super().__init__(config, dtype, tensors, mode)
         check_tensors(tensors, expected(self, DTYPES[dtype]))
@@ -53,7 +54,7 @@ class CUDAViT(OptimizedViT):
 
     @torch.compiler.disable(reason=OPAQUE)
     def forward(self, images: Tensor, ragged: str = "error") -> Tensor:
-        """As `ViT.forward`; of the last block only what the head reads is computed, where nobody looks inside."""
+        """As `ViT.forward`; without hooks, the last block computes only the tokens that the head reads."""
         if is_watched(self):
             return super().forward(images, ragged)
         images = self.accept(images, ragged)
@@ -62,14 +63,14 @@ class CUDAViT(OptimizedViT):
         return self._graphs(self._logits, images, self.preprocessing, self._read_besides)
 
     def _is_recordable(self, images: Tensor) -> bool:
-        """Can a CUDA graph of this be recorded, and is it likely to be faster? Not within somebody else's."""
+        """Whether a CUDA graph can be recorded and is likely to be faster; not while the caller records one."""
         h, w = self.grid_of(images)
         few = len(images) * (self.config.num_prefix_tokens + h * w) <= GRAPHED
-        parts = self._listed or self.listed()  # as `is_watched` has just seen them
+        parts = self._listed or self.listed()  # which `is_watched` has just checked
         return few and images.is_cuda and not is_recording(images) and all(map(is_captured, parts.attends))
 
     def _logits(self, images: Tensor) -> Tensor:
-        """[B, num_classes] of images that were accepted."""
+        """Accepted images -> [B, num_classes] logits."""
         return self.forward_head(self.read(images))  # [B, num_classes]
 
     def tokens_read(self) -> int | None:
@@ -79,7 +80,7 @@ class CUDAViT(OptimizedViT):
         return PREFIX.get(self.config.global_pool) if cut else None
 
     def accept(self, images: Tensor, ragged: str = "error") -> Tensor:
-        """As `ViT.accept`, and float32 and uint8 images besides."""
+        """As `ViT.accept`, also for float32 and uint8 images."""
         if not isinstance(images, Tensor) or images.dtype not in (torch.float32, torch.uint8):
             return super().accept(images, ragged)
         if images.dtype == torch.uint8 and ragged != "error":
@@ -118,7 +119,7 @@ class CUDAViT(OptimizedViT):
         return prefix if self.register_tokens is None else torch.cat([prefix, self.register_tokens], dim=1)
 
     def _patch_weights(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The convolution's weight [D, chans, p, p] and bias [D]; for bytes, as 256ths, with the normalisation in."""
+        """The convolution's weight [D, chans, p, p] and bias [D]; for bytes, as 256ths, they normalise, too."""
         weight, bias = self.patch_embed.proj.weight, self.patch_embed.proj.bias
         assert bias is not None
         if images.dtype != torch.uint8:
@@ -134,9 +135,9 @@ class CUDAViT(OptimizedViT):
         return self._of_bytes[self.preprocessing]
 
     def is_there(self, x: Tensor) -> bool:
-        """Wait until it is computed, since another stream may read it next; False while it is only recorded.
+        """Wait until it is computed, since another stream may read it next; False while a graph is being recorded.
 
-        By then nothing runs that may read what it takes the place of.
+        After waiting, nothing still reads the tensor that it replaces.
         """
         if is_recording(x):
             return False
@@ -145,7 +146,7 @@ class CUDAViT(OptimizedViT):
         return True
 
     def _read_besides(self) -> list[Tensor]:
-        """All that a graph reads, some of which may be replaced or forgotten while it lives."""
+        """All tensors that a graph reads; they must live as long as it, even if the model drops them."""
         folded = [x for pair in self._of_bytes.values() for x in pair]
         return [*self._positions.values(), *folded, *self.parameters(), *self.buffers()]
 
@@ -157,16 +158,16 @@ class CUDAViT(OptimizedViT):
         self._of_bytes.clear()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What it was made of."""
+        """The tensors that it was made of, by name."""
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         return {name: x.detach().contiguous() for name, x in tensors.items() if ".attend." not in name}
 
 
 def is_plain(attend: Attend) -> bool:
-    """Does it give what `sdpa` gives, and does nobody check it, which asks the GPU for an answer meanwhile?"""
+    """Whether it computes what `sdpa` does, without `check`, which reads results back from the GPU."""
     return attend.exact and not attend.check
 
 
 def is_captured(attend: Attend) -> bool:
-    """Can it be a part of a CUDA graph?"""
+    """Whether it can be part of a CUDA graph."""
     return is_plain(attend) and attend.name in CAPTURED

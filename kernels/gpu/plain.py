@@ -1,6 +1,6 @@
-"""The twins of `fused` in plain PyTorch: what its kernels compute, one operation at a time.
+"""The plain twins of `fused` in PyTorch: what its kernels compute, one operation at a time.
 
-They are what the kernels are tested against, and on a GPU where cuBLAS measures faster they are what runs.
+The kernels are tested against them, and on a GPU they run wherever cuBLAS is measured to be faster.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def linear(
     Args:
         x: the tokens.
         weight: [N, K], and bias [N] in float32; where there is a norm, with its weight and bias folded in.
-        sums: [N] in float32, the weight's row sums: there is a norm. None: there is none.
+        sums: [N] in float32, the sums of the weight's rows, if there is a norm; else None.
         eps: the norm's.
         gelu: "erf", "tanh" or "" for none.
         residual: [..., N] or None.
@@ -60,7 +60,7 @@ def patches(images: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, out
         images: in any dtype; unsigned bytes count as 256ths, so that weights for them are no smaller than others.
         weight: [D, chans, p, p], and bias [D] in float32.
         positions: [h w, D].
-        out: what is written to.
+        out: is written to.
         first: how many tokens come before those of the patches.
     """
     pixels = images.to(weight.dtype)

@@ -1,4 +1,4 @@
-"""How kernels are laid out on a GPU: the sizes of their tiles."""
+"""The sizes of tiles, by which kernels are laid out on a GPU."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Tile(NamedTuple):
     each: int = 1
 
     def programs(self, tiles: int, x: Tensor) -> int:
-        """On how many programs so many tiles are launched: as many as run at once."""
+        """How many programs to launch for so many tiles: as many as run at once."""
         return max(1, min(tiles, self.each * processors(x.device)))
 
 
-# By kernel, the first what is taken where nothing was measured: for few rows and for many. Not tuned on a GPU: chosen
-# by what the compiler says of registers and shared memory for compute capability 9.0, see NOTES.md.
+# By kernel and whether there are few rows; the first one is taken if nothing was measured. Not tuned on a GPU: chosen
+# by what the compiler says about registers and shared memory for compute capability 9.0, see NOTES.md.
 TILES: dict[tuple[str, bool], list[Tile]] = {
     ("linear", False): [
         Tile(128, 128, 64, 8, 3, 2), Tile(128, 128, 64, 4, 3, 2), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4, 2),
@@ -39,15 +39,15 @@ TILES: dict[tuple[str, bool], list[Tile]] = {
     ("patches", False): [Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3, 2)],
     ("patches", True): [Tile(32, 64, 64, 4, 3, 2)],
 }  # fmt: skip
-INTERPRETER = Tile(32, 64, 32, 1, 1)  # a step takes as long for any size; oblong, so that a tile read sideways shows
+INTERPRETER = Tile(32, 64, 32, 1, 1)  # a step takes equally long for any size; not square, so that swapped sides show
 
 
 def default(kernel: str, rows: int, x: Tensor) -> Tile:
-    """The tile that is taken where nothing was measured."""
+    """The tile that is taken if nothing was measured."""
     return TILES[kernel, rows <= FEW][0] if x.is_cuda else INTERPRETER
 
 
 @cache
 def processors(device: torch.device) -> int:
-    """How many multiprocessors a GPU has; the interpreter's programs come one after another, and two show it."""
+    """How many multiprocessors a GPU has; 2 in the interpreter, so that each program gets several tiles there, too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -7,10 +7,10 @@ Activations are rows of a matrix: M tokens of all images, one after another, by 
     C   columns (output channels, or hidden ones in the MLP)
     E   how much of K is multiplied at a time
 
-Every kernel is launched on as many programs as the GPU holds, and each goes from tile to tile (`first`, then every
-`programs`-th): what one tile stores overlaps with what the next one loads. Sums are float32 in every dtype. What lies
-beyond a matrix is loaded as 0 and never stored: matrices come as tensor descriptors, which see to that, and by which
-Hopper's copy engine moves whole tiles without spending registers on addresses.
+Every kernel is launched on as many programs as the GPU holds, and each takes one tile after another (every
+`num_programs`-th), so that storing one tile overlaps with loading the next. Sums are float32 in every dtype. Matrices
+come as tensor descriptors, which load 0 beyond the matrix and store nothing there, and by which Hopper's copy engine
+moves whole tiles without spending registers on addresses.
 
 A LayerNorm before a product needs no pass of its own. With x one row, mean and std its own, gamma and beta the norm's,
 
@@ -35,7 +35,7 @@ def vector(x, first, length, COUNT: tl.constexpr):
 
 @triton.jit
 def moments(x_tile):
-    """Of a tile's rows the sum and the sum of squares: [R], [R]."""
+    """The sum and the sum of squares of each row of a tile: [R], [R]."""
     x = x_tile.to(tl.float32)
     return added_up(x, 1), added_up(x * x, 1)
 
@@ -44,8 +44,8 @@ def moments(x_tile):
 def mean_and_std(total, squares, K: tl.constexpr, eps):
     """LayerNorm's mean, and one over its standard deviation: [R], [R].
 
-    The difference of squares loses digits where a row's mean is far larger than its deviation: in float16 a mean of 100
-    deviations costs nothing that shows, one of 1000 gives an error of 5 %. Rows of a ViT's stream have one below 1.
+    The difference of squares loses digits if a row's mean is far larger than its deviation: in float16 a mean of 100
+    deviations costs nothing measurable, one of 1000 gives an error of 5 %. In a ViT's stream it is below 1.
     """
     mean = total / K
     variance = squares / K - mean * mean

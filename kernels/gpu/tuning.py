@@ -1,10 +1,9 @@
-"""Which layout of a kernel is the fastest on this GPU, or whether PyTorch is: measured once, and kept in a file."""
+"""Which layout of a kernel, or plain PyTorch, is the fastest on this GPU: measured once, and kept in a file."""
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from hashlib import sha256
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vit.checks import warn
+from vit.files import replacing
 
 from . import capture
 from .tiles import FEW, INTERPRETER, TILES, Tile
@@ -25,22 +25,22 @@ Choice = TypeVar("Choice", bound="Tile | str | None")
 MILLISECONDS = 2  # of runs in one measurement
 MEASUREMENTS = 10
 UNMEASURED = object()  # None is plain PyTorch
-MOST = 65536  # rows; larger numbers share one entry
+MOST = 65536  # rows; all larger numbers share one entry
 
 
 def fastest(kernel: str, what: str, x: Tensor, rows: int, call: Callable[[Tile | None], Result]) -> Result:
-    """What `call` gives with the layout that is the fastest; None stands for plain PyTorch.
+    """`call` with the fastest layout; None stands for plain PyTorch.
 
-    Measured on a GPU at the first call for a kernel, what it computes and each power of two of rows, so that most other
-    batch sizes need nothing. While a graph is recorded nothing can be measured: run it once before. Triton's
-    interpreter has one layout, and nothing to measure.
+    On a GPU it is measured at the first call for each kernel, operation and power of two of rows, so that most other
+    batch sizes need no measuring. Nothing can be measured while a graph is recorded: run it once before. Triton's
+    interpreter has one layout and measures nothing.
 
     Args:
         kernel: in `TILES`.
-        what: sizes and kind of the operation, by which it is remembered.
-        x: what it works on.
-        rows: how many tokens.
-        call: runs it.
+        what: the sizes and kind of the operation, under which the choice is remembered.
+        x: a tensor that it works on.
+        rows: the number of tokens.
+        call: runs the kernel.
     """
     if not x.is_cuda:
         return call(INTERPRETER)
@@ -49,23 +49,23 @@ def fastest(kernel: str, what: str, x: Tensor, rows: int, call: Callable[[Tile |
 
 
 def bucket(rows: int) -> int:
-    """The power of two that so many rows are measured as, 64 at the least."""
+    """The power of two under which so many rows are measured, at least 64."""
     return min(MOST, 1 << max(6, (rows - 1).bit_length()))
 
 
 def choose(what: str, x: Tensor, calls: Mapping[Choice, Callable[[], object]]) -> Choice:
-    """The key of the fastest of these calls, which work on x: measured, or remembered.
+    """The key of the fastest of these calls, which work on x: measured or remembered.
 
-    RuntimeError where none of them runs, or where somebody records a CUDA graph, in which nothing can be measured.
+    RuntimeError if none of them runs, or if it is not known while a CUDA graph is recorded.
     """
     key, known = f"{name_of(x.device)}, {x.dtype}: {what}", remembered()
     if known.get(key, UNMEASURED) not in calls:
         if capture.is_recording(x):
             raise RuntimeError(
-                f"which kernel is the fastest for {what} is not known: run it once before it is recorded"
+                f"the fastest kernel for {what} is not measured yet: call the model once before recording a graph"
             )
-        with capture.lock, torch.cuda.device_of(x):  # whose clock and stream they are measured by
-            if known.get(key, UNMEASURED) not in calls:  # nor has another thread measured meanwhile
+        with capture.lock, torch.cuda.device_of(x):  # the device that the calls are measured on
+            if known.get(key, UNMEASURED) not in calls:  # another thread may have measured it meanwhile
                 known[key], lasts = measure(calls, x.device)
                 if lasts:
                     remember({key: known[key]})
@@ -74,7 +74,7 @@ def choose(what: str, x: Tensor, calls: Mapping[Choice, Callable[[], object]]) -
 
 @cache
 def name_of(device: torch.device) -> str:
-    """Of a GPU, of what makes code for it, and of what the code is made of."""
+    """A name for a GPU, the versions that compile for it, and a hash of the kernels' sources."""
     import triton  # type: ignore[import-untyped]
 
     here = Path(__file__).parent
@@ -85,7 +85,7 @@ def name_of(device: torch.device) -> str:
 
 
 def measure(calls: Mapping[Choice, Callable[[], object]], device: torch.device) -> tuple[Choice, bool]:
-    """The key of the fastest, by the median, and whether another time would have the same to choose from."""
+    """The key of the fastest, by the median, and whether the choice may be kept: no call failed for want of memory."""
     times: dict[Choice, float] = {}
     lasts = True
     for choice, call in calls.items():
@@ -98,19 +98,19 @@ def measure(calls: Mapping[Choice, Callable[[], object]], device: torch.device) 
             warn(f"{choice or 'plain PyTorch'} does not run here and is left out: {why}")
             lasts = lasts and is_tritons(error)
     if not times:
-        raise RuntimeError("no layout of a kernel runs here; the warnings say why")
+        raise RuntimeError("no layout of this kernel runs on this GPU: see the warnings")
     return min(times, key=lambda choice: times[choice]), lasts
 
 
 def is_tritons(error: Exception) -> bool:
-    """Does a layout need more than this GPU has, or not compile for it? Memory may be lacking for once only."""
+    """Whether a layout needs more than this GPU has, or does not compile for it; memory may be short just once."""
     from triton import TritonError
 
     return isinstance(error, TritonError) or "PassManager" in str(error)
 
 
 def milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    """The median on a GPU, launched as a CUDA graph, so that Python's part is not measured."""
+    """The median time on a GPU, launched as a CUDA graph, so that Python's time is not measured."""
 
     def repeat(times: int) -> None:
         for _ in range(times):
@@ -122,7 +122,7 @@ def milliseconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def replayed(graph: torch.cuda.CUDAGraph, device: torch.device) -> float:
-    """The median of a graph's time in milliseconds."""
+    """The median time of a graph in milliseconds."""
     measured = []
     for _ in range(MEASUREMENTS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -136,14 +136,15 @@ def replayed(graph: torch.cuda.CUDAGraph, device: torch.device) -> float:
 
 @cache
 def remembered() -> dict[str, Any]:
-    """What was measured on this machine before; it is changed in place."""
+    """The choices of earlier measurements on this machine; changed in place."""
     return read()
 
 
 def read() -> dict[str, Any]:
-    """What the file holds, where JSON keeps a `Tile` as a list; nothing where there is none."""
+    """The choices in the file, which holds a `Tile` as a list; none if there is no file."""
     try:
-        return {key: choice_of(value) for key, value in json.loads(path().read_text()).items()}
+        known = json.loads(path().read_text())
+        return {key: Tile(*value) if isinstance(value, list) else value for key, value in known.items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -151,26 +152,15 @@ def read() -> dict[str, Any]:
         return {}
 
 
-def choice_of(value: object) -> Tile | str | None:
-    """What a value in the file stands for. TypeError or ValueError for what no process wrote."""
-    if isinstance(value, list) and all(isinstance(number, int) for number in value):
-        return Tile(*value)
-    if value is None or isinstance(value, str):
-        return value
-    raise ValueError(f"expected whole numbers, a name or null, not {value}")
-
-
 def remember(new: dict[str, Any]) -> None:
-    """Write it for the next process; a folder that cannot be written to costs only the time to measure again."""
-    file = path()
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    """Write choices for the next process; where the file cannot be written, that one measures again."""
     together = read() | new  # another process may have measured meanwhile
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(together, indent=1, sort_keys=True))
-        os.replace(temporary, file)
+        path().parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path()) as temporary:
+            temporary.write_text(json.dumps(together, indent=1, sort_keys=True))
     except OSError as error:
-        warn(f"{file} cannot be written, so the next process measures again: {error}")
+        warn(f"{path()} cannot be written, so the next process measures again: {error}")
 
 
 def path() -> Path:

@@ -1,7 +1,7 @@
-"""What the attention seam costs, and what FlexAttention does beside `sdpa`: python tests/benchmarks/attention.py
+"""What it costs that attention can be replaced, and `flex` beside `sdpa`: python tests/benchmarks/attention.py
 
-`sdpa` through the seam against the same model with the call written into its attention, ViT-S/16, batch 1, 224 px;
-then `flex` with a score_mod that changes nothing against `sdpa`, on q, k and v of such a model at larger sizes. One
+`sdpa` through `set_attention` against the same model with the call written into its attention, ViT-S/16, batch 1, 224
+px; then `flex` with a score_mod that changes nothing against `sdpa`, on q, k and v of such a model at larger sizes. One
 thread, a minute on a quiet core.
 """
 
@@ -29,7 +29,7 @@ LENGTHS = (577, 785, 1025)
 class WrittenOut(Attention):
     """Attention without the seam."""
 
-    def forward(self, x: Tensor, grid: object = None, lengths: object = None) -> Tensor:
+    def forward(self, x: Tensor, packing: object = None) -> Tensor:
         """See `Attention`."""
         B, T, D = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)

@@ -1,8 +1,8 @@
 """How long conversions and foreign layouts take: python tests/benchmarks/converting.py
 
-Each case runs in fresh processes, in turn, so that neither caches nor the machine's moods favour one. Converting is
-held against reading a file and writing it again, both to a file that was not there; loading a foreign layout against
-loading our own. The foreign files are as their own libraries write them. Some five minutes.
+The cases run in turn, each in fresh processes, so that neither caches nor changes in the machine's load favour one.
+Converting is compared with reading a file and writing it again, both to a new file; loading a foreign layout with
+loading our own. The foreign files are as their own libraries write them. Takes about five minutes.
 """
 
 import argparse
@@ -31,10 +31,10 @@ from safetensors.torch import load_file, save_file
 from vit.weights.load import find, load, load_pretrained
 from vit.weights.verify import convert_file
 from vit.weights.save import write
-warnings.simplefilter("ignore")  # of settings that a layout cannot say
+warnings.simplefilter("ignore")  # about settings that a layout cannot hold
 source, target, tiny = sys.argv[1:]
 Path(source).read_bytes()  # into the system's cache
-convert_file(tiny, target + "-tiny", "transformers")  # what torch loads of itself at the first use
+convert_file(tiny, target + "-tiny", "transformers")  # so that torch loads what it loads at the first use
 def memory():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 def job():
@@ -62,7 +62,7 @@ PROVE = 'convert_file(source, target + "/proved", "transformers")'
 
 
 def measure(job: str, source: Path, tiny: Path, watched: bool = False) -> float:
-    """Seconds, or with `watched` the peak of memory over what was there before, in sizes of the file."""
+    """Seconds, or with `watched` the peak memory above that before the job, as a multiple of the file's size."""
     code = START % (job, "watcher.start()" if watched else "")
     with tempfile.TemporaryDirectory(dir=tiny.parent) as target:
         done = subprocess.run(

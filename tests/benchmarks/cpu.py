@@ -1,14 +1,14 @@
-"""ViT-S/16 on a CPU, ours against timm's on everybody's runtime, in float32 and in int8.
+"""ViT-S/16 on a CPU, ours against timm's in several runtimes, in float32 and in int8.
 
     pip install onnxruntime openvino nncf torchao
     python tests/benchmarks/cpu.py --json cpu.json
 
-It takes hours, and can be interrupted: called again with the same file, it goes on after the last case that is in it
-(what failed there is not tried again).
+It takes hours and can be interrupted: called again with the same file, it continues after the last case in that file
+(what failed is not tried again).
 
-All have timm's random weights. Each contestant is a process of its own, since runtimes would share an allocator and
-threads otherwise; they take turns, and the table has ratios of medians. A runtime that is not installed, or that fails,
-has its reason in the table. ResNet-50 and EfficientNet-B0 run beside them: what one would have deployed otherwise.
+All have timm's random weights. Each contestant is a process of its own, since runtimes would otherwise share an
+allocator and threads; they take turns, and the table has ratios of medians. A runtime that is not installed, or that
+fails, has its reason in the table. ResNet-50 and EfficientNet-B0 run beside them for comparison.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def timm_model(size: int, name: str = "vit_small_patch16_224") -> nn.Module:
 
 
 def our_model(size: int) -> nn.Module:
-    """timm's model in ours."""
+    """Our model with the weights of timm's."""
     from helpers import ours_from
 
     import vit
@@ -100,7 +100,7 @@ def ours_int8(size: int) -> Call:
 
 
 def to_onnx(model: nn.Module, size: int, folder: str) -> str:
-    """The file that a model is exported to, for any batch."""
+    """Export a model to an ONNX file, for any batch; the path of the file."""
     file = f"{folder}/model.onnx"
     batch = {0: torch.export.Dim("batch", min=1, max=1024)}
     torch.onnx.export(
@@ -199,9 +199,9 @@ class Worker:
             raise
 
     def answer(self) -> dict:
-        """What it says next; RuntimeError where that is a failure."""
+        """Its next answer; RuntimeError if that is a failure."""
         for line in self.process.stdout:
-            if line.startswith("{"):  # runtimes print, too
+            if line.startswith("{"):  # runtimes print other lines
                 found = json.loads(line)
                 if "error" in found:
                     raise RuntimeError(found["error"])
@@ -209,7 +209,7 @@ class Worker:
         raise RuntimeError(f"ended with {self.process.wait()}")
 
     def run(self, batch: int, calls: int) -> dict:
-        """Seconds of one call, and of each of so many after it, and the first image's logits."""
+        """The seconds of one call and of each of `calls` further ones, and the first image's logits."""
         print(json.dumps([batch, calls]), file=self.process.stdin, flush=True)
         return self.answer()
 
@@ -245,7 +245,7 @@ def work(name: str, size: int, threads: int) -> None:
 
 
 def race(names: list[str], batches: list[int], size: int, threads: int, seconds: float) -> Iterator[list[dict]]:
-    """The rows of one batch after another, one for each contestant: its times, or why it has none."""
+    """For each batch size a row for each contestant: its times, or why it has none."""
     workers: dict[str, Worker] = {}
     failed: dict[str, str] = {}
     try:
@@ -266,7 +266,7 @@ def race(names: list[str], batches: list[int], size: int, threads: int, seconds:
 
 
 def measure(workers: dict[str, Worker], failed: dict[str, str], batch: int, seconds: float) -> dict[str, dict]:
-    """What each contestant answers, which take turns. Those that fail, or are slow, go from `workers` to `failed`."""
+    """The answers of all contestants, which take turns. Those that fail or are slow move from `workers` to `failed`."""
 
     def ask(name: str, calls: int) -> dict | None:
         try:
@@ -291,20 +291,20 @@ def measure(workers: dict[str, Worker], failed: dict[str, str], batch: int, seco
     rounds = max(3, round(seconds / (once * (3 if once < LONG else 1))))
     for i in tqdm(range(rounds), f"batch {batch}", leave=False, disable=None):
         for name in list(workers) if i % 2 else list(reversed(workers)):
-            # Two calls, after one that fills the caches again, which a long one does not notice.
+            # Two calls after one that refills the caches, which makes no difference to a long call.
             if answer := ask(name, 2 if found[name]["once"] < LONG else 0):
                 found[name]["seconds"] += answer["seconds"] or [answer["first"]]
     return found
 
 
 def check_reference(failed: dict[str, str]) -> None:
-    """End where there is nothing to compare with."""
+    """Exit if the reference failed, since there is nothing to compare with."""
     if REFERENCE in failed:
-        sys.exit(f"{REFERENCE} failed, with which all others are compared: {failed[REFERENCE]}")
+        sys.exit(f"{REFERENCE} failed, to which all others are compared: {failed[REFERENCE]}")
 
 
 def outcome(name: str, batch: int, found: dict[str, dict], failed: dict[str, str]) -> dict:
-    """What is told of a contestant: times per image, how often it is as fast as timm, how alike its logits are."""
+    """A contestant's row: times per image, how many times as fast as timm it is, the error of its logits."""
     if name in failed:
         return {"failed": failed[name]}
     own, base = found[name], found[REFERENCE]
@@ -338,7 +338,7 @@ def show(rows: list[dict]) -> None:
 
 
 def kept(path: Path | None, where: dict, names: list[str]) -> dict[tuple, list[dict]]:
-    """What an earlier run wrote there, by size, threads and batch: it need not be measured again."""
+    """The rows that an earlier run wrote to the file, by size, threads and batch; they are not measured again."""
     if path is None or not path.exists():
         return {}
     try:
@@ -347,7 +347,7 @@ def kept(path: Path | None, where: dict, names: list[str]) -> dict[tuple, list[d
     except (ValueError, KeyError, TypeError):
         same = False
     if not same:
-        sys.exit(f"{path} was not written by this code, here, with these options: write to another file")
+        sys.exit(f"{path} was not written by this code, on this machine, with these options: write to another file")
     done: dict[tuple, list[dict]] = {}
     for r in content["rows"]:
         done.setdefault((r["size"], r["threads"], r["batch"]), []).append(r)
@@ -363,7 +363,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=10, help="for each contestant and case; default: %(default)s")
-    parser.add_argument("--json", type=Path, help="written after each case; what is there is not measured again")
+    parser.add_argument("--json", type=Path, help="written after each case; cases in it are not measured again")
     args = parser.parse_args()
     if args.worker:
         return work(args.worker, args.img_size[0], args.threads[0])
@@ -395,7 +395,7 @@ def code() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the runtimes that are installed."""
+    """The versions of the runtimes."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}

@@ -1,17 +1,17 @@
-"""ViT-S/16 on an NVIDIA GPU, ours against timm's, as it is and compiled, in one process and in turns.
+"""ViT-S/16 on an NVIDIA GPU, ours against timm's, eager and compiled, in one process and in turns.
 
     python tests/benchmarks/gpu.py --img-size 224 --batch 256 1 --json 224.json
     python tests/benchmarks/gpu.py --img-size 1024 --batch 8 --json 1024.json
 
-These two have what the bars are about; without options it takes every size and batch, of which each is compiled for
-minutes. All contestants have timm's random weights and compute in bfloat16, under autocast, or, by ONNX Runtime, in
-float16. The table has images per second, TFLOP/s and their share of what the GPU gives in a product of two 8192 x 8192
-matrices of random numbers, the share of the speed that its memory allows for one kernel per fused operation, memory
-beyond what was held before (graphs included; contestants that share a pool of graphs look smaller than they are), and
-each contestant's error: the root mean square of the logits' difference from timm's in float32, relative to theirs. More
-than 1.5 times the error of timm in half precision, and it is out of the race. All are credited with the whole model's
-operations, though ours leaves out those whose results nobody reads. What is not installed, or fails, has its reason in
-the table. `--device cpu` in Triton's interpreter (TRITON_INTERPRET=1) shows that all of it runs, and no more.
+These two are the cases with targets; without options it takes every size and batch, each of which compiles for minutes.
+All contestants have timm's random weights and compute in bfloat16, under autocast, or, in ONNX Runtime, in float16. The
+table has images per second, TFLOP/s and their share of the GPU's rate in a product of two 8192 x 8192 matrices of
+random numbers, the share of the speed that its memory allows for one kernel per fused operation, the memory taken
+(graphs included; contestants that share a pool of graphs look smaller than they are), and each contestant's error: the
+root mean square of the logits' difference from timm's in float32, relative to them. A contestant with more than 1.5
+times the error of timm in half precision is disqualified. All are credited with the whole model's operations, though
+ours leaves out those whose results the head does not read. A contestant that is not installed or fails has its reason
+in the table. `--device cpu` in Triton's interpreter (TRITON_INTERPRET=1) shows only that all of it runs.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 from cpu import our_model, timm_model, to_onnx
 from harness import write_json
 
-# All compiled models share one forward's code, for which Dynamo keeps eight graphs and runs what comes then as it is.
+# All compiled models share the code of one forward, for which Dynamo compiles eight graphs and runs the rest eagerly.
 torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
 torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 Call = Callable[[Tensor], Tensor]
 ROUNDS = 20  # each contestant is timed twice in a round
-PEER = "timm"  # with which names begin that count as timm's
+PEER = "timm"  # the names of timm's contestants begin with it
 LOSS = 1.5  # times the error of timm in half precision, at most
 
 
 def half(device: torch.device) -> torch.dtype:
-    """What is raced in: bfloat16, which Triton's interpreter cannot compute."""
+    """The dtype of the race: bfloat16, or float16 in Triton's interpreter, which cannot compute bfloat16."""
     return torch.bfloat16 if device.type == "cuda" else torch.float16
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As `optimize` calls it."""
+    """The name that `optimize` takes."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -81,7 +81,7 @@ def cast(model: Call, device: torch.device) -> Call:
 
 
 def compiled(model: nn.Module, mode: str) -> Call:
-    """By torch.compile."""
+    """A model compiled by torch.compile."""
     return torch.compile(model, mode=mode, dynamic=False)
 
 
@@ -109,7 +109,7 @@ def onnxruntime(size: int, device: torch.device) -> Call:
         output = session.get_outputs()[0].name
         binding.bind_output(output, device.type, device.index or 0, np.float16, list(logits.shape), logits.data_ptr())
         if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # it has a stream of its own
+            torch.cuda.current_stream(device).synchronize()  # ONNX Runtime has its own stream
         session.run_with_iobinding(binding)
         return logits
 
@@ -147,7 +147,7 @@ CONTESTANTS: dict[str, Callable[[int, torch.device], Call]] = {
 
 
 class Inputs(dict[str, Tensor]):
-    """The same images by what a contestant's name says it takes, made once."""
+    """The same images in the form that each contestant takes, made once."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__({"": x})
@@ -159,7 +159,7 @@ class Inputs(dict[str, Tensor]):
         return self[kind]
 
     def of(self, name: str) -> Tensor:
-        """For a contestant."""
+        """The images for a contestant."""
         return self[next((kind for kind in KINDS if kind in name), "")]
 
 
@@ -181,7 +181,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes per second that a large copy reads and writes."""
+    """Bytes per second in a large copy, reads and writes counted."""
     source = torch.empty(2**30 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / statistics.median(seconds(lambda: target.copy_(source), device) for _ in range(10))
@@ -191,7 +191,7 @@ WEIGHTS = 2 * 22_050_664  # bytes of a model, in half precision
 
 
 def least_bytes(config: vit.ViTConfig, size: int) -> int:
-    """What must go through memory for one image where each fused operation is one kernel, in half precision.
+    """The bytes that must go through memory for one image if each fused operation is one kernel, in half precision.
 
     Pixels and tokens; in each block x and qkv; qkv and heads; heads and x twice; x twice. Weights come on top, once for
     a batch.
@@ -207,7 +207,7 @@ def build(names: list[str], size: int, device: torch.device) -> tuple[dict[str, 
     for name in tqdm(names, f"building, {size} px", leave=False, disable=None):
         try:
             calls[name] = CONTESTANTS[name](size, device)
-        except Exception as error:  # each library has its own
+        except Exception as error:  # of whatever kind that library raises
             failed[name] = reason(error)
     return calls, failed
 
@@ -230,7 +230,7 @@ def race(calls: dict[str, Call], batch: int, size: int, device: torch.device, ro
             for _ in range(4):  # compile, measure layouts, record graphs
                 logits = calls[name](x)[:8].double()
             row["memory MiB"] = memory(lambda name=name, x=x: calls[name](x), before, device)
-            if name != "torchvision":  # whose weights are others
+            if name != "torchvision":  # which has other weights
                 row["error"] = ((logits - exact).norm() / exact.norm()).item()
                 check(row["error"], rows[PEER].get("error", math.nan))
         except Exception as error:
@@ -257,7 +257,7 @@ def check(error: float, theirs: float) -> None:
 
 
 def reserved(device: torch.device) -> int:
-    """Bytes that PyTorch holds on a GPU once it has given back what it can."""
+    """Bytes that PyTorch holds on a GPU after freeing what it can."""
     if device.type != "cuda":
         return 0
     gc.collect()
@@ -266,7 +266,7 @@ def reserved(device: torch.device) -> int:
 
 
 def memory(call: Callable[[], object], before: int, device: torch.device) -> float:
-    """MiB that a call needs beyond what was held before its first, of graphs, too."""
+    """MiB that a call needs beyond what was held before the first one, graphs included."""
     if device.type != "cuda":
         return timing.peak_memory(call, device)
     reserved(device)
@@ -277,7 +277,7 @@ def memory(call: Callable[[], object], before: int, device: torch.device) -> flo
 
 
 def speeds(times: list[float], batch: int, best: float, config: vit.ViTConfig, size: int, limits: dict) -> dict:
-    """What a contestant's times mean."""
+    """A contestant's row, from its times."""
     low, median, high = statistics.quantiles(times, n=4)
     rate = timing.flops(config, (size, size)) * batch / median
     return {
@@ -325,7 +325,7 @@ def main() -> None:
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no NVIDIA GPU here")
     torch.backends.cudnn.allow_tf32 = False  # in the convolution of the reference
-    timing.PEAK_SIDE["cpu"] = 256  # where no figure means anything
+    timing.PEAK_SIDE["cpu"] = 256  # no figure means anything there
     limits = {
         "matmul FLOP/s": timing.peak_flops(name_of(half(args.device)), torch.get_num_threads(), args.device),
         "copy bytes/s": copy_rate(args.device),
@@ -339,12 +339,12 @@ def main() -> None:
         rows += [{"name": name, "size": size, "failed": why} for name, why in failed.items()]
         for batch in args.batch:
             rows += race(calls, batch, size, args.device, args.rounds, limits)
-            write_json(args.json, {"environment": where, "rows": rows})  # so far, should it be interrupted
+            write_json(args.json, {"environment": where, "rows": rows})  # after each case, in case it is interrupted
     show(rows)
 
 
 def versions() -> dict[str, str]:
-    """Of what takes part, and the GPU's driver."""
+    """The versions of the libraries and of the GPU's driver."""
     import subprocess
     from importlib.metadata import version
 

@@ -1,4 +1,4 @@
-"""How this project measures: interleaved in one process, medians, one thing raced against itself as well."""
+"""How this project measures: calls interleaved in one process, medians, and one contestant timed against itself."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from tqdm import tqdm
 
 from vit.cli import timing
+from vit.files import replacing
 
 
 def interleave(contestants: dict[str, Callable[[], object]], rounds: int, title: str = "") -> dict[str, list[float]]:
-    """Time each contestant `2 * rounds` times, in the order A B C C B A, so that drift meets all alike.
+    """Time each contestant `2 * rounds` times, in the order A B C C B A, so that drift affects all alike.
 
     Returns:
         Seconds per call, for each contestant.
@@ -52,13 +53,12 @@ def print_rows(title: str, rows: Sequence[dict], reference: str) -> None:
 
 
 def environment() -> dict:
-    """What a figure depends on."""
+    """The machine and versions that a figure depends on."""
     return timing.environment(torch.device("cpu")) | {"threads": torch.get_num_threads()}
 
 
 def write_json(path: Path | None, content: object) -> None:
-    """Write the figures, where a path was asked for: all of them, or what was there stays."""
+    """Write the figures to `path`, if there is one, whole or not at all."""
     if path is not None:
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")

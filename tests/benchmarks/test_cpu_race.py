@@ -1,4 +1,4 @@
-"""The race of `benchmarks/cpu.py`, with contestants that only tell what it takes them."""
+"""The race of `benchmarks/cpu.py`, with contestants that only report times."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ FILE = "race.json"
 
 @pytest.fixture
 def cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
-    """The module, in a folder of its own, with a `built` list of those that were."""
+    """The module, in a folder of its own, with a list `built` of the contestants that were started."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.chdir(tmp_path)
     spec = importlib.util.spec_from_file_location("cpu_race", BENCHMARKS / "cpu.py")
@@ -101,7 +101,9 @@ def test_figures_of_something_else_are_not_kept(cpu, monkeypatch, change):
         Path(FILE).write_text("{")
     before = Path(FILE).read_text()
     other = {"other seconds": ["--seconds", "3"], "other contestants": ["--only", "ours"]}.get(change, [])
-    with pytest.raises(SystemExit, match=r"race\.json was not written by this code, here, with these options"):
+    with pytest.raises(
+        SystemExit, match=r"race\.json was not written by this code, on this machine, with these options"
+    ):
         race(cpu, monkeypatch, "--batch", "1", *other)
     assert Path(FILE).read_text() == before
 
@@ -112,6 +114,6 @@ def test_without_timm_there_is_no_race(cpu, monkeypatch):
             raise RuntimeError("ImportError: no timm")
 
     cpu.happens = happens
-    with pytest.raises(SystemExit, match="timm failed, with which all others are compared: batch 1: ImportError"):
+    with pytest.raises(SystemExit, match="timm failed, to which all others are compared: batch 1: ImportError"):
         race(cpu, monkeypatch)
     assert not cpu.running and not Path(FILE).exists()

@@ -1,16 +1,13 @@
-"""`vit bench`: what it counts, in which order it measures, what it prints and refuses."""
+"""`vit bench`: what it measures, prints and refuses."""
 
 import json
-import math
 
 import pytest
 import torch
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 
 import vit
 from vit.cli import bench, main, make_parser, timing
-from vit.cli.timing import Case
 from vit.kernels.cpu.model import missing
 
 CPU = torch.device("cpu")
@@ -18,68 +15,11 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small_peak(monkeypatch):
-    """The product that stands for what the machine can do takes half a second at its real size."""
+    """At its real size, the product that measures the machine's peak takes half a second."""
     monkeypatch.setitem(timing.PEAK_SIDE, "cpu", 64)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {},
-        {"reg_tokens": 4, "class_position": False},
-        {"num_classes": 0},
-        {"in_chans": 1, "mlp_ratio": 2},
-        {"dist_token": True, "global_pool": "dist"},
-        {"global_pool": "token_avg"},
-    ],
-)
-@pytest.mark.parametrize("size", [(224, 224), (64, 160)])
-def test_operations_are_those_that_pytorch_counts(fields, size):
-    with torch.device("meta"):
-        model = vit.create_model("vit_small_patch16_224", **fields).eval()
-        images = torch.empty(3, model.config.in_chans, *size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(images)
-    resampling = 0 if size == (224, 224) else counted_resampling(model, size)
-    assert counter.get_total_flops() - resampling == 3 * timing.flops(model.config, size)
-
-
-@pytest.mark.parametrize("cut", [True, False])
-@pytest.mark.parametrize("fields", [{}, {"dist_token": True, "global_pool": "dist"}, {"global_pool": "avg"}])
-def test_operations_of_an_optimized_model(fields, cut):
-    """Of the last block fewer, where it is cut."""
-    small = {"img_size": 32, "embed_dim": 64, "num_heads": 2, "depth": 3}
-    model = vit.create_model("vit_small_patch16_224", **small, **fields).eval()
-    model.set_attention("reference" if cut else lambda q, k, v, *, bias=None: vit.attention.reference(q, k, v))
-    fast = vit.kernels.optimize(model)
-    count = {torch.ops.mkldnn._linear_pointwise: lambda x, w, *_, **__: 2 * math.prod(x[:-1]) * w[0] * w[1]}
-    with FlopCounterMode(display=False, custom_mapping=count) as counter, torch.inference_mode():
-        fast(torch.randn(2, 3, 32, 32))
-    read = fast.tokens_read()
-    assert (read is None) == (not cut or "avg" in fields.values())
-    assert counter.get_total_flops() == 2 * timing.flops(model.config, (32, 32), read)
-
-
-def counted_resampling(model: vit.ViT, size: tuple[int, int]) -> int:
-    """Products that resample positions, which the count leaves out: they are once per call, not per image."""
-    from vit.position import resample_position_embedding
-
-    positions = model.position_embedding[:, model.config.num_position_rows :]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        resample_position_embedding(positions, model.config.grid, (size[0] // 16, size[1] // 16))
-    return counter.get_total_flops()
-
-
-def test_cases_run_in_turn_and_backwards(monkeypatch):
-    a, b, c = cases = [Case((32, 32), batch, None, "float32", "sdpa", 1) for batch in (1, 2, 4)]
-    order = []
-    monkeypatch.setattr(timing, "seconds", lambda call, threads, device: order.append(call()) or len(order))
-    times = timing.race({case: lambda case=case: case for case in cases}, 3, CPU, lambda order: order)
-    assert order == [c, b, a, a, b, c, c, b, a, a, b, c]
-    assert times == {a: [4, 9, 10], b: [5, 8, 11], c: [6, 7, 12]}  # the first three warmed up
-
-
-def test_threads_are_set_and_set_back(capsys):
+def test_threads_are_set_and_restored(capsys):
     before = torch.get_num_threads()
     seen = []
     timing.seconds(lambda: seen.append(torch.get_num_threads()), 1, CPU)
@@ -90,21 +30,7 @@ def test_threads_are_set_and_set_back(capsys):
     assert torch.get_num_threads() == before
 
 
-def test_memory_is_what_is_allocated_at_the_highest():
-    def call():
-        a = torch.ones(2**18)  # 1 MiB
-        del a
-        return torch.ones(2**19), torch.ones(2**18)
-
-    assert timing.peak_memory(call, CPU) == pytest.approx(3, abs=0.1)
-
-
-def test_spread():
-    assert timing.spread([3.0]) == (3.0, 3.0, 3.0)
-    assert timing.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
-
-
-def test_memory_and_profile_are_those_of_a_rows_threads(monkeypatch):
+def test_memory_and_profile_use_the_rows_threads(monkeypatch):
     seen = []
     for name, result in (("peak_memory", 1.0), ("profile_kinds", {})):
         monkeypatch.setattr(timing, name, lambda *_, result=result: seen.append(torch.get_num_threads()) or result)
@@ -112,16 +38,6 @@ def test_memory_and_profile_are_those_of_a_rows_threads(monkeypatch):
     command = ["bench", "--model", "vit_digits_patch4_32", "-b", "1", "--rounds", "1", "--threads", "1,2", "--profile"]
     assert main([*command, "--json"]) == 0
     assert seen == [1, 1, 2, 2] and torch.get_num_threads() == before
-
-
-def test_the_peak_is_taken_from_smaller_products_where_large_ones_take_too_long(monkeypatch):
-    sides = []
-    monkeypatch.setattr(timing, "product", lambda kind, side, device: lambda: sides.append(side))
-    for side, took in ((64, 0.003), (16, 0.1), (8, 2.0)):
-        sides.clear()
-        monkeypatch.setattr(timing, "seconds", lambda call, *_, took=took: call() or took)
-        timing.peak_flops("bfloat16", 1, CPU)
-        assert sides == [8] * 2 + [side] * 5
 
 
 def test_rows(capsys, tmp_path):
@@ -140,7 +56,7 @@ def test_rows(capsys, tmp_path):
         assert row["environment"]["torch"] == torch.__version__ and row["peak_mib"] > 0
     if not torch.cuda.is_available():
         assert len(refused) == 4 and "attention 'cudnn' runs on cuda, not on cpu" in refused[0]["refused"]
-    assert Image.open(tmp_path / "b.png").size == (1050, 675)
+    assert Image.open(tmp_path / "b.png").size == (1050, 705)  # 7 x 4.5 inches, and a row of the legend
 
 
 def test_optimized(capsys, tmp_path, optimized_dtype):
@@ -158,7 +74,7 @@ def test_optimized(capsys, tmp_path, optimized_dtype):
     assert row.startswith(f"224x224         1  yes       {dtype}") and plot.exists()
 
 
-def test_models_as_they_are_and_optimized_in_one_race(capsys):
+def test_plain_and_optimized_models_in_one_race(capsys):
     command = ["bench", "--model", "vit_digits_patch4_32", "-b", "1,2", "--rounds", "2", "--json"]
     assert main([*command, "--optimize", "none,float32", "--dtype", "float32,bfloat16"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -170,7 +86,7 @@ def test_models_as_they_are_and_optimized_in_one_race(capsys):
     assert counted[0] == pytest.approx(counted[1]) and 0.7 < counted[2] / counted[0] < 0.95  # its last block is cut
 
 
-def test_what_cannot_be_optimized_here_is_refused_by_itself(capsys, monkeypatch):
+def test_a_dtype_that_cannot_run_here_is_refused_alone(capsys, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     command = ["bench", "--model", "vit_digits_patch4_32", "-b", "1", "--rounds", "1", "--optimize"]
     assert main([*command, "int8,none", "--json"]) == 0
@@ -192,12 +108,11 @@ def test_a_checkpoint_is_raced_with_its_own_attention(capsys, tmp_path):
     assert [json.loads(line)["attention"] for line in capsys.readouterr().out.splitlines()] == ["sdpa"] * 2
 
 
-def test_what_there_is_no_memory_for_is_refused_by_itself(capsys, monkeypatch):
+def test_a_case_without_enough_memory_is_refused_alone(capsys, monkeypatch):
     command = ["bench", "--model", "vit_digits_patch4_32", "--rounds", "1", "--json", "-b"]
-    assert main([*command, f"1,{10**10},{10**30}"]) == 0
+    assert main([*command, f"1,{10**12}"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert "ms" in rows[0] and "more than any memory holds" in rows[2]["refused"]
-    assert "memory" in rows[1]["refused"]
+    assert "ms" in rows[0] and rows[1]["refused"] == "not enough memory"
     forward = vit.ViT.forward
     for text, code in (("DefaultCPUAllocator: can't allocate memory", 0), ("a bug", None)):
 
@@ -216,7 +131,7 @@ def test_what_there_is_no_memory_for_is_refused_by_itself(capsys, monkeypatch):
         assert "ms" in rows[0] and rows[1]["refused"] == "not enough memory"
 
 
-def test_int8_is_timed_with_the_attention_that_it_takes():
+def test_int8_is_timed_with_the_attention_that_it_chooses():
     if reason := missing("int8"):
         pytest.skip(reason)
     args = make_parser().parse_args(["bench", "--model", "vit_digits_patch4_32", "--optimize", "int8"])
@@ -247,9 +162,9 @@ def test_the_table(capsys):
         (["--model", "vit_smal"], "unknown model 'vit_smal'"),
         (["--layout", "timm"], "gets random weights: --layout, --prefix and --sha256 are for checkpoints"),
         (["--plot", "b.txt"], "--plot must be a .png"),
-        (["--threads", "1000000"], "as many as there are processors, got '1000000'"),
+        (["--threads", "1000000"], "the number of processors here, got '1000000'"),
         (["--optimize", "none,int7"], "expected one of none, float32, int8, bfloat16, float16, got 'int7'"),
-        (["--attention", "varlen", "--json"], "none of this can run here"),
+        (["--attention", "varlen", "--json"], "none of these cases can run here"),
     ],
 )
 def test_refusals(arguments, message, capsys):

@@ -1,9 +1,9 @@
 """Damaged and malicious checkpoints, as many as you like: `python tests/fuzz/fuzz.py --count 1000000 --jobs 2`.
 
-Each must end in a clear error or, where it still is a checkpoint, in a model with exactly the weights that other
-readers find in it: no crash, no hang, no memory beyond what the file has, no code run, nothing half written.
+Each must give a clear error or, if it still is a checkpoint, a model with exactly the weights that other readers find
+in it: no crash, no hang, no memory beyond what the file has, no code run, nothing half written.
 
-A case is a pure function of its seed and number, so that what went wrong can be had again: `--seed 0 --only 1234`.
+A case is a pure function of its seed and number, so a failure can be repeated: `--seed 0 --only 1234`.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from vit.weights.verify import convert_file
 
 ROOM = 32 * 2**20  # bytes of address space that reading a file of some 20 KB may take
 SECONDS = 10  # for one case
-CONVERTED = 50  # each so many-th case is converted as well,
-HASHED = 10  # held against the sound file's sha256,
-BUILT = 5  # and made a model of, as far as it loads
+CONVERTED = 50  # every 50th case is also converted,
+HASHED = 10  # every 10th is also compared with the sound file's sha256,
+BUILT = 5  # and every 5th that loads is also made a model
 CHUNK = 100  # cases that a worker gets at once
-FAILURES = 10  # are described
+FAILURES = 10  # that are described
 
 
 # ---------------------------------------------------------------- what other readers find in a file
@@ -88,7 +88,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _safetensors_state(content: bytes) -> State:
-    """By the format's definition and nothing else: each byte of the data belongs to one tensor, each key is one."""
+    """By the format's definition alone: each byte of the data belongs to one tensor, and no key stands twice."""
     stop = 8 + struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8:stop].decode("utf-8"), object_pairs_hook=_no_duplicates)
     header.pop("__metadata__", None)
@@ -99,12 +99,12 @@ def _safetensors_state(content: bytes) -> State:
         assert start == end and after <= len(content), "a gap, or beyond the end"
         state[name] = np.frombuffer(content[start:after], kinds[entry["dtype"]]).reshape(entry["shape"])
         end = after
-    assert end == len(content), "data that belongs to nobody"
+    assert end == len(content), "data that belongs to no tensor"
     return state
 
 
 def _onnx_state(content: bytes) -> State:
-    """Constants by name; those without one by the bias that is added to their product, or else by their node."""
+    """Constants by name; nameless ones by the bias that is added to their product, or else by their node."""
     import onnx
 
     graph = onnx.load_model_from_string(content).graph
@@ -120,7 +120,7 @@ def _onnx_state(content: bytes) -> State:
     return {name: array for name, array in arrays.items() if not re.search(r"::|/|^val_\d+$", name)}  # the exporter's
 
 
-# ---------------------------------------------------------------- their names as ours, written down a second time
+# ---------------------------------------------------------------- their names and ours, independent of the key maps
 
 _TIMM = {"cls_token": "class_token", "pos_embed": "position_embedding", ".attn.": ".attention."}
 _TRANSFORMERS = {
@@ -144,7 +144,7 @@ _RENAMED = {"vit": {}, "timm": _TIMM, "transformers": _TRANSFORMERS, "augreg": _
 
 
 def in_our_names(base: Base, state: State) -> State:
-    """What the weights of a file are to the model."""
+    """The weights of a file in our names and arrangement."""
     result: State = {}
     for theirs, array in state.items():
         if not theirs.startswith(base.wrapper) or theirs.startswith("vit.pooler."):
@@ -194,19 +194,19 @@ def same(tensors: dict[str, torch.Tensor], expected: State) -> str:
 
 
 class Wrong(Exception):
-    """What must not come of a file."""
+    """An outcome that no file may have."""
 
 
 class DiskFull(Exception):
-    """The file was not written, since that was forbidden."""
+    """The file was not written, because the limit on file sizes forbids it."""
 
 
 class Hangs(BaseException):
-    """It takes too long."""
+    """The case takes too long."""
 
 
 def run_case(case: Case, number: int, folder: Path) -> str:
-    """Load a case, and convert it now and then: "refused" or "loaded". Wrong: neither, or not as it should be."""
+    """Load a case, and convert some: "refused" or "loaded". Raises Wrong for anything else or a wrong result."""
     for name, content in case.files.items():
         (folder / name).write_bytes(content)
     source = folder / case.base.entry
@@ -232,7 +232,7 @@ def run_case(case: Case, number: int, folder: Path) -> str:
 
 
 def _attempt(run: Callable[[], Any], folder: Path, case: Case, names_file: bool = True) -> Any:
-    """What comes of reading; None where it is refused as it should be."""
+    """The result of reading; None if the file is refused with a proper error."""
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (now + ROOM, limits[1]))
@@ -270,13 +270,13 @@ def _check_message(text: str, folder: str) -> None:
 
 
 def _check_loaded(case: Case, tensors: dict[str, torch.Tensor], config: vit.ViTConfig, folder: Path) -> None:
-    for name, content in case.files.items():  # a file that changes later must not change the model
+    for name, content in case.files.items():  # changing a file later must not change the model
         _overwrite(folder / name, bytes(len(content)))
     try:
         expected = in_our_names(case.base, reference(case))
     except Exception as error:
-        raise Wrong(f"loaded, but it is no sound file: {type(error).__name__}: {error}") from None
-    renamed = case.base.kind == "onnx" and case.mutation.startswith("odd_")  # the graph's nodes tell the names again
+        raise Wrong(f"loaded, but the file is not sound: {type(error).__name__}: {error}") from None
+    renamed = case.base.kind == "onnx" and case.mutation.startswith("odd_")  # the graph's nodes still give the names
     if not renamed and (difference := same(tensors, expected)):
         raise Wrong(f"loaded, but {difference}")
     for name, content in case.files.items():
@@ -289,20 +289,20 @@ def _check_loaded(case: Case, tensors: dict[str, torch.Tensor], config: vit.ViTC
 
 
 def _overwrite(file: Path, content: bytes) -> None:
-    """Other bytes in the same file."""
+    """Replace the bytes in place, in the same inode."""
     with file.open("r+b") as opened:
         opened.write(content)
 
 
 def _check_hash(case: Case, source: Path, folder: Path) -> None:
-    """Held against the sha256 of the sound file, no other loads."""
+    """With `sha256=` of the sound file, no other file loads."""
     if case.base.kind == "sharded":
         return
     weights = case.base.entry or "model.safetensors"
     digest = hashlib.sha256(case.base.files[weights]).hexdigest()
     loaded = _attempt(lambda: load(find(source), sha256=digest, overrides=case.base.known), folder, case)
     if loaded is not None and case.files[weights] != case.base.files[weights]:
-        raise Wrong("loaded, though its sha256 is another")
+        raise Wrong("loaded, but its sha256 is another")
 
 
 _TARGETS = (("vit", "out.safetensors"), ("augreg", "out.npz"), ("torchvision", "out.safetensors"), ("timm", "out"),
@@ -310,7 +310,7 @@ _TARGETS = (("vit", "out.safetensors"), ("augreg", "out.npz"), ("torchvision", "
 
 
 def _check_conversion(case: Case, number: int, source: Path, loaded: Any, folder: Path) -> None:
-    """A conversion that fails leaves the target as it was; one that does not can be read back."""
+    """A conversion that fails leaves the target as it was; one that succeeds can be read back."""
     layout, name = _TARGETS[number // CONVERTED % len(_TARGETS)]
     place = folder / "target"
     target = place / name
@@ -323,10 +323,10 @@ def _check_conversion(case: Case, number: int, source: Path, loaded: Any, folder
     before = _content(place)
     convert = partial(convert_file, source, target, layout, overrides=case.base.known)
     disk = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if number // CONVERTED % 2:  # writing fails, as where the disk is full
+    if number // CONVERTED % 2:  # writing fails, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (number * 7919 % 30_000, disk[1]))
     try:
-        report = _attempt(convert, folder, case, names_file=loaded is None)  # what a file holds may not fit the layout
+        report = _attempt(convert, folder, case, names_file=loaded is None)  # the layout may not hold it
     except DiskFull:
         report = None
     finally:
@@ -337,7 +337,7 @@ def _check_conversion(case: Case, number: int, source: Path, loaded: Any, folder
             raise Wrong(f"a conversion that failed changed {sorted(set(before) ^ set(after)) or 'a file'}")
         return
     if loaded is None:
-        raise Wrong("it was converted, and does not load")
+        raise Wrong("it was converted, but does not load")
     written = {str(Path(file)) for file in report["target"]["files"]}
     changed = {str(place / key) for key in after if after[key] != before.get(key)}
     if not written <= changed or len(changed - written) != 1:  # and the report
@@ -352,12 +352,12 @@ def _content(folder: Path) -> Files:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# ---------------------------------------------------------------- many, in processes of their own
+# ---------------------------------------------------------------- many cases, in several processes
 
 
 @dataclass
 class Tally:
-    """What came of a number of cases."""
+    """The outcomes of a number of cases."""
 
     outcomes: Counter = field(default_factory=Counter)  # (kind, mutation, outcome) -> cases
     seconds: Counter = field(default_factory=Counter)  # (kind, mutation) -> seconds
@@ -394,7 +394,7 @@ class Tally:
 def run_cases(
     seed: int, numbers: list[int], kinds: tuple[str, ...], folder: Path, begin: Callable[[int], None] | None = None
 ) -> Tally:
-    """Cases one after the other, each in an empty folder; `begin` is told of each."""
+    """Run cases one by one, each in an empty folder; `begin` is called with each number first."""
     signal.signal(signal.SIGALRM, _hangs)
     tally = Tally()
     for number in numbers:
@@ -421,19 +421,19 @@ def run_cases(
 
 
 def _hangs(*_: Any) -> None:
-    raise Hangs(f"it takes more than {SECONDS} seconds")
+    raise Hangs(f"takes more than {SECONDS} seconds")
 
 
 def prepare(folder: Path) -> Path:
     """Make this process ready to run cases; the empty folder for them."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    # The model's shapes are asked for again and again: to build it once for each config saves half of the time.
-    module = sys.modules["vit.weights.convert"]
+    # The model's shapes are needed for every case: building it once for each config halves the time.
+    module = sys.modules["vit.weights.reading"]
     module.expected_shapes = lru_cache(256)(module.expected_shapes)
     os.chdir(folder)
     (folder / "case").mkdir()
-    for base in bases():  # also, nothing is imported later, when memory is counted
+    for base in bases():  # this also imports everything before memory is limited
         if run_case(Case(base, "none", base.files, "loads"), 0, folder / "case") != "loaded":
             raise Wrong(f"{base.name} does not load")
         shutil.rmtree(folder / "case")
@@ -442,7 +442,7 @@ def prepare(folder: Path) -> Path:
 
 
 def work(pipe: Any, current: Any, seed: int, kinds: tuple[str, ...], folder: str) -> None:
-    """A worker's life: numbers in, tallies out."""
+    """The main loop of a worker: receives numbers, sends tallies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     place = prepare(Path(folder))
 
@@ -451,7 +451,7 @@ def work(pipe: Any, current: Any, seed: int, kinds: tuple[str, ...], folder: str
 
 
 class Worker:
-    """A process that runs cases. It may crash or hang: the parent finds out which case it was."""
+    """A process that runs cases. If it crashes or hangs, the parent finds out in which case."""
 
     def __init__(self, seed: int, kinds: tuple[str, ...], folder: str) -> None:
         context = get_context("spawn")
@@ -471,7 +471,7 @@ class Worker:
         self.since = time.monotonic()
 
     def poll(self) -> Tally | str | None:
-        """A tally, what went wrong, or None: not yet."""
+        """A tally; a text that says what went wrong; None if it is still running."""
         try:
             if self.pipe.poll():
                 return self.pipe.recv()
@@ -483,7 +483,7 @@ class Worker:
         if time.monotonic() - self.since > 3 * SECONDS + 60 * (self.seen < 0):
             self.process.kill()
             self.process.join()
-            return "it hangs, and cannot be interrupted"
+            return "the process hangs and cannot be interrupted"
         return None
 
     def end(self) -> None:
@@ -495,8 +495,8 @@ class Worker:
 def fuzz(
     seed: int, numbers: range, jobs: int, kinds: tuple[str, ...] = KINDS, seconds: float = 1e9, show: bool = False
 ) -> tuple[Tally, int]:
-    """Run cases in `jobs` processes; what came of them, and the first number that was not run."""
-    os.environ.update(OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="1")  # threads' own arenas take address space
+    """Run cases in `jobs` processes: their outcomes, and the first number that was not run."""
+    os.environ.update(OMP_NUM_THREADS="1", MALLOC_ARENA_MAX="1")  # an arena per thread takes address space
     queue = deque(list(numbers[i : i + CHUNK]) for i in range(0, len(numbers), CHUNK))
     tally, until = Tally(), time.monotonic() + seconds
     folder = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
@@ -531,10 +531,10 @@ def fuzz(
 def _replace(
     worker: Worker, what: str, seed: int, kinds: tuple[str, ...], folder: str, tally: Tally, queue: deque
 ) -> Worker:
-    """A new worker for one that died; the case that killed it is not tried again, the others of its chunk are."""
+    """A new worker for one that died. The case that killed it is not run again; the others of its chunk are."""
     number = worker.current.value
     if number not in worker.numbers:
-        raise SystemExit(f"a worker died before it began: {what}; what it printed above says why")
+        raise SystemExit(f"a worker died before it began: {what}; see its output above")
     case = make_case(seed, number, kinds)
     tally.failures.append((number, f"{case.base.kind}, {case.base.name}, {case.mutation}: {what}"))
     tally.outcomes[case.base.kind, case.mutation, "wrong"] += 1
@@ -547,7 +547,7 @@ def _replace(
 
 
 def describe(tally: Tally, seed: int, kinds: tuple[str, ...]) -> str:
-    """The failures, with the command that shows each again."""
+    """The failures, each with the command that repeats it."""
     more = "" if kinds == KINDS else f" --kind {kinds[0]}"
     lines = [f"{len(tally.failures)} cases went wrong:"] * bool(tally.failures)
     for number, what in sorted(tally.failures)[:FAILURES]:
@@ -558,12 +558,12 @@ def describe(tally: Tally, seed: int, kinds: tuple[str, ...]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20_000, help="how many cases (20000)")
-    parser.add_argument("--start", type=int, default=0, help="the number of the first one: to go on where it stopped")
-    parser.add_argument("--only", type=int, help="the number of the only one")
+    parser.add_argument("--start", type=int, default=0, help="the number of the first one, to continue a run")
+    parser.add_argument("--only", type=int, help="the number of the only one to run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
     parser.add_argument("--kind", choices=(*KINDS, "all"), default="all")
-    parser.add_argument("--minutes", type=float, default=1e6, help="stop after so long")
+    parser.add_argument("--minutes", type=float, default=1e6, help="stop after this long")
     parser.add_argument("--keep", type=Path, help="a folder for the files of the cases that went wrong")
     args = parser.parse_args()
     kinds = KINDS if args.kind == "all" else (args.kind,)
@@ -573,7 +573,7 @@ def main() -> int:
     tally, stopped = fuzz(args.seed, numbers, args.jobs, kinds, args.minutes * 60, show=True)
     print(f"{tally.table()}\n{tally.cases} cases with seed {args.seed} in {time.monotonic() - start:.0f} seconds")
     if stopped < numbers.stop:
-        print(f"interrupted: go on with --start {stopped} --count {numbers.stop - stopped}")
+        print(f"interrupted: continue with --start {stopped} --count {numbers.stop - stopped}")
     if tally.failures:
         print(describe(tally, args.seed, kinds))
     if args.keep:

@@ -1,7 +1,7 @@
-"""Checkpoints for the fuzzer: tiny sound ones in every format, and all the ways in which they are spoilt.
+"""Checkpoints for the fuzzer: tiny sound ones in every format, and all the ways in which they are damaged.
 
-`make_case(seed, number)` is a pure function: the same numbers give the same files. Each case says what must come of
-it: "refused", "loads" (exactly what the file then says) or "any" of the two.
+`make_case(seed, number)` is a pure function: the same numbers give the same files. Each case states the expected
+outcome: "refused", "loads" (exactly what the file then holds) or "any", which is one of the two.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ class Base:
     write: Callable[[State], Files] = field(repr=False)
     files: Files = field(repr=False)
     entry: str = ""  # the file to load; "": the folder
-    known: dict[str, Any] = field(default_factory=dict)  # what only the caller can say
-    wrapper: str = ""  # what stands before every name
-    sealed: bool = False  # does it carry its own sha256?
+    known: dict[str, Any] = field(default_factory=dict)  # what only the caller can state
+    wrapper: str = ""  # what precedes every name
+    sealed: bool = False  # whether it carries its own sha256
     beside: tuple[str, ...] = ()  # files that describe the model
 
 
 @dataclass(frozen=True)
 class Case:
-    """A spoilt checkpoint."""
+    """A damaged checkpoint."""
 
     base: Base
     mutation: str
@@ -75,7 +75,7 @@ class Case:
 
 @cache
 def bases() -> list[Base]:
-    """All of them. Small, since what is tested is how they are read."""
+    """All of them. They are small, because only reading is tested."""
     model = vit.ViT(CONFIG)
     draw = np.random.default_rng(0)
     tensors = {name: torch.from_numpy(draw.normal(0, 1, t.shape).astype("f4")) for name, t in model.named_parameters()}
@@ -118,7 +118,7 @@ def _state(tensors: Mapping[str, torch.Tensor], layout: str) -> State:
 def _written(model: vit.ViT, layout: str) -> Files:
     """The folder that `save_checkpoint` writes."""
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what a layout cannot say
+        warnings.simplefilter("ignore")  # about what a layout cannot hold
         save_checkpoint(model, folder, layout)
         return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
@@ -127,7 +127,7 @@ _DTYPES = {"f4": "F32", "f2": "F16", "f8": "F64", "i4": "I32"}
 
 
 def safetensors_bytes(state: State, metadata: dict[str, str] | None = None, order: list[str] | None = None) -> bytes:
-    """A file with these tensors, laid out as our own writer does it."""
+    """A file with these tensors, arranged as our own writer arranges it."""
     pairs: list[tuple[str, Any]] = [] if metadata is None else [("__metadata__", metadata)]
     end, places = 0, {}
     for name, array in state.items():
@@ -138,7 +138,7 @@ def safetensors_bytes(state: State, metadata: dict[str, str] | None = None, orde
 
 
 def join(pairs: list[tuple[str, Any]], data: bytes) -> bytes:
-    """A safetensors file of header entries, whatever they say, and data."""
+    """A safetensors file of any header entries, and data."""
     text = "{" + ", ".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in pairs) + "}"
     return _with_text(text.encode("utf-8", "surrogatepass"), data)
 
@@ -169,7 +169,7 @@ def _write_npz(save: Callable, state: State) -> Files:
 
 
 def _write_pth(new: bool, state: State, extra: Any = None) -> Files:
-    """As a training script leaves it, with an optimiser's state and arguments beside the model."""
+    """As a training script leaves it, with an optimizer's state and arguments beside the model."""
     tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in state.items()}
     inside = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     content = {"model": inside, "optimizer": {"state": {0: torch.ones(2)}, "lr": 0.1}, "epoch": 3,
@@ -182,7 +182,7 @@ def _write_pth(new: bool, state: State, extra: Any = None) -> Files:
 
 
 def _save_legacy(content: Any, file: io.BytesIO) -> None:
-    """As torch before 1.6 wrote it; torch itself still can, but names memory by its address, another every time."""
+    """As torch before 1.6 wrote it. torch still can, but names memory by its address, which changes every time."""
     storages: list[Any] = []
 
     class Pickler(pickle.Pickler):
@@ -205,7 +205,7 @@ def _save_legacy(content: Any, file: io.BytesIO) -> None:
 
 
 def onnx_model(state: State) -> Any:
-    """A graph as TorchScript's exporter names it: linear layers' weights are transposed constants without a name."""
+    """A graph as TorchScript's exporter writes it: weights of linear layers are nameless transposed constants."""
     from onnx import helper, numpy_helper
 
     nodes, constants = [], []
@@ -312,7 +312,7 @@ def bytes_changed(base: Base, draw: random.Random) -> Outcome:
     return base.files | {name: spoil(content, draw, hot)}, "any"
 
 
-# ---------------------------------------------------------------- weights, whatever the format
+# ---------------------------------------------------------------- weights, in any format
 
 
 def _number(name: str) -> re.Match | None:
@@ -330,7 +330,7 @@ def unchanged(state: State, draw: random.Random) -> tuple[State, str]:
 
 
 def blocks_swapped(state: State, draw: random.Random) -> tuple[State, str]:
-    """All keys of block 0 are called block 1's and the other way round, or those of one parameter only."""
+    """Block 0 gets the keys of block 1 and the reverse, for all parameters or for one."""
     chosen = draw.choice([name for name in state if _number(name)])
     alike = {chosen, _renumbered(chosen, lambda n: str(1 - int(n)))} if draw.random() < 0.5 else set(state)
     swap = {name: _renumbered(name, lambda n: str(1 - int(n))) if name in alike else name for name in state}
@@ -338,20 +338,20 @@ def blocks_swapped(state: State, draw: random.Random) -> tuple[State, str]:
 
 
 def names_swapped(state: State, draw: random.Random) -> tuple[State, str]:
-    """Two weights of one shape change names."""
+    """Two weights of one shape swap names."""
     one = draw.choice(list(state))
     other = draw.choice([name for name in state if state[name].shape == state[one].shape])
     return state | {one: state[other], other: state[one]}, "loads"
 
 
 def gap(state: State, draw: random.Random) -> tuple[State, str]:
-    """A block has a number that leaves a gap."""
+    """A block gets a number that leaves a gap."""
     old, new = draw.choice((("0", "2"), ("1", "2"), ("1", "11"), ("1", "1000000"), ("0", "9" * 30), ("1", "9" * 5000)))
     return {_renumbered(n, lambda number: new if number == old else number): a for n, a in state.items()}, "refused"
 
 
 def odd_number(state: State, draw: random.Random) -> tuple[State, str]:
-    """A block's number is written in a way that no layout has."""
+    """A block's number is written in a way that no layout writes it."""
     new = draw.choice(("00", "01", "-1", "+1", "1_0", "१", "²", "1e0", "0x1", " 1", "1 ", ""))
     return {_renumbered(n, lambda number: new if number == "1" else number): a for n, a in state.items()}, "refused"
 
@@ -362,7 +362,7 @@ def missing(state: State, draw: random.Random) -> tuple[State, str]:
 
 
 def odd_name(state: State, draw: random.Random) -> tuple[State, str]:
-    """A weight has a name that nobody expects, and that may spoil a terminal."""
+    """A weight gets an unexpected name, which may contain control characters."""
     odd = draw.choice(("", " ", "a\nb", "\x1b[31mred", "\0", "x" * 3000, "\u202egnp", "\ud7ff", "..", "/",
                        "a/../../b", "norm.weight ", "NORM.WEIGHT", "é", "{}", "blocks.{}.norm1.bias"))  # fmt: skip
     name = draw.choice(list(state))
@@ -383,7 +383,7 @@ def not_finite(state: State, draw: random.Random) -> tuple[State, str]:
 
 
 def odd_values(state: State, draw: random.Random) -> tuple[State, str]:
-    """Numbers at their limits, which are finite."""
+    """Finite numbers at their limits."""
     name = draw.choice(list(state))
     array = state[name].copy()
     array.flat[draw.randrange(array.size)] = draw.choice((0.0, -0.0, 1e-45, -1e-45, 3.4028235e38, -3.4028235e38))
@@ -397,7 +397,7 @@ def other_values(state: State, draw: random.Random) -> tuple[State, str]:
 
 
 def square_transposed(state: State, draw: random.Random) -> tuple[State, str]:
-    """A weight that is square is transposed, which no shape shows."""
+    """A square weight is transposed, which shapes cannot show."""
     side = CONFIG.embed_dim
     name = draw.choice([name for name, array in state.items() if array.size == side * side and array.ndim > 1])
     turned = np.ascontiguousarray(state[name].reshape(side, side).T).reshape(state[name].shape)
@@ -412,7 +412,7 @@ def other_shape(state: State, draw: random.Random) -> tuple[State, str]:
 
 
 def other_dtype(state: State, draw: random.Random) -> tuple[State, str]:
-    """All in another floating dtype, or one alone, or one in whole numbers."""
+    """All tensors get another floating dtype, or one does, or one gets whole numbers."""
     kind = draw.choice(("f2", "f8"))
     if draw.random() < 0.5:
         return {name: array.astype(kind) for name, array in state.items()}, "loads"
@@ -425,11 +425,11 @@ CONTENT = (unchanged, blocks_swapped, names_swapped, gap, odd_number, missing, o
 
 
 def weights_changed(change: Callable, base: Base, draw: random.Random) -> Outcome:
-    """Other weights or names, in a file that is sound otherwise."""
+    """Other weights or names, in an otherwise sound file."""
     state, expected = change(base.state, draw)
     try:
         files = base.write(state)
-    except (ValueError, KeyError, UnicodeError):  # not every format takes every name
+    except (ValueError, KeyError, UnicodeError):  # not every format can hold every name
         return bytes_changed(base, draw)
     return files, expected
 
@@ -456,7 +456,7 @@ def _pick(pairs: list[tuple[str, Any]], draw: random.Random) -> tuple[int, str, 
 
 
 def offsets(pairs: list, data: bytes, draw: random.Random) -> tuple[bytes, str]:
-    """Offsets that overlap, leave gaps, leave the file, run backwards, are no numbers."""
+    """Offsets that overlap, leave gaps, lie outside the file, run backwards or are not numbers."""
     i, name, entry = _pick(pairs, draw)
     start, end = entry["data_offsets"]
     wrong = draw.choice((*INTEGERS, *BEYOND, len(data) + 4, end + 4, start - 4))
@@ -470,7 +470,7 @@ def offsets(pairs: list, data: bytes, draw: random.Random) -> tuple[bytes, str]:
 
 
 def shapes(pairs: list, data: bytes, draw: random.Random) -> tuple[bytes, str]:
-    """Shapes that are huge, negative, empty, overflow or are no numbers."""
+    """Shapes that are huge, negative or empty, that overflow or are not numbers."""
     i, name, entry = _pick(pairs, draw)
     old = entry["shape"]
     wrong = draw.choice((*INTEGERS, *BEYOND))
@@ -487,7 +487,7 @@ def dtypes(pairs: list, data: bytes, draw: random.Random) -> tuple[bytes, str]:
     i, name, entry = _pick(pairs, draw)
     entry["dtype"] = draw.choice(("F16", "BF16", "F64", "I32", "U32", "I64", "BOOL", "U8", "F8_E4M3", "F4", "C64",
                                   "f32", "", "F32\n", None, 4, ["F32"], {}, "F" * 1000))  # fmt: skip
-    if draw.random() < 0.3:  # of as many bytes
+    if draw.random() < 0.3:  # with a shape of the same number of bytes
         size = entry["data_offsets"][1] - entry["data_offsets"][0]
         width = {"F16": 2, "BF16": 2, "F64": 8, "I64": 8, "BOOL": 1, "U8": 1, "F8_E4M3": 1}.get(str(entry["dtype"]), 4)
         entry["shape"] = [size // width]
@@ -525,7 +525,7 @@ def not_utf8(pairs: list, data: bytes, draw: random.Random) -> tuple[bytes, str]
 
 
 def header_lengths(pairs: list, data: bytes, draw: random.Random) -> tuple[bytes, str]:
-    """The first eight bytes say something else."""
+    """The first eight bytes hold another number."""
     content = join(pairs, data)
     right = len(content) - len(data) - 8
     wrong = draw.choice(
@@ -535,7 +535,7 @@ def header_lengths(pairs: list, data: bytes, draw: random.Random) -> tuple[bytes
 
 
 def reordered(pairs: list, data: bytes, draw: random.Random) -> tuple[bytes, str]:
-    """A header that says the same in another order or with other spaces."""
+    """The same header in another order or with other spaces."""
     mixed = pairs[:]
     draw.shuffle(mixed)
     content = join(mixed, data)
@@ -545,7 +545,7 @@ def reordered(pairs: list, data: bytes, draw: random.Random) -> tuple[bytes, str
 
 
 def metadata(pairs: list, data: bytes, draw: random.Random) -> tuple[bytes, str]:
-    """`__metadata__` is no object of texts, or says something else."""
+    """`__metadata__` is not an object of texts, or has other values."""
     old = dict(pairs[0][1]) if pairs[0][0] == "__metadata__" else {}
     rest = [pair for pair in pairs if pair[0] != "__metadata__"]
     garbage = _garbage(draw)
@@ -559,7 +559,7 @@ def metadata(pairs: list, data: bytes, draw: random.Random) -> tuple[bytes, str]
 
 
 def inner_text(pairs: list, data: bytes, draw: random.Random) -> tuple[bytes, str]:
-    """Bytes of the header's text are changed, and its length is right again."""
+    """Bytes of the header's text are changed, and its length is corrected."""
     content = join(pairs, data)
     return _with_text(spoil(content[8 : len(content) - len(data)], draw, 4000), data), "any"
 
@@ -580,7 +580,7 @@ HEADERS = (offsets, shapes, dtypes, duplicate_keys, odd_entries, not_utf8, heade
 
 
 class Touch:
-    """Code in a pickle: makes the file MARKER where it is run."""
+    """Code in a pickle: creates the file MARKER if it is run."""
 
     def __init__(self, how: int) -> None:
         self.how = how
@@ -628,7 +628,7 @@ def zip_records(base: Base, draw: random.Random) -> Outcome:
 
 
 def zip_members(base: Base, draw: random.Random) -> Outcome:
-    """Members twice, missing, added, renamed, compressed otherwise, in folders, with something before or after."""
+    """Members doubled, missing, added, renamed, recompressed, in folders, with bytes before or after."""
     if not base.files[base.entry].startswith(b"PK"):
         return bytes_changed(base, draw)
     parts = list(members(base.files[base.entry]).items())
@@ -653,13 +653,13 @@ def zip_members(base: Base, draw: random.Random) -> Outcome:
 
 @cache
 def _zeros() -> bytes:
-    """A great many zeros, deflated."""
+    """`BOMB` zeros, deflated."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     return b"".join([*(packer.compress(bytes(2**20)) for _ in range(BOMB // 2**20)), packer.flush()])
 
 
 def raw_zip(parts: list[tuple[str, bytes, int, int, int]]) -> bytes:
-    """A zip file that says what it is told: (name, bytes as they lie there, compression, size, CRC) of each member."""
+    """A zip file with any claims: (name, bytes as stored, compression, size, CRC) of each member."""
     files, listed = b"", b""
     for name, data, method, size, crc in parts:
         common = struct.pack("<HHHHIIIHH", 0, method, 0, 33, crc, len(data), size, len(name), 0)
@@ -670,10 +670,10 @@ def raw_zip(parts: list[tuple[str, bytes, int, int, int]]) -> bytes:
 
 
 def bombs(base: Base, draw: random.Random) -> Outcome:
-    """A member unpacks to much more than the file has, and says so or not."""
+    """A member unpacks to much more than the file's size, and claims that or another size."""
     parts = members(base.files[base.entry])
     name = draw.choice(list(parts))
-    true = _npy("'<f4'", "False", f"({BOMB // 4},)")  # a header that promises what comes
+    true = _npy("'<f4'", "False", f"({BOMB // 4},)")  # a header that matches the data
     start = draw.choice((b"", parts[name][:128], true, true))
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)
     packed = packer.compress(start) + packer.flush(zlib.Z_FULL_FLUSH) + _zeros()
@@ -686,13 +686,13 @@ def bombs(base: Base, draw: random.Random) -> Outcome:
 
 
 def _npy(descr: str, order: str, shape: str) -> bytes:
-    """What stands in front of an array's values."""
+    """The header before an array's values."""
     text = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}}}".ljust(117) + "\n"
     return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text.encode()
 
 
 def object_arrays(base: Base, draw: random.Random) -> Outcome:
-    """An array of Python objects, which is a pickle, in a member of the model's or beside it."""
+    """An array of Python objects, which is a pickle, in one of the model's members or beside them."""
     parts = members(base.files[base.entry])
     file = io.BytesIO()
     if draw.random() < 0.5:
@@ -707,7 +707,7 @@ def object_arrays(base: Base, draw: random.Random) -> Outcome:
 
 
 def npy_headers(base: Base, draw: random.Random) -> Outcome:
-    """A member's header says something else, in a zip file that is sound."""
+    """A member's header has other content, in a sound zip file."""
     parts = members(base.files[base.entry])
     name = draw.choice(list(parts))
     data = parts[name]
@@ -733,7 +733,7 @@ def npy_headers(base: Base, draw: random.Random) -> Outcome:
 
 
 def member_bytes(base: Base, draw: random.Random) -> Outcome:
-    """Bytes within a member are changed, and its checksum is right again."""
+    """Bytes within a member are changed, and its checksum is corrected."""
     if not base.files[base.entry].startswith(b"PK"):
         return bytes_changed(base, draw)
     parts = members(base.files[base.entry])
@@ -747,7 +747,7 @@ def member_bytes(base: Base, draw: random.Random) -> Outcome:
 
 
 def calls_out(base: Base, draw: random.Random) -> Outcome:
-    """Code within the dictionary that was pickled."""
+    """Code in the pickled dictionary."""
     new = base.files[base.entry].startswith(b"PK")
     code = Touch(draw.randrange(10))
     extra = draw.choice((code, [code], {"a": code}, (code, code), argparse.Namespace(a=code), {code: 1}))
@@ -762,7 +762,7 @@ _GLOBALS = ("os system", "posix system", "builtins eval", "builtins exec", "buil
 
 
 def _spoil_pickle(content: bytes, draw: random.Random) -> bytes:
-    """Globals exchanged, numbers changed, opcodes changed or moved."""
+    """Globals are swapped, numbers changed, opcodes changed or moved."""
     kind = draw.randrange(4)
     if kind == 0:
         places = list(re.finditer(rb"c([\w.]+\n\w+)\n", content))
@@ -791,10 +791,10 @@ def _spoil_pickle(content: bytes, draw: random.Random) -> bytes:
 
 
 def pickle_changed(base: Base, draw: random.Random) -> Outcome:
-    """The pickle says something else, in a file that is sound otherwise."""
+    """The pickle is changed, in an otherwise sound file."""
     content = base.files[base.entry]
     if not content.startswith(b"PK"):
-        start = draw.choice((0, 0, 100))  # the state dict's pickle lies in front of the weights
+        start = draw.choice((0, 0, 100))  # the state dict's pickle precedes the weights
         return base.files | {base.entry: content[:start] + _spoil_pickle(content[start:], draw)}, "any"
     parts = members(content)
     name = next(name for name in parts if name.endswith("data.pkl"))
@@ -803,7 +803,7 @@ def pickle_changed(base: Base, draw: random.Random) -> Outcome:
 
 
 def record_sizes(base: Base, draw: random.Random) -> Outcome:
-    """Memory that is shorter or longer than the pickle says, missing, or another tensor's."""
+    """A tensor's memory is shorter or longer than the pickle says, missing, or another tensor's."""
     parts = members(base.files[base.entry])
     records = [name for name in parts if "/data/" in name]
     name, other = draw.choice(records), draw.choice(records)
@@ -823,7 +823,7 @@ def record_sizes(base: Base, draw: random.Random) -> Outcome:
 
 
 def graph_changed(base: Base, draw: random.Random) -> Outcome:
-    """Constants that lie about their shape, type or place, and names that lead elsewhere."""
+    """Constants with a wrong shape, type or place, and names that lead elsewhere."""
     model = onnx_model(base.state)
     graph = model.graph
     constant, other = draw.choice(graph.initializer), draw.choice(graph.initializer)
@@ -871,7 +871,7 @@ _KEYS = (
 
 
 def _garbage(draw: random.Random) -> Any:
-    """A value of its own, since it may be changed further."""
+    """A copy, because it may be changed further."""
     return copy.deepcopy(draw.choice(GARBAGE))
 
 
@@ -882,7 +882,7 @@ def _places(value: Any) -> list[tuple[Any, Any]]:
 
 
 def json_changed(base: Base, draw: random.Random) -> Outcome:
-    """A JSON file says something else, in other types, or too much."""
+    """A JSON file has other values, other types, or too much content."""
     name = draw.choice([n for n in base.files if n.endswith(".json")])
     content = json.loads(base.files[name])
     for _ in range(draw.choice((1, 1, 2, 4))):
@@ -905,7 +905,7 @@ def json_changed(base: Base, draw: random.Random) -> Outcome:
 
 
 def json_text(base: Base, draw: random.Random) -> Outcome:
-    """A JSON file is none, or nested without end, or holds numbers without end."""
+    """A JSON file is not JSON, or is nested too deep, or holds numbers that are too long."""
     name = draw.choice([n for n in base.files if n.endswith(".json")])
     old = base.files[name]
     deep = draw.choice((b"[" * 100_000, b'{"a":' * 100_000, b"9" * 100_000, b"1e" + b"9" * 1000, b"-Infinity", b"\xff",
@@ -918,7 +918,7 @@ def json_text(base: Base, draw: random.Random) -> Outcome:
 
 
 def shards_changed(base: Base, draw: random.Random) -> Outcome:
-    """The index names other files than there are, or a tensor where it is not, or in two."""
+    """The index names other files, or puts a tensor in the wrong file or in two."""
     files = dict(base.files)
     index = json.loads(files[base.entry])
     where, name = index["weight_map"], draw.choice(list(index["weight_map"]))
@@ -961,7 +961,7 @@ MUTATIONS: dict[str, dict[str, Callable[[Base, random.Random], Outcome]]] = {
     "config": _JSON,
     "sharded": _CONTENT | _HEADERS | _JSON | {"shards_changed": shards_changed},
 }
-_BYTES_SHARE = 0.3  # of the cases are changed byte by byte
+_BYTES_SHARE = 0.3  # the share of cases that are changed byte by byte
 KINDS = tuple(MUTATIONS)
 
 
@@ -979,7 +979,7 @@ def make_case(seed: int, number: int, kinds: tuple[str, ...] = KINDS) -> Case:
             mutation = "pickle_changed"
         files, expected = MUTATIONS[kind][mutation](base, draw)
     if kind == "onnx" and mutation in ("odd_number", "odd_name") and expected == "refused":
-        expected = "any"  # a name that is none of PyTorch's is found again in the graph's nodes
+        expected = "any"  # the graph's nodes give the right name for one that PyTorch cannot have
     if files == base.files:
         expected = "loads"
     elif base.sealed:
@@ -988,7 +988,7 @@ def make_case(seed: int, number: int, kinds: tuple[str, ...] = KINDS) -> Case:
 
 
 def has_seal(content: bytes) -> bool:
-    """Does a file, damaged or not, still say which sha256 it had?"""
+    """Whether a file, damaged or not, still carries a hash of its content."""
     try:
         return "vit.seal" in _header(content)[0]["__metadata__"]
     except Exception:

@@ -1,4 +1,4 @@
-"""Print the README's table of layouts: python tests/reports/layout_table.py (one to two minutes)"""
+"""Print the table of layouts in weights/README.md: python tests/reports/layout_table.py (one to two minutes)"""
 
 import sys
 from pathlib import Path
@@ -33,7 +33,7 @@ def rows(depth: int, img_size: int) -> list[Row]:
 
 
 def as_markdown(table: list[Row]) -> str:
-    """The table as it stands in the README."""
+    """The table as in weights/README.md."""
     lines = ["| layout | whose | read | written | proved by |", "|---|---|---|---|---|"]
     lines += [f"| `{layout}` | {about} | {read} | {written} | {peer} |" for layout, about, read, written, peer in table]
     return "\n".join(lines)

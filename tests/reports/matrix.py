@@ -1,7 +1,9 @@
-"""Every attention backend against `reference` in float64: `python tests/reports/matrix.py` prints the README's table.
+"""Every attention backend against `reference` in float64: the table of kernels/README.md.
+
+    python tests/reports/matrix.py [--lengths 1 17] [--backends flash triton] [--no-compiled]
 
 backend x dtype x T x with and without bias x forward and backward x compiled or not; about an hour on two cores, most
-of it compiling. `--lengths 1 17 --backends flash triton` for a part. Without a GPU, `triton` runs in its interpreter.
+of it compiling. Without a GPU, `triton` runs in its interpreter.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ LENGTHS = (1, 17, 197, 257, 785, 1025)
 FORWARD, BACKWARD = 1e-5, 2e-5  # float32: of the largest value
 HALF = 1.5  # bfloat16 and float16: times the error of the peer's error in that dtype, both root mean squares
 
-# What the profiler must have seen, and what it must not, for a backend to have run.
+# The events that the profiler must have seen, and those that it must not have, for a backend to have run.
 _FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu" if DEVICE == "cpu" else "aten::_flash_attention_forward"
 _FUSED = ("_scaled_dot_product_flash", "_scaled_dot_product_efficient", "_scaled_dot_product_cudnn", "vit::")
 SEEN = {
@@ -49,7 +51,8 @@ _KINDS = (  # the columns of the table: with a bias, backward
     ("backward", False, True),
     ("backward, bias", True, True),
 )
-_PLAIN = ("reference", "bmm", "math", "flex")  # none of the fused operators; compiled, their own traces are gone, too
+# Backends without fused operators; compiled, their own events are missing, too.
+_PLAIN = ("reference", "bmm", "math", "flex")
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Found:
-    """What came of a case: its error beside the bar, or why it was refused."""
+    """The result of a case: its error and the bar, or why it was refused."""
 
     error: float = 0.0
     bar: float = 0.0
@@ -86,7 +89,7 @@ def cells(backends: list[str], lengths: list[int]) -> Iterator[Cell]:
 
 
 def inputs(cell: Cell) -> list[Tensor]:
-    """q, k and v [2, 3, T, 64] as a model has them, views of one tensor, then the bias [2, 3, T, T] if there is one."""
+    """q, k and v [2, 3, T, 64], views of one tensor as in a model, then the bias [2, 3, T, T] if there is one."""
     generator = torch.Generator().manual_seed(cell.T)
     qkv = torch.randn(2, cell.T, 3, 3, 64, generator=generator).to(DEVICE, cell.dtype)
     given = list(qkv.permute(2, 0, 3, 1, 4).unbind(0))
@@ -96,7 +99,7 @@ def inputs(cell: Cell) -> list[Tensor]:
 
 
 def outcome(fn: Callable[..., Tensor], given: list[Tensor], backward: bool) -> list[Tensor]:
-    """The result and, with `backward`, the gradients of all that was given."""
+    """The result and, with `backward`, the gradients of all inputs."""
     leaves = [x.detach().requires_grad_(backward) for x in given]
     with torch.set_grad_enabled(backward):
         out = fn(*leaves[:3], bias=leaves[3] if len(leaves) > 3 else None)
@@ -108,7 +111,7 @@ def outcome(fn: Callable[..., Tensor], given: list[Tensor], backward: bool) -> l
 
 
 def run(cell: Cell) -> Found:
-    """Run one case. AssertionError where another kernel ran than the one that was asked for."""
+    """Run one case. AssertionError if another kernel ran than the one that was asked for."""
     fn, given = get_attention(cell.backend), inputs(cell)
     leaves = [x.detach().requires_grad_(cell.backward) for x in given]
     with torch.set_grad_enabled(cell.backward):
@@ -141,18 +144,18 @@ def run(cell: Cell) -> Found:
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """PyTorch's own call, against which half precision is held."""
+    """PyTorch's own call, which half precision is compared with."""
     return scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def unfused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """The formula as timm writes it without fused attention: the peer of those which round as often."""
+    """The formula as timm writes it without fused attention: the peer of backends that round as often."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     return (scores if bias is None else scores + bias).softmax(dim=-1) @ v
 
 
 def largest(a: Tensor, b: Tensor, all_of_them: list[Tensor]) -> float:
-    """max|a - b| over max|b|; a gradient that is zero (of q and k where T is 1) is held against the others' size."""
+    """max|a - b| over max|b|; a gradient that is zero (of q and k if T is 1) is compared with the others' size."""
     scale = max(b.abs().max().item(), 0.1 * max(x.abs().max().item() for x in all_of_them))
     return (a.double() - b).abs().max().item() / scale
 
@@ -163,7 +166,7 @@ def rms(x: Tensor) -> float:
 
 
 def check_kernel(cell: Cell, events: set[str]) -> None:
-    """Did that backend run?"""
+    """AssertionError unless that backend ran."""
     wanted, plain = SEEN[cell.backend], cell.backend in _PLAIN
     if cell.compiled and (plain or cell.backend == "sdpa"):
         wanted = "Torch-Compiled Region"
@@ -211,7 +214,7 @@ def _entry(found: list[Found], reasons: list[str]) -> str:
 
 
 def main() -> None:
-    """Run the cases that are asked for, print the table; exit code 1 where a case misses its bar."""
+    """Run the cases that are asked for, print the table; exit code 1 if a case misses its bar."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--backends", nargs="+", choices=list(REFUSALS), default=list(REFUSALS))
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from peers import timm_model
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import vit
-from vit.weights.peers import timm_model
 
 FLOAT32 = 1e-5  # max|a - b| <= FLOAT32 * max|b|, on logits and tokens
 GRADIENT = 2e-5

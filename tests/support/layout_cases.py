@@ -1,6 +1,6 @@
-"""Each layout, and other people's model in it: random weights, made there and read here, made here and read there.
+"""Each layout, and a model of its own library in it: random weights, made there and read here, and the reverse.
 
-`python tests/reports/layout_table.py` prints what comes of it; `tests/weights/test_layouts.py` holds it to the bars.
+`python tests/reports/layout_table.py` prints the differences; `tests/weights/test_layouts.py` checks them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 from helpers import difference, images, randomize
+from peers import build_peer, timm_model
 from torch import Tensor, nn
 
 import vit
 from vit.config import ViTConfig
-from vit.weights import peers
-from vit.weights.convert import to_ours
 from vit.weights.layouts import LAYOUTS
+from vit.weights.reading import to_ours
 
 BASE = ViTConfig(img_size=64, num_classes=11)  # ViT-S/16, on a small grid
 
@@ -29,7 +29,7 @@ class Case:
     """One model in one layout."""
 
     layout: str
-    peer: str  # who proves it
+    peer: str  # the model that proves it
     config: ViTConfig
     make: Callable[[ViTConfig], tuple[nn.Module, Callable[[Tensor], Tensor]]]  # their model and its forward
     theirs: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = (
@@ -42,7 +42,7 @@ class Case:
 
 
 def _timm(config: ViTConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-    model = peers.timm_model(config)
+    model = timm_model(config)
     return model, model if config.num_classes else model.forward_features
 
 
@@ -57,7 +57,7 @@ def _torchvision(config: ViTConfig) -> tuple[nn.Module, Callable[[Tensor], Tenso
 
 
 def _transformers(name: str, **extra: object) -> Callable[[ViTConfig], tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """A class of transformers', configured in its own words."""
+    """A class of transformers', configured by its own names."""
 
     def make(config: ViTConfig) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
         import transformers
@@ -103,7 +103,7 @@ def _rename(*pairs: tuple[str, str]) -> Callable[[Mapping[str, Tensor]], dict[st
 
 
 def _wrap(prefix: str, *others: str) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-    """Each key behind a prefix, and beside them what a training script leaves there."""
+    """Each key behind a prefix, and the keys that a training script leaves beside the model."""
     beside = {name: torch.ones(3, 3) for name in others}
     return lambda state: {prefix + key: tensor for key, tensor in state.items()} | beside
 
@@ -157,7 +157,7 @@ def _cases() -> list[Case]:
 
 CASES = _cases()
 
-# Layouts that only other people's loaders prove: what we write is read by timm's.
+# Layouts that only a loader of another library proves: timm reads what we write.
 WRITTEN_ONLY = [
     ("dinov2", "timm DINOv2 with registers", BASE.override(num_classes=0, init_values=0.5, reg_tokens=3)),
     ("augreg", "timm's npz loader", BASE),
@@ -211,12 +211,12 @@ def _gradients(case: Case, gradients: dict[str, Tensor]) -> Mapping[str, Tensor]
 
 @torch.no_grad()
 def written_to_them(layout: str, config: ViTConfig) -> float:
-    """Our model with random weights, written in a layout and run by its own library: the difference of outputs."""
+    """Our model with random weights, written in a layout and run in its own library: the difference of outputs."""
     mine = randomize(vit.ViT(config)).eval()
     converted = vit.weights.convert(mine.state_dict(), "vit", layout, config)
     x = images(2, 3, *config.img_size)
     out = mine(x) if config.num_classes else mine.forward_features(x)
-    return difference(out, peers.build_peer(layout, converted.state_dict, converted.config)(x))
+    return difference(out, build_peer(layout, converted.state_dict, converted.config)(x))
 
 
 assert {case.layout for case in CASES} | {layout for layout, _, _ in WRITTEN_ONLY} | {"vit"} == set(LAYOUTS)

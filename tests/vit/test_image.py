@@ -52,7 +52,7 @@ CAT = PHOTOS["chelsea"]
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """timm's normalisation in two threads takes ten times as long as in one, where others use the cores."""
+    """On busy cores, timm's normalisation takes ten times as long in two threads as in one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -111,7 +111,7 @@ def test_crop_equals_timm(name, size):
     assert ours.dtype == torch.float32 and ours.is_contiguous()
 
 
-def test_a_models_own_mode_counts_where_none_is_asked_for():
+def test_the_models_own_mode_is_the_default():
     model = create_model("vit_small_patch16_224", depth=1)
     model.preprocessing = replace(model.preprocessing, mode="squash")
     assert torch.equal(create_transform(model)(CHINA), create_transform(model, mode="squash")(CHINA))
@@ -159,7 +159,7 @@ def test_geometry_equals_torchvision_and_timm():
 
 @pytest.mark.parametrize("size", [(224, 224), (256, 160), (112, 448), (16, 48)])
 def test_padding_equals_timm(size):
-    # A crop_pct above 1 leaves black around the image. Preprocessing refuses it, so no model brings it along.
+    # A crop_pct above 1 leaves black around the image. Preprocessing refuses it, so no model has it.
     for crop_pct in (1.13, 1.5):
         for image in (CHINA, PHOTOS["portrait"], PHOTOS["odd"], PHOTOS["tiny"]):
             transform = replace(create_transform(DINOV2, 224), size=size, crop_pct=crop_pct)
@@ -292,7 +292,7 @@ def test_damaged_exif_blocks():
         ImageOps.exif_transpose(image)
     assert np.array_equal(to_mode(Image.open(io.BytesIO(file.getvalue())), 3), CAT)
 
-    # Readable, but not to be written again: the maker's name is typed as a rational.
+    # Readable, but it cannot be written back: the maker's name has the type rational.
     exif = b"Exif\0\0" + b"II*\0\x08\0\0\0" + struct.pack("<H", 2)
     exif += struct.pack("<HHII", 0x010F, 5, 1, 38) + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<I", 0)
     file = io.BytesIO()
@@ -347,7 +347,7 @@ def test_native_sizes(model, size, height, width, expected):
     assert torch.equal(ours, same(resized))
 
 
-def test_native_refuses_sides_that_would_be_nothing():
+def test_native_refuses_sides_that_would_vanish():
     transform = create_transform(SMALL, mode="native")
     for size in ((1, 10_000), (10_000, 7), (1, 1)):
         with pytest.raises(ValueError, match="side of less than half a patch of 16 x 16"):
@@ -464,7 +464,7 @@ def assert_refused(path, reason):
     assert repr(str(path)) in str(info.value) and "\n" not in str(info.value)
 
 
-def test_what_is_no_image_is_refused(tmp_path):
+def test_files_that_are_not_images_are_refused(tmp_path):
     assert_refused(tmp_path / "none.jpg", "No such file")
     assert_refused(str(tmp_path / "none.jpg"), "No such file")
     assert_refused(tmp_path, "Is a directory")
@@ -526,7 +526,7 @@ def png_of(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize("side", [10_000, 60_000])  # Pillow warns of the one and refuses the other
+@pytest.mark.parametrize("side", [10_000, 60_000])  # Pillow warns about the first and refuses the second
 def test_bombs_are_refused_before_decoding(tmp_path, side):
     path = tmp_path / "bomb.png"
     path.write_bytes(png_of(side, side))
@@ -562,7 +562,7 @@ def test_the_limit_is_pillows(tmp_path, monkeypatch):
         (Image.new("La", (4, 4)), "conversion from La to L not supported"),
         (Image.new("L", (1, 1_000_000)), "1000000 x 1 would be resized to 248000000 x 248, more pixels than the limit"),
     ],
-    ids=lambda value: str(value).partition(" at 0x")[0],  # processes that share the tests must call them alike
+    ids=lambda value: str(value).partition(" at 0x")[0],  # parallel workers must agree on the names
 )
 def test_images_that_cannot_be_used(image, message):
     with pytest.raises(ValueError, match=message):
@@ -605,7 +605,7 @@ def test_models_that_no_image_fits():
         to_mode(CAT, 2)
     without_statistics = ViT(GREY.config)
     without_statistics.preprocessing = create_model("vit_small_patch16_224", depth=1).preprocessing
-    with pytest.raises(ValueError, match=r"model\.preprocessing has 3 channels and the model 1"):
+    with pytest.raises(ValueError, match=r"model\.preprocessing has 3 channels, but the model has 1"):
         create_transform(without_statistics)
     ragged = create_model("vit_small_patch16_224", depth=1)
     ragged.preprocessing = replace(ragged.preprocessing, size=(230, 224))

@@ -214,7 +214,7 @@ def test_loading_keeps_the_stored_grid(small, tmp_path):
     assert torch.equal(again(pixels((24, 17))), small(pixels((24, 17))))
     larger = vit.load_pretrained(tmp_path / "m.safetensors", patch_size=6)
     assert larger.config.grid == (14, 14) and torch.equal(larger.position_embedding, small.position_embedding)
-    with pytest.raises(ValueError, match="position_embedding has 197 rows, which img_size 96x96 does not give"):
+    with pytest.raises(ValueError, match="position_embedding has 197 rows, which does not fit img_size 96x96"):
         vit.load_pretrained(tmp_path / "m.safetensors", img_size=96)
     with pytest.raises(RuntimeError, match="size mismatch for position_embedding"):
         vit.ViT(MINI.override(img_size=96)).load_state_dict(small.state_dict())

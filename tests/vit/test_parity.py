@@ -5,13 +5,13 @@ from itertools import permutations
 import pytest
 import torch
 from helpers import FLOAT32, GRADIENT, MINI, difference, images, ours_from, pixels, randomize, timm_twin
+from peers import build_peer
 
 import vit
 from vit.config import ViTConfig
 from vit.position import RULES
 from vit.presets import NAMED_MODELS
 from vit.weights.keymap import sort_keys
-from vit.weights.peers import build_peer
 
 SMALL = NAMED_MODELS["vit_small_patch16_224"].config
 SHALLOW = SMALL.override(depth=3, num_classes=17)

@@ -42,7 +42,7 @@ def by_transformers(config_class, embeddings_class):
 
 
 def by_torchvision(embedding, stored, wanted):
-    """torchvision's loader, for squares; what it calls, for all others."""
+    """torchvision's loader for squares, and the function that it calls for all other grids."""
     if stored[0] == stored[1] and wanted[0] == wanted[1]:
         state = {"encoder.pos_embedding": with_class_row(embedding)}
         return interpolate_embeddings(4 * wanted[0], 4, state)["encoder.pos_embedding"][:, 1:]
@@ -57,7 +57,7 @@ def by_scipy(embedding, stored, wanted, mode="constant"):
 
 
 def by_dinov2(embedding, stored, wanted):
-    """github.com/facebookresearch/dinov2, `interpolate_pos_encoding`, in our words: the package is not on PyPI."""
+    """github.com/facebookresearch/dinov2, `interpolate_pos_encoding`, rewritten here: the package is not on PyPI."""
     if wanted == stored:
         return embedding
     return by_interpolate(embedding, stored, scale_factor=[(new + 0.1) / old for old, new in zip(stored, wanted)])
@@ -72,7 +72,7 @@ def with_class_row(embedding):
     return torch.cat([torch.zeros(1, 1, embedding.shape[-1]), embedding], dim=1)
 
 
-# Where it comes from, the rule's name, the function.
+# The source, the rule's name, the function.
 SOURCES = {
     "timm": ("timm", by_timm),
     "ViT": ("transformers", by_transformers(transformers.ViTConfig, ViTEmbeddings)),
@@ -157,7 +157,7 @@ def test_the_same_side_is_the_identity(rule):
 
 
 def test_dinov2_moves_the_side_that_stays():
-    """Its factor (14 + 0.1) / 14 is no 1, so where one side changes both are resampled."""
+    """Its factor (14 + 0.1) / 14 is not 1, so if one side changes, both are resampled."""
     embedding = embedding_of((14, 14))
     ours = resample_position_embedding(embedding, (14, 14), (14, 9), "dinov2")
     one_side = by_interpolate(embedding, (14, 14), scale_factor=[1.0, 9.1 / 14])

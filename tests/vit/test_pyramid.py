@@ -58,7 +58,7 @@ def double(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def by_the_paper(pyramid: vit.FeaturePyramid, x: Tensor) -> list[Tensor]:
-    """Section 3 of arXiv:2203.16527, out of the parameters in the order in which they are applied."""
+    """Section 3 of arXiv:2203.16527, from the parameters in the order in which they are applied."""
     model = pyramid.model
     tokens = model.forward_features(x)[:, model.config.num_prefix_tokens :]
     h, w = (side // model.config.patch_size for side in x.shape[2:])
@@ -83,7 +83,7 @@ def by_the_paper(pyramid: vit.FeaturePyramid, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("name", RELATIVES)
 def test_equals_the_papers_description(name):
     config = RELATIVES[name]
-    pyramid = make(config, out_channels=8).double()  # so that even an epsilon is seen
+    pyramid = make(config, out_channels=8).double()  # so that even an epsilon matters
     p = config.patch_size
     for h, w in ((4, 4), (3, 5), (2, 9)):
         x = images(2, config.in_chans, h * p, w * p).double()
@@ -209,7 +209,7 @@ def test_a_detector_trains_and_detects_with_it(name, ragged):
 
 
 def test_what_detectors_would_misread_is_refused():
-    """torchvision takes the ratio of sides for a power of two: with patches of 14, boxes lie an eighth off."""
+    """torchvision rounds the ratio of sides to a power of two: with patches of 14, boxes would be an eighth off."""
     with pytest.raises(ValueError, match=r"powers of two, which patches of 14 pixels do not give: .*patch_size=16"):
         vit.FeaturePyramid(vit.ViT(TINY.override(img_size=70, patch_size=14)))
     with pytest.raises(ValueError, match="must be a multiple of 4, not 6"):

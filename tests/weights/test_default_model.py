@@ -1,4 +1,4 @@
-"""The main job as a user meets it: the default model by its name, downloaded, loaded, run."""
+"""The main use: the default model by its name, downloaded, loaded, run."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ def start(default_hub, tmp_path):
 
 
 def load_all(start, *calls):
-    """What a new process finds by these names and keywords."""
+    """What a new process loads by these names and keywords."""
     done = start(sys.executable, "-c", CODE, json.dumps(calls))
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -125,7 +125,7 @@ def test_a_repository_that_is_no_vit(start, default_hub):
 
 @pytest.mark.hub
 def test_the_real_file_from_the_real_hub():
-    """22,050,664 trained parameters, and an astronaut who is dressed as one; needs a network."""
+    """22,050,664 trained parameters, which recognize a space suit; needs a network."""
     try:
         model = vit.load_pretrained(DEFAULT)
     except HubError as error:

@@ -1,4 +1,4 @@
-"""vit.weights.hub against a Hub on the loopback."""
+"""vit.weights.hub against a local Hub."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def refusal(call: Any, *args: Any) -> str:
     start = time.monotonic()
     with pytest.raises(HubError) as caught:
         call(*args)
-    assert time.monotonic() - start < 5, "a failure must not take longer than a few seconds"
+    assert time.monotonic() - start < 15, "a failure must not take as long as huggingface_hub's own 24 seconds"
     text = str(caught.value)
     assert "\n" not in text and ";" in text, "one line: what and why; how to go on"
     return text
@@ -244,7 +244,7 @@ def test_a_repository_that_is_not_there_or_not_for_us(
 ) -> None:
     hub.answer = answer
     text = refusal(get)
-    assert f"answers {answer[0]}" in text and "no such repository" in text and "gated" in text
+    assert f"answers {answer[0]}" in text and "the repository does not exist" in text and "gated" in text
     assert f"{hub.endpoint}/{REPO}" in text and "hf auth login" in text
 
 
@@ -253,7 +253,7 @@ def test_an_unknown_repository(get: Any) -> None:
 
 
 def test_an_unknown_revision(get: Any) -> None:
-    assert "no revision 'v9'" in refusal(get, REPO, "v9")
+    assert "unknown revision 'v9'" in refusal(get, REPO, "v9")
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
@@ -271,7 +271,7 @@ def test_a_broken_hub(hub: HubServer, get: Any, status: int) -> None:
 
 def test_a_server_that_is_no_hub(hub: HubServer, get: Any) -> None:
     hub.answer = (200, {})  # the login page of a hotel, say
-    assert "does not answer like a Hub" in refusal(get)
+    assert "does not answer as a Hub does" in refusal(get)
 
 
 @pytest.mark.parametrize("repo", ["", "a/b/c", "org/na me", "org/../name", "-org/name", "org/name.git"])

@@ -1,11 +1,17 @@
-"""The patch projection at other patch sizes, against timm's function and against what it is for."""
+"""The patch projection for other patch sizes and channels, against timm's and against its purpose."""
 
 import pytest
+import timm
 import torch
-from helpers import FLOAT32, difference, images
+from checkpoints import CONFIG, same
+from helpers import FLOAT32, difference, images, randomize
+from layout_cases import BASE
+from safetensors.torch import load_file
 from timm.layers.patch_embed import resample_patch_embed
+from timm.models._manipulate import adapt_input_conv
 from torch.nn.functional import conv2d, interpolate
 
+import vit
 from vit.weights.patch import resample_patch_projection
 
 SIZES = [(old, new) for old in (16, 14) for new in (8, 12, 14, 15, 16, 24, 32) if new != old]
@@ -63,13 +69,39 @@ def test_patches_enlarged_twice_still_give_the_same_tokens():
     assert difference(conv2d(patches, weight), tokens) <= FLOAT32
 
 
-@pytest.mark.parametrize("size", [0, -8, 8.0, "8", None, True])
-def test_refuses_sizes_that_are_none(size):
-    with pytest.raises(ValueError, match="size must be a whole number of at least 1, not"):
-        resample_patch_projection(images(8, 3, 16, 16), size)
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+def test_other_channels_are_adapted_as_timm_adapts_them(timm_file, channels):
+    model = vit.load_pretrained(timm_file, in_chans=channels)
+    original = load_file(timm_file)["patch_embed.proj.weight"]
+    assert torch.equal(model.patch_embed.proj.weight, adapt_input_conv(channels, original))
+    assert len(model.preprocessing.mean) == channels
+    assert model(images(1, channels, 32, 32)).shape == (1, 1000)
+    if channels == 1:
+        grey = images(1, 1, 32, 32)
+        rgb = vit.load_pretrained(timm_file)(grey.expand(-1, 3, -1, -1))
+        assert difference(model(grey), rgb) < 1e-5
 
 
-@pytest.mark.parametrize("weight", [images(8, 3, 16, 8), images(8, 3, 16, 1)[..., 0], torch.ones(8, 3, 16, 16).long()])
-def test_refuses_weights_that_are_no_patch_projection(weight):
-    with pytest.raises(ValueError, match=r"expected \[D, C, p, p\] floating weights; got"):
-        resample_patch_projection(weight, 8)
+def test_only_three_channels_can_be_adapted(tmp_path):
+    path = vit.save_checkpoint(vit.ViT(CONFIG.override(in_chans=5)), tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="in_chans=4: only 3 channels can be adapted, the checkpoint has 5"):
+        vit.load_pretrained(path, in_chans=4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [8, 14, 20])
+def test_another_patch_size(tmp_path, size):
+    config = BASE.override(depth=1, num_classes=3)
+    model = randomize(vit.ViT(config)).eval()
+    path = vit.save_checkpoint(model, tmp_path / "m.safetensors")
+    other = vit.load_pretrained(path, patch_size=size)
+    assert other.config.patch_size == size and other.config.grid == config.grid
+    assert other.preprocessing.size == other.config.img_size == (4 * size, 4 * size)
+    expected = timm.layers.patch_embed.resample_patch_embed(model.patch_embed.proj.weight, [size, size])
+    assert difference(other.patch_embed.proj.weight, expected) <= FLOAT32
+    assert torch.equal(other.position_embedding, model.position_embedding)
+    assert other(images(1, 3, 2 * size, 5 * size)).shape == (1, 3)
+    again = vit.load_pretrained(vit.save_checkpoint(other, tmp_path / "o.safetensors"))
+    assert same(other, again) and again.config == other.config
+    with pytest.raises(ValueError, match="patch_size must be a whole number of at least 1, not 0"):
+        vit.load_pretrained(path, patch_size=0)

@@ -12,13 +12,19 @@ from typing import Any, NoReturn
 
 from . import attention, bench, convert, demo, evaluate, features, inspect, predict
 
+EXAMPLES = """\
+vit demo                                      classify bundled digits and draw attention; needs no network
+vit predict photo.jpg --img-size native       name what is in a photograph, at its own size and proportions
+vit attention a.jpg b.jpg -o attention.png    draw where each head of the last block looks
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 where all went well; 1 where some inputs were skipped; 2 on bad input, with one line on stderr; 130 where
-        it was interrupted.
+        The exit code: 0 for success; 1 if some inputs were skipped, or if `inspect` found differences; 2 for bad input,
+        with one line on stderr; 130 if interrupted.
     """
     args = make_parser().parse_args(argv)
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not end the run
@@ -27,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with one_line_warnings(args.command):
             return args.run(args)
-    except BrokenPipeError:  # the reader, `head` say, has had enough
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError) as error:  # what this package raises for bad input; anything else is a bug and shows
+    except (ValueError, OSError) as error:  # what this package raises for bad input; anything else is a bug
         print(f"vit {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -40,11 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def one_line_warnings(command: str) -> Iterator[None]:
-    """Plain warnings, as this package's are, in the command's name and without the line that they come from."""
+    """Print this package's warnings, plain UserWarnings, as one line: the command and the message, no source line."""
     before = warnings.formatwarning
 
     def one_line(message: Warning | str, category: type[Warning], *place: Any, **line: Any) -> str:
-        if category is not UserWarning:  # other packages' own
+        if category is not UserWarning:  # of other packages
             return before(message, category, *place, **line)
         return f"vit {command}: warning: {' '.join(str(message).split())}\n"
 
@@ -56,24 +62,31 @@ def one_line_warnings(command: str) -> Iterator[None]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse's, with one line for an error instead of the usage and a line."""
+    """argparse's parser, with errors on one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuse what is not known here, in the command's name: argparse's commands leave it to the parser of all."""
+        """Report unknown arguments in the name of the command; argparse would report them in the name of `vit`."""
         found, others = super().parse_known_args(args, namespace)
         if others:
             self.error(f"unrecognized arguments: {' '.join(others)}")
         return found, others
 
 
+class _TopParser(_Parser):
+    """The parser of `vit` itself, whose help opens with examples."""
+
+    def format_help(self) -> str:
+        return EXAMPLES + "\n" + super().format_help()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """All commands and their options."""
-    parser = _Parser(prog="vit", description="A Vision Transformer Small in plain PyTorch.")
+    parser = _TopParser(prog="vit", description="A Vision Transformer Small in plain PyTorch.")
     parser.add_argument("--version", action="version", version=version("vit-small"))
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for module in (demo, predict, features, evaluate, bench, attention, inspect, convert):
         module.add_parser(commands)
     return parser

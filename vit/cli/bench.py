@@ -1,4 +1,4 @@
-"""`vit bench`: how fast a model is on this machine, over batch sizes, image sizes, dtypes, attention and threads."""
+"""`vit bench`: how fast a model is here, over batch sizes, image sizes, dtypes, attention functions and threads."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from vit.model import ViT
 from vit.presets import create_model, list_models
 from vit.registry import get_attention
 
-from . import loading, options, timing
-from .plots import check_plot, figure_class
+from . import loading, options, plots, timing
 from .timing import Case
 
 MODEL = "vit_small_patch16_224"
@@ -37,47 +36,35 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure speed and memory on this machine",
-        description="Time forward passes on this machine. Lists are separated by commas, and all combinations run, in "
-        "turn, so that other work on the machine meets all alike. Peak MiB are what a call takes beyond the model and "
-        "its images.",
+        description="Time forward passes on this machine. Lists are separated by commas; all combinations run, in "
+        "turns, so that other load on the machine hits all alike. Peak MiB is the memory that a call takes beyond the "
+        "model and its images.",
     )
     parser.add_argument(
         "--model", default=MODEL, metavar="NAME_OR_PATH",
-        help="an architecture, which gets random weights, or what vit predict takes; default: %(default)s",
+        help="an architecture, which gets random weights, or a checkpoint as for vit predict; default: %(default)s",
     )  # fmt: skip
     options.add_reading(parser)
     parser.add_argument("--device", type=options.device, default="cpu", help="cpu, cuda ... default: %(default)s")
-    several = partial(parser.add_argument, metavar="LIST")
-    several("-b", "--batch-size", type=listed(options.positive), default=[1, 8], help="default: 1,8")
-    several("--img-size", type=listed(side), default=[None], help="224,384x160 (height x width); default: the model's")
-    several("--dtype", type=listed(dtype), default=["float32"], help="float32,bfloat16,float16; default: float32")
-    several("--attention", type=listed(str), help="registered names; default: sdpa, or what --optimize takes")
-    several(
-        "--threads",
-        type=listed(processors),
-        default=[torch.get_num_threads()],
-        help=f"default: {torch.get_num_threads()}",
-    )
-    several(
-        "--optimize", type=listed(optimization), default=[None],
-        help="none (as it is),float32,int8 on a CPU; none,bfloat16,float16 on an NVIDIA GPU; default: none",
-    )  # fmt: skip
+    threads = torch.get_num_threads()
+    for flags, one, default, text in (
+        (("-b", "--batch-size"), options.positive, [1, 8], "images per call; default: 1,8"),
+        (("--img-size",), side, [None], "224,384x160 (height x width); default: the model's"),
+        (("--dtype",), options.one_of(*options.DTYPES), ["float32"], "float32,bfloat16,float16; default: float32"),
+        (("--attention",), str, None, "registered names; default: sdpa, or what --optimize chooses"),
+        (("--threads",), processors, [threads], f"default: {threads}"),
+        (("--optimize",), optimization, [None], "none,float32,int8 on a CPU; none,bfloat16,float16 on an NVIDIA GPU"),
+    ):
+        parser.add_argument(*flags, type=options.listed(one), default=default, metavar="LIST", help=text)
     parser.add_argument(
-        "--rounds", type=options.positive, default=10, help="times that each runs; default: %(default)s"
+        "--rounds", type=options.positive, default=10, help="how often each combination runs; default: %(default)s"
     )
-    parser.add_argument("--profile", action="store_true", help="say where the time goes, per kind of operation")
+    parser.add_argument("--profile", action="store_true", help="show where the time goes, per kind of operation")
     parser.add_argument("--json", action="store_true", help="one JSON object per line and case")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw images per second against the batch size")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw images per second against batch size: .png, .svg or .pdf"
+    )
     parser.set_defaults(run=run)
-
-
-def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """ "1,8" -> [1, 8], for argparse."""
-
-    def parse(text: str) -> list[Any]:
-        return list(dict.fromkeys(convert(part) for part in text.split(",")))
-
-    return parse
 
 
 def side(text: str) -> tuple[int, int]:
@@ -89,66 +76,66 @@ def side(text: str) -> tuple[int, int]:
 
 
 def processors(text: str) -> int:
-    """A number of threads, for argparse: no more than there are processors."""
+    """A number of threads, for argparse: at most one per processor."""
     threads, most = options.positive(text), os.cpu_count() or 1
     if threads > most:
-        raise argparse.ArgumentTypeError(f"expected at most {most}, as many as there are processors, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected at most {most}, the number of processors here, got {text!r}")
     return threads
 
 
 def optimization(text: str) -> str | None:
-    """What to optimize to, for argparse; None for "none"."""
-    if text not in ("none", *loading.OPTIMIZE):
-        raise argparse.ArgumentTypeError(f"expected one of none, {', '.join(loading.OPTIMIZE)}, got {text!r}")
-    return None if text == "none" else text
-
-
-def dtype(text: str) -> str:
-    """A dtype's name, for argparse."""
-    if text not in options.DTYPES:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(options.DTYPES)}, got {text!r}")
-    return text
+    """The dtype to optimize to, for argparse; None for "none"."""
+    name = options.one_of("none", *loading.OPTIMIZE)(text)
+    return None if name == "none" else name
 
 
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> int:
-    """Load, race, print a row per case.
-
-    A model as it is profits from the memory that the process keeps once another is optimized.
-    """
+    """Load, race, print a row per case."""
     if args.plot is not None:
-        check_plot(args.plot)
+        plots.check(args.plot)
     for name in args.attention or ():
-        get_attention(name)
-    models, device, before = load(args), args.device, torch.get_num_threads()
-    bar = partial(tqdm, leave=False, disable=True if args.json else None)
+        get_attention(name)  # which refuses unknown names
+    models, threads = load(args), torch.get_num_threads()
     try:
-        calls, refused = prepare(models, cases(args, models), device, bar)
-        peaks = {
-            (kind, threads): timing.peak_flops(kind, threads, device)
-            for kind, threads in dict.fromkeys((case.dtype, case.threads) for case in calls)
-        }
-        times = timing.race(calls, args.rounds, device, partial(bar, unit="call")) if calls else {}
-        rows = []
-        for case, call in calls.items():
-            torch.set_num_threads(case.threads)
-            rows.append(measured(case, times[case], call, peaks, device))
-            if args.profile:
-                rows[-1]["profile"] = timing.profile_kinds(call, device)
+        rows, refused = measure(args, models)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
     show(args, models, rows + [vars(case) | {"refused": why} for case, why in refused.items()])
     if not rows:
-        raise ValueError("none of this can run here")
+        raise ValueError("none of these cases can run here")
     if args.plot is not None:
-        plot(rows, args.plot)
+        plots.save(plots.speed(rows), args.plot)
     return 0
 
 
-def load(args: argparse.Namespace) -> dict[str | None, ViT | str]:
-    """The model by what it was optimized to, None as it is; with random weights where an architecture is named.
+def measure(
+    args: argparse.Namespace, models: Mapping[str | None, ViT | str]
+) -> tuple[list[dict[str, Any]], dict[Case, str]]:
+    """The rows of the table, and why the other cases cannot run here. Leaves the number of threads changed.
 
-    Or why it cannot be optimized so here, where others can be raced.
+    In one race with optimized models, the model as it is also profits from the memory that the process keeps for them.
+    """
+    bar = partial(tqdm, leave=False, disable=True if args.json else None)
+    calls, refused = prepare(models, cases(args, models), args.device, bar)
+    peaks = {
+        (kind, threads): timing.peak_flops(kind, threads, args.device)
+        for kind, threads in dict.fromkeys((case.dtype, case.threads) for case in calls)
+    }
+    times = timing.race(calls, args.rounds, args.device, partial(bar, unit="call")) if calls else {}
+    rows = []
+    for case, call in calls.items():
+        torch.set_num_threads(case.threads)
+        rows.append(describe(case, times[case], call, peaks, args.device))
+        if args.profile:
+            rows[-1]["profile"] = timing.profile_kinds(call, args.device)
+    return rows, refused
+
+
+def load(args: argparse.Namespace) -> dict[str | None, ViT | str]:
+    """{dtype it is optimized to, or None: the model}; with random weights if --model names an architecture.
+
+    If there are several dtypes and one cannot run here, it gets the reason instead of a model.
     """
     file = loading.is_optimized_file(args.model)
     wanted = [name for name in args.optimize if name is not None]
@@ -173,7 +160,7 @@ def load(args: argparse.Namespace) -> dict[str | None, ViT | str]:
 
 
 def optimized(model: ViT, dtype: str, others: bool) -> ViT | str:
-    """As `vit.kernels.optimize`; where there are others, the text of the error instead."""
+    """`vit.kernels.optimize`; if there are other models to race, an error is returned as its text."""
     from vit import kernels
 
     try:
@@ -198,7 +185,7 @@ def cases(args: argparse.Namespace, models: Mapping[str | None, ViT | str]) -> l
 
 
 def attention_of(model: ViT | str) -> str:
-    """What it attends by, in words."""
+    """The names of a model's attention functions, joined by +."""
     names = [attend.name or "own" for attend in model.attends] if isinstance(model, ViT) else ["-"]
     return "+".join(dict.fromkeys(names))
 
@@ -209,25 +196,20 @@ def prepare(
     device: torch.device,
     bar: Callable[..., Iterable[Case]],
 ) -> tuple[dict[Case, partial[Tensor]], dict[Case, str]]:
-    """What to call for each case, and why the others cannot run here: each was tried once."""
+    """What to call for each case, and why the others cannot run here; each is tried once."""
     made: dict[tuple[str | None, str, str], ViT] = {}
     calls: dict[Case, partial[Tensor]] = {}
     refused: dict[Case, str] = {}
     for case in bar(cases, "first calls"):
-        key, model = (case.optimize, case.dtype, case.attention), models[case.optimize]
-        if isinstance(model, str):
-            refused[case] = model
+        key, source = (case.optimize, case.dtype, case.attention), models[case.optimize]
+        if isinstance(source, str):
+            refused[case] = source
             continue
-        if key not in made:
-            made[key] = copy.deepcopy(model)
-            if case.optimize is None:
-                made[key].to(options.DTYPES[case.dtype])
-            if case.attention != attention_of(model):
-                made[key].set_attention(case.attention)
-        dtype = torch.float32 if case.optimize else options.DTYPES[case.dtype]  # of images
-        whole_patches(case.size, made[key].config.patch_size)
+        model = made[key] = made.get(key) or variant(source, case)
+        whole_patches(case.size, model.config.patch_size)
+        dtype = torch.float32 if case.optimize else options.DTYPES[case.dtype]  # of the images
         try:
-            calls[case] = partial(made[key], timing.images(case, made[key].config, device, dtype))
+            calls[case] = partial(model, timing.images(case, model.config, device, dtype))
             calls[case]()
         except (ValueError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and not timing.is_out_of_memory(error):
@@ -237,7 +219,17 @@ def prepare(
     return calls, refused
 
 
-def measured(
+def variant(model: ViT, case: Case) -> ViT:
+    """A copy of a model with a case's dtype and attention."""
+    copied = copy.deepcopy(model)
+    if case.optimize is None:
+        copied.to(options.DTYPES[case.dtype])
+    if case.attention != attention_of(model):
+        copied.set_attention(case.attention)
+    return copied
+
+
+def describe(
     case: Case, times: list[float], call: partial[Tensor], peaks: dict, device: torch.device
 ) -> dict[str, Any]:
     """One row of the table."""
@@ -288,24 +280,3 @@ def line(row: dict[str, Any]) -> str:
         f"{what} {row['ms']:11.1f}   {quartiles:18} {row['images_per_s']:9.1f} {row['gflops']:9.0f} "
         f"{row['share_of_peak']:8.0%} {row['peak_mib']:10.0f}"
     )
-
-
-def plot(rows: list[dict[str, Any]], file: Path) -> None:
-    """Images per second against the batch size, a line for each combination of the rest."""
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        height, width = row["size"]
-        optimized = "optimized, " if row["optimize"] else ""
-        name = f"{height}x{width}, {optimized}{row['dtype']}, {row['attention']}, {row['threads']} thread(s)"
-        lines.setdefault(name, []).append((row["batch"], row["images_per_s"]))
-    figure = figure_class()(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for name, points in lines.items():
-        axes.plot(*zip(*sorted(points)), "o-", label=name)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("batch size")
-    axes.set_ylabel("images per second")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=150)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import options
+from . import loading, options
 
 
 def add_parser(commands: Any) -> None:
@@ -17,45 +17,49 @@ def add_parser(commands: Any) -> None:
         "--to", required=True, metavar="LAYOUT", help="vit, timm, transformers, torchvision, augreg ..."
     )
     parser.add_argument("--force", action="store_true", help="replace what DST holds")
-    parser.add_argument(
-        "--check", action="store_true", help="run source and result on a fixed input, the source in its own library"
-    )
-    parser.add_argument("--json", action="store_true", help="print the whole report, which is written beside DST too")
-    parser.add_argument("--labels", type=Path, metavar="FILE", help="the names of the classes, one a line")
+    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)  # now a script; see `run`
+    parser.add_argument("--json", action="store_true", help="print the whole report, which is also written beside DST")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="the names of the classes, one per line")
     options.add_reading(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print the report."""
+    from vit.weights.layouts.vit import OPTIMIZED
     from vit.weights.save import report_path, target_files
     from vit.weights.verify import convert_file
 
+    if args.check:
+        script = f"python tests/reports/check_conversion.py {args.source} {args.target}"
+        raise ValueError(f"--check is no longer an option: convert without it, then run `{script}` in a clone")
+    if loading.is_optimized_file(args.source):
+        raise ValueError(f"{args.source}: {OPTIMIZED}")
     files = target_files(args.target, args.to)
     existing = [str(file) for file in files if file.exists()]
     if existing and not args.force:
-        raise ValueError(f"{' and '.join(existing)} exist{'s' * (len(existing) == 1)}: --force replaces what is there")
+        raise ValueError(f"{' and '.join(existing)} exist{'s' * (len(existing) == 1)}: --force replaces them")
     reading = options.reading(args)
     overrides = {name: reading.pop(name) for name, _ in args.settings}
     reading |= {"overrides": overrides, "categories": None if args.labels is None else labels(args.labels)}
-    report = convert_file(args.source, args.target, args.to, check=args.check, **reading)
+    report = convert_file(args.source, args.target, args.to, **reading)
     print(json.dumps(report, indent=2) if args.json else as_text(report, report_path(files[0])))
     return 0
 
 
 def labels(file: Path) -> list[str]:
-    """One name a line; ValueError for a file that holds something else."""
+    """One name per line; ValueError for a file that holds something else."""
     try:
         names = [line.strip() for line in file.read_text(encoding="utf-8").rstrip().split("\n")]
     except UnicodeDecodeError as error:
-        raise ValueError(f"--labels {file} is no text in UTF-8: {error}") from None
+        raise ValueError(f"--labels {file} is not UTF-8 text: {error}") from None
     if "" in names:
         raise ValueError(f"--labels {file}: line {names.index('') + 1} is empty")
     return names
 
 
 def assumptions(assumed: dict[str, dict[str, Any]]) -> list[str]:
-    """What nobody stated, a line for each that it is taken from."""
+    """The settings that nothing states, one line for each place that their values come from."""
     grouped: dict[str, list[str]] = {}
     for name, entry in assumed.items():
         grouped.setdefault(entry["from"], []).append(f"{name} {entry['value']}")
@@ -78,10 +82,8 @@ def as_text(report: dict[str, Any], file: Path) -> str:
     ]
     lines += [f"dropped     {key}: {why}" for key, why in report["dropped"].items()]
     if report["left"]:
-        lines.append(f"left        {len(report['left'])} keys beside the model: {', '.join(report['left'][:5])} ...")
+        lines.append(f"left        {len(report['left'])} keys outside the model: {', '.join(report['left'][:5])} ...")
     lines += [f"assumed     {line}" for line in assumptions(report["assumed"])]
     lines += [f"note        {note}" for note in report["notes"]]
-    lines += [f"unsaid      {name}: its reader will assume {value}" for name, value in report["unsaid"].items()]
-    for what, found in (report["check"] or {}).items():
-        lines.append(f"check       {what}: {found if isinstance(found, str) else format(found, '.1e')}")
+    lines += [f"unsaid      {name}: readers will assume {value}" for name, value in report["unsaid"].items()]
     return "\n".join([*lines, f"report      {file}"])

@@ -1,4 +1,4 @@
-"""`vit demo`: the whole job on real images, with weights and images that ship with the package."""
+"""`vit demo`: from images to labels and attention, with weights and images that ship with the package."""
 
 import argparse
 import time
@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from vit.draw import overlay, table
+from vit.draw import BACKGROUND, GAP, caption, mosaic, overlay, scale, table
 from vit.image import create_transform
 from vit.maps import attention_maps
 from vit.model import ViT
@@ -25,14 +25,21 @@ DIGITS = 10
 
 def add_parser(commands: Any) -> None:
     """Declare the command and its options."""
-    parser = commands.add_parser("demo", help="classify bundled images with a bundled model; needs no network")
-    parser.add_argument("-o", "--output", type=Path, default=Path("vit-demo.png"), help="default: %(default)s")
+    parser = commands.add_parser(
+        "demo",
+        help="classify bundled images with a bundled model; needs no network",
+        description="Classify 360 bundled handwritten digits at three image sizes with a bundled model, compare two "
+        "attention functions, and draw where the class token looks. Needs no network.",
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("vit-demo.png"), metavar="FILE", help="picture; default: %(default)s"
+    )
     parser.set_defaults(run=run)
 
 
 @torch.inference_mode()
 def run(args: argparse.Namespace) -> int:
-    """Load, classify at three sizes, compare the attention backends, draw."""
+    """Load, classify at three sizes, compare two attention functions, draw."""
     from vit.weights import load_pretrained
 
     options.check_picture(args.output)
@@ -83,7 +90,7 @@ def choose(truth: Tensor) -> list[int]:
 
 
 def compare_attention(model: ViT, batch: Tensor) -> dict[str, float]:
-    """How far each attention backend's logits lie from those of `reference`, relative to the largest."""
+    """Each attention function's largest difference of a logit from `reference`, relative to the largest logit."""
     logits = {}
     for name in ("reference", "sdpa"):
         model.set_attention(name)
@@ -94,7 +101,7 @@ def compare_attention(model: ViT, batch: Tensor) -> dict[str, float]:
 
 
 def draw(model: ViT, images: list[Image.Image], batches: dict[tuple[int, int], Tensor]) -> Image.Image:
-    """One column per image; below it, per size, the prediction and the class token's attention, mean over heads."""
+    """One column per image; below it, per size, the class token's attention (mean of the heads) and the prediction."""
     enlarged = [image.convert("RGB").resize((80, 80), Image.Resampling.NEAREST) for image in images]
     rows: list[list[Image.Image | str]] = [[*enlarged]]
     titles = ["8x8 pixels"]
@@ -105,5 +112,8 @@ def draw(model: ViT, images: list[Image.Image], batches: dict[tuple[int, int], T
         shape = (2 * width, 2 * height)
         rows += [[overlay(image, seen, shape) for image, seen in zip(images, weights)]]
         rows += [[str(guess) for guess in model(batch).argmax(dim=1).tolist()]]
-        titles += [f"seen at {height}x{width}", "prediction"]
-    return table(rows, titles)
+        titles += [f"attention, {height}x{width}", "prediction"]
+    sheet = table(rows, titles)
+    key = "  Attention of the class token in the last block, averaged over the heads; each picture has its own scale:"
+    bar = scale(sheet.width - 2 * GAP, ["0", "0.5", "1 = the picture's largest weight"])
+    return mosaic([sheet, caption(key, sheet.width), ImageOps.expand(bar, GAP, BACKGROUND)], columns=1, gap=0)

@@ -1,4 +1,4 @@
-"""`vit inspect`: what a checkpoint holds, whether or not it can be loaded, and how two of them differ."""
+"""`vit inspect`: what a checkpoint holds, even if it cannot be loaded, and how two checkpoints differ."""
 
 import argparse
 import json
@@ -15,18 +15,18 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "inspect",
         help="show what a checkpoint holds, or how two differ",
-        description="Show what a checkpoint holds; with two, how they differ, tensor by tensor across layouts "
-        "(exit code 1 where they do).",
+        description="Show what a checkpoint holds; with two, how they differ, tensor by tensor and across layouts "
+        "(exit code 1 if they differ).",
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a name, a file or a folder")
-    parser.add_argument("other", metavar="OTHER", nargs="?", help="a second one, to compare with")
+    parser.add_argument("other", metavar="OTHER", nargs="?", help="a second checkpoint, to compare")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options.add_reading(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the tensors and, where they make a model, its config; raises CheckpointError where they do not."""
+    """Print the tensors and, if they make up a model, its config; if not, raise CheckpointError after printing."""
     reading = options.reading(args)
     overrides = {name: reading.pop(name) for name, _ in args.settings}
     if args.other is not None:
@@ -74,7 +74,7 @@ def show(args: argparse.Namespace, reading: dict[str, Any], overrides: dict[str,
 
 
 def as_text(facts: dict[str, Any]) -> str:
-    """The facts as aligned lines: tensors first, what sums them up last."""
+    """The facts as aligned lines: tensors first, the summary last."""
     tensors = facts["tensors"]
     width = max(map(len, tensors), default=0)
     lines = [

@@ -1,4 +1,4 @@
-"""The model that a command runs: a checkpoint as its options say, optimized where they ask for it."""
+"""The model that a command runs, loaded and optimized as its options say."""
 
 import argparse
 import hashlib
@@ -15,19 +15,19 @@ OPTIMIZED = "vit.optimized"  # in the header of what vit.kernels.save writes
 
 
 def add_optimize(parser: argparse.ArgumentParser) -> None:
-    """--optimize: into what `vit.kernels.optimize` makes of a model."""
+    """--optimize: the dtype to optimize the model to."""
     parser.add_argument(
         "--optimize", choices=OPTIMIZE,
-        help="run it faster: on the CPU by packed float32 products (the same numbers) or in int8 (nearly), on an NVIDIA"
-        " GPU by fused kernels in bfloat16 or float16",
+        help="run the model faster: on a CPU with packed float32 products (same results up to rounding) or in int8"
+        " (nearly the same), on an NVIDIA GPU with fused kernels in bfloat16 or float16",
     )  # fmt: skip
 
 
 def load(args: argparse.Namespace) -> ViT:
-    """What --model names, in the dtype asked for, and optimized as --optimize says.
+    """The model that --model names, in --dtype, optimized to --optimize.
 
     Raises:
-        ValueError, OSError: as `load_pretrained`, `vit.kernels.load` and `optimize`.
+        ValueError, OSError: those of `load_pretrained`, `vit.kernels.load` and `vit.kernels.optimize`.
     """
     from vit.weights import load_pretrained
 
@@ -35,7 +35,6 @@ def load(args: argparse.Namespace) -> ViT:
         return load_optimized(args)
     if args.optimize:
         check(args, args.optimize)  # before a large file is read
-        check_machine(args.optimize)
     dtype = options.DTYPES[args.dtype]
     model = load_pretrained(args.model, device=args.device, dtype=dtype, **options.reading(args))
     if not args.optimize:
@@ -46,17 +45,17 @@ def load(args: argparse.Namespace) -> ViT:
 
 
 def optimized(model: ViT) -> str | None:
-    """What a model was optimized to, such as "int8"; None for one as it was."""
+    """The dtype that a model was optimized to, such as "int8"; None for any other model."""
     return getattr(model, "optimized", None)
 
 
 def title(args: argparse.Namespace, model: ViT) -> str:
-    """--model, and what it was optimized to, for the head of a table."""
+    """--model and the dtype it is optimized to, for the head of a table."""
     return args.model + (f" optimized in {optimized(model)}" if optimized(model) else "")
 
 
 def check(args: argparse.Namespace, dtype: str) -> None:
-    """ValueError for a --device or --dtype that cannot go with a model optimized to `dtype`."""
+    """Refuse a --device or --dtype that does not fit a model optimized to `dtype`."""
     from vit.kernels.optimize import machine
 
     if args.device.type != machine(dtype):
@@ -66,29 +65,19 @@ def check(args: argparse.Namespace, dtype: str) -> None:
         raise ValueError(f"an optimized model takes images in float32, so --dtype {args.dtype} cannot go with it")
 
 
-def check_machine(dtype: str) -> None:
-    """ValueError where this machine cannot run a model optimized to `dtype`."""
-    import torch
-
-    from vit.kernels.optimize import machine, missing
-
-    if reason := missing(dtype, torch.device(machine(dtype))):
-        raise ValueError(f"this machine cannot run {dtype}: {reason}")
-
-
 def is_optimized_file(name: str) -> bool:
-    """Did `vit.kernels.save` write it?"""
+    """Whether `vit.kernels.save` wrote it."""
     from safetensors import SafetensorError, safe_open
 
     if not name.endswith(".safetensors") or not Path(name).is_file():
         return False
-    with suppress(SafetensorError), safe_open(name, "pt") as file:  # load_pretrained says what is wrong with it
+    with suppress(SafetensorError), safe_open(name, "pt") as file:  # a broken file: load_pretrained says what is wrong
         return OPTIMIZED in (file.metadata() or {})
     return False
 
 
 def load_optimized(args: argparse.Namespace) -> ViT:
-    """What `vit.kernels.save` wrote. Its provenance is the file, with that of the checkpoint before as its parent."""
+    """A file that `vit.kernels.save` wrote. Its provenance is this file, with the original checkpoint as parent."""
     from vit import kernels
 
     if args.optimize:

@@ -1,7 +1,8 @@
-"""Options that several commands share, and their values checked."""
+"""Options that several commands share, and checks of their values."""
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,36 @@ DEFAULT_MODEL = "vit_small_patch16_224.augreg_in21k_ft_in1k"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """IMAGE, one or more, for `images.find_images`."""
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders (searched recursively) or globs")
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """--model: a name, a file or a folder."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME_OR_PATH", help="default: %(default)s")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, metavar="NAME_OR_PATH",
+        help="a name, or a checkpoint: a file or a folder in any known layout; default: %(default)s",
+    )  # fmt: skip
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
-    """--layout, --prefix, --sha256 and --set: what the checkpoint does not say itself."""
-    parser.add_argument("--layout", metavar="LAYOUT", help="how the checkpoint names its weights; default: detected")
-    parser.add_argument("--prefix", metavar="TEXT", help="take only the weights whose names begin so: backbone.")
-    parser.add_argument("--sha256", metavar="HEX", help="what the file must have")
+    """--layout, --prefix, --sha256 and --set: what the checkpoint itself does not tell."""
+    parser.add_argument(
+        "--layout", metavar="LAYOUT", help="how the checkpoint names its weights, such as timm; default: detected"
+    )
+    parser.add_argument(
+        "--prefix", metavar="TEXT", help="read only weights whose names begin with TEXT, such as backbone."
+    )
+    parser.add_argument("--sha256", metavar="HEX", help="refuse the file unless this is its SHA-256")
     parser.add_argument(
         "--set", dest="settings", type=setting, action="append", default=[], metavar="FIELD=VALUE",
-        help="state what the checkpoint cannot say: num_heads=12, eps=1e-5, img_size=224x448 ...; may be repeated",
+        help="state what the checkpoint does not tell: num_heads=12, eps=1e-5, img_size=224x448 ...; repeatable",
     )  # fmt: skip
 
 
 def reading(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_reading` took, as arguments of `load_pretrained`."""
+    """The options of `add_reading` as arguments of `load_pretrained`."""
     return {"layout": args.layout, "prefix": args.prefix, "sha256": args.sha256, **dict(args.settings)}
 
 
@@ -48,47 +61,69 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def add_size(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """--img-size, --mode and --max-tokens: what becomes of an image's sides."""
+    """--img-size, --mode and --max-tokens: how images are brought to size."""
     parser.add_argument(
         "--img-size", type=image_size, default=default, metavar="SIZE",
-        help="384, 224x448 (height x width), or native: the image's own size and proportions, each side resized to the "
-        f"nearest multiple of the patch; default: {default or 'the model' + chr(39) + 's own'}",
+        help="384, 224x448 (height x width), or native: the image's own size, each side rounded to whole patches; "
+        f"default: {default or 'the size the model was trained at'}",
     )  # fmt: skip
     parser.add_argument(
         "--mode", choices=MODES,
-        help="how to get there from another shape; native keeps proportions and makes SIZE the short side; default: "
-        "the model's own",
+        help="crop cuts out the middle, squash changes the proportions, native keeps the proportions and the whole "
+        "image and makes SIZE its short side; default: the model's own",
     )  # fmt: skip
     parser.add_argument(
-        "--max-tokens", type=positive, metavar="N", help="refuse images of more patches, whose square attention costs"
+        "--max-tokens", type=positive, metavar="N", help="refuse images with more patches: attention costs their square"
     )
 
 
 def sizing(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_size` took, as arguments of `create_transform`."""
+    """The options of `add_size` as arguments of `create_transform`."""
     if args.img_size != "native":
         return {"size": args.img_size, "mode": args.mode, "max_tokens": args.max_tokens}
     if args.mode not in (None, "native"):
-        raise ValueError(f"--img-size native cuts and squashes nothing, so --mode {args.mode} cannot go with it")
+        raise ValueError(f"--img-size native neither crops nor squashes, so --mode {args.mode} cannot go with it")
     return {"mode": "native", "max_tokens": args.max_tokens}
 
 
 def add_compute(parser: argparse.ArgumentParser) -> None:
     """--device, --dtype and -b/--batch-size."""
     add_device(parser)
-    parser.add_argument("-b", "--batch-size", type=positive, default=32, help="default: %(default)s")
+    parser.add_argument("-b", "--batch-size", type=positive, default=32, help="images per call; default: %(default)s")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """--device and --dtype."""
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps ... default: %(default)s")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of weights and images; default: %(default)s"
+    )
 
 
 def check_picture(path: Path) -> None:
-    """--output must be a file that a picture can be written to."""
+    """Refuse an --output that is not the name of a picture."""
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or path.is_dir():
-        raise ValueError(f"--output must be a .png, .jpg or .webp file, not {path}")
+        raise ValueError(f"--output must be a .png, .jpg or .webp file, got {path}")
+
+
+def listed(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """A list without repetitions, such as "1,8" -> [1, 8], for argparse."""
+
+    def parse(text: str) -> list[Any]:
+        return list(dict.fromkeys(convert(part) for part in text.split(",")))
+
+    return parse
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    """One of some names, for argparse; in a list, where argparse's own `choices` do not work."""
+
+    def check(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(names)}, got {text!r}")
+        return text
+
+    return check
 
 
 def positive(text: str) -> int:
@@ -110,9 +145,9 @@ def image_size(text: str) -> int | tuple[int, int] | str:
 
 
 def device(text: str) -> torch.device:
-    """A device that this machine has, for argparse."""
+    """A device of this machine, for argparse."""
     try:
         torch.empty(1, device=text).item()
-    except Exception as error:  # each device type has its own way of not being there
+    except Exception as error:  # PyTorch raises a different error for each device type
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {str(error).splitlines()[0]}") from None
     return torch.device(text)

@@ -1,4 +1,4 @@
-"""The three main directions in which patch features differ, as red, green and blue."""
+"""The first three principal components of patch features, as red, green and blue."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit.draw import mosaic
+from vit.draw import fit, mosaic
 from vit.image import Transform, load_image
 from vit.model import ViT
 
@@ -17,7 +17,7 @@ SIDE = 560  # pixels of a picture's long side in the result
 
 @torch.inference_mode()
 def draw_components(model: ViT, transform: Transform, paths: Sequence[Path], output: Path) -> int:
-    """Draw each image beside its patch features' components, a row per image; all images share the components."""
+    """Draw each image beside the components of its patch features, a row per image; all images share the components."""
     photos = [load_image(path) for path in paths]
     weights = model.class_token
     images = [transform(photo).to(weights.device, weights.dtype) for photo in photos]
@@ -26,8 +26,7 @@ def draw_components(model: ViT, transform: Transform, paths: Sequence[Path], out
     pictures = []
     for photo, colours in zip(photos, principal_components([one.float().cpu() for one in maps])):
         seen = transform.view(photo).convert("RGB")
-        scale = SIDE / max(seen.size)
-        size = max(1, round(seen.width * scale)), max(1, round(seen.height * scale))
+        size = fit(seen.size, SIDE)
         pictures.append([seen.resize(size), Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)])
     output.parent.mkdir(parents=True, exist_ok=True)
     mosaic([picture for row in pictures for picture in row], columns=2).save(output)
@@ -38,8 +37,8 @@ def draw_components(model: ViT, transform: Transform, paths: Sequence[Path], out
 def principal_components(maps: Sequence[Tensor]) -> list[np.ndarray]:
     """[D, h, w] maps -> [h, w, 3] uint8 each: the first three principal components of all patches together.
 
-    Each component's values from the 1st to the 99th percentile become 0 to 255. A component's sign means nothing; the
-    largest of its weights is made positive, so that the same maps give the same colours.
+    Each component's values from the 1st to the 99th percentile become 0 to 255. A component's sign is arbitrary; its
+    largest weight is made positive, so that the same maps give the same colours.
     """
     tokens = torch.cat([one.flatten(1) for one in maps], dim=1).T.double()  # [patches, D]
     centred = tokens - tokens.mean(dim=0)

@@ -1,8 +1,7 @@
-"""How long a model takes, on what it is then working, and what this machine could do."""
+"""How long a model takes, where the time goes, and what this machine could do."""
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import statistics
@@ -20,33 +19,36 @@ from torch.profiler import ProfilerActivity, profile
 
 from vit.config import ViTConfig
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler, some builds of which log each start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some builds of PyTorch's profiler log each start and stop
 
-PEAK_SIDE = {"cpu": 4096, "cuda": 8192}  # of the square matrices whose product is taken for what a machine can do
+PEAK_SIDE = {"cpu": 4096, "cuda": 8192}  # sides of the square matrices whose product measures a machine's peak
 LONGEST = 10.0  # seconds that these products may take
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed."""
+    """One combination to time."""
 
     size: tuple[int, int]
     batch: int
-    optimize: str | None  # what the model was optimized to
-    dtype: str  # that it computes in
+    optimize: str | None  # the dtype that the model was optimized to; None for the model as it is
+    dtype: str  # the dtype that it computes in
     attention: str
     threads: int
 
 
 def flops(config: ViTConfig, size: tuple[int, int], read: int | None = None) -> int:
-    """Floating point operations of one image's matrix products; a multiplication and an addition are two.
+    """Floating point operations in one image's matrix products; a multiplication and an addition count as two.
 
-    `read`: of how many tokens the last block computes more than keys and values; None for all.
+    Args:
+        read: for how many tokens the last block computes more than keys and values; None for all.
     """
     D, N = config.embed_dim, (size[0] // config.patch_size) * (size[1] // config.patch_size)
     T = N + config.num_prefix_tokens
     patches = 2 * N * config.in_chans * config.patch_size**2 * D
-    heads = 2 * D * config.num_classes * (2 if config.global_pool in ("token_avg", "dist") else 1)  # one of 2D, or two
+    heads = (
+        2 * D * config.num_classes * (2 if config.global_pool in ("token_avg", "dist") else 1)
+    )  # [2D, classes], or two heads
 
     def block(n: int) -> int:
         attention = 2 * 2 * n * T * D  # q k^T and the weights times v
@@ -56,13 +58,13 @@ def flops(config: ViTConfig, size: tuple[int, int], read: int | None = None) -> 
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what the device was given to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Wait until a device has finished its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def seconds(call: Callable[[], object], threads: int, device: torch.device) -> float:
-    """How long one call takes with so many threads."""
+    """How long one call takes with a number of threads."""
     torch.set_num_threads(threads)
     synchronize(device)
     start = time.perf_counter()
@@ -77,9 +79,9 @@ def race(
     device: torch.device,
     progress: Callable[[Iterable], Iterable],
 ) -> dict[Case, list[float]]:
-    """Time all cases `rounds` times in turn, every other time backwards, so that the machine's moods meet all alike.
+    """Time all cases `rounds` times in turn, every other round backwards, so that other load hits all alike.
 
-    Each is called once before that, unmeasured.
+    Each case is called once before that, unmeasured.
     """
     times: dict[Case, list[float]] = {case: [] for case in calls}
     order = [case for i in range(rounds + 1) for case in (list(calls) if i % 2 else reversed(list(calls)))]
@@ -99,15 +101,13 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def peak_flops(kind: str, threads: int, device: torch.device) -> float:
-    """Operations per second of a large matrix product: the best of four, after one that warms up.
+    """Operations per second of a large matrix product: the best of four runs, after one that warms up.
 
-    Of at most `PEAK_SIDE`; smaller where those would take longer than ten seconds, as in half precision on a processor
-    that has no instructions for it.
+    The matrices' side is `PEAK_SIDE`, or less if the products would take over `LONGEST` seconds, as in half precision
+    on a processor that has no instructions for it.
 
     Args:
-        kind: "float32", "bfloat16" or "float16"; or "int8", multiplied as optimized models do it.
-        threads: with so many.
-        device: where.
+        kind: "float32", "bfloat16" or "float16"; or "int8", multiplied as in optimized models.
     """
     side = PEAK_SIDE.get(device.type, 4096)
     small = side // 8
@@ -119,7 +119,7 @@ def peak_flops(kind: str, threads: int, device: torch.device) -> float:
 
 
 def product(kind: str, side: int, device: torch.device) -> Callable[[], Tensor]:
-    """A product of two square matrices of random numbers, as a linear layer multiplies."""
+    """A call that multiplies two square matrices of random numbers as a linear layer does."""
     if kind == "int8":
         from vit.kernels.cpu.int8 import square_product
 
@@ -129,7 +129,7 @@ def product(kind: str, side: int, device: torch.device) -> Callable[[], Tensor]:
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> float:
-    """MiB that PyTorch allocates during a call, at the highest, beyond what was there before: model and images."""
+    """The most MiB that PyTorch holds during a call, beyond what it held before: the model and its images."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -142,7 +142,7 @@ def peak_memory(call: Callable[[], object], device: torch.device) -> float:
     return max(accumulate(size for _, size in changes), default=0) / 2**20
 
 
-# Kinds of operations -> parts of their names in PyTorch, the first that is found.
+# Kinds of operations -> parts of their names in PyTorch; the first match counts.
 KINDS = {
     "attention": ("attention", "softmax", "bmm"),
     "matrix products": ("addmm", "::mm", "linear", "matmul", "conv", "mkldnn"),
@@ -154,7 +154,7 @@ KINDS = {
 
 
 def profile_kinds(call: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """The share of a call's time that each kind of operation takes, by PyTorch's profiler; the largest first."""
+    """The share of a call's time spent in each kind of operation, by PyTorch's profiler; the largest first."""
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     call()
     with profile(activities=activities) as profiler:
@@ -171,7 +171,7 @@ def profile_kinds(call: Callable[[], object], device: torch.device) -> dict[str,
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a figure depends on."""
+    """What a measurement depends on: processor, versions."""
     info = Path("/proc/cpuinfo")
     lines: Iterable[str] = info.read_text().splitlines() if info.exists() else []
     names = [text.split(":")[1].strip() for text in lines if text.startswith("model name")]
@@ -185,13 +185,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def images(case: Case, config: ViTConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[B, C, H, W] of noise. ValueError for more than any machine holds, before PyTorch's own counts overflow."""
+    """[B, C, H, W] of noise."""
     shape = (case.batch, config.in_chans, *case.size)
-    if math.prod(shape) > 2**40:
-        raise ValueError(f"a batch of {' x '.join(map(str, shape))} numbers is more than any memory holds")
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Does it say so? PyTorch has a class for that on a GPU alone."""
+    """Whether an error says so; PyTorch has a class of its own for this on GPUs only."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""File formats: from a path to the tensors in it. Nothing is unpickled beyond what `weights_only=True` allows."""
+"""File formats: from a path to the tensors in it. Nothing is unpickled except what `weights_only=True` allows."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +19,12 @@ READERS: dict[str, Callable[[Path], Checkpoint]] = {
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a file of any known format; the ending of its name tells which.
+    """Read a file of any known format, which is chosen by the ending of its name.
 
     Raises:
-        FileNotFoundError, IsADirectoryError: as they say.
-        CheckpointError: another ending, or a file that is not what its ending says.
+        FileNotFoundError: no such file.
+        CheckpointError: another ending, or a file that is not of the format that its ending names.
     """
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory, expected a file")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
     for ending, read in READERS.items():
         if path.name.lower().endswith(ending):
             return read(path)

@@ -1,12 +1,12 @@
-"""ONNX graphs in: their weights, under the names that these had in PyTorch.
+"""ONNX graphs in: their weights, under the names that they had in PyTorch.
 
-PyTorch's exporters keep the names of most weights, but lose those of the weights that they compute with. Undone here:
+PyTorch's exporters keep most names of weights, but lose them for weights that they transform. This is undone here:
 
 - `x @ W.T` becomes a MatMul with a constant W.T named `onnx::MatMul_1966` or `val_12`.
 - A class token becomes the constant that it is expanded to, `expand`, with one row for each image.
 - A position embedding that the graph resizes becomes two constants, the class token's row and the grid.
 
-What a graph was optimised into otherwise keeps its name there, in the metadata: a key is missing then, not wrong.
+A weight that a graph transforms in another way keeps its name in the metadata: the key is then missing, not wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..checkpoint import Checkpoint, CheckpointError
 
-# By TensorProto.DataType: the dtype here, the field with the values where they are not in raw_data, and as what.
+# By TensorProto.DataType: our dtype, the field of the values if they are not in raw_data, and their type there.
 _DTYPES = {
     1: (torch.float32, "float_data", "<f4"),
     2: (torch.uint8, "int32_data", "<u1"),
@@ -44,14 +44,14 @@ _FOLDED = "pkg.onnxscript.optimizer.folded_from"  # "['blocks.0.attn.qkv.weight'
 
 
 def read_onnx(path: Path) -> Checkpoint:
-    """Read an ONNX file's weights, each into memory of its own, with its name and layout in PyTorch.
+    """Read an ONNX file's weights, each into its own memory, with its name and layout in PyTorch.
 
-    Weights of linear layers come out as [out, in], position embeddings as [1, 1 + N, D]. `metadata` says what remained
-    without a name ("float32 [384, 384]"), and which constants are no weights ("int64 constant").
+    Weights of linear layers become [out, in], position embeddings [1, 1 + N, D]. `metadata` lists constants without a
+    name ("float32 [384, 384]") and those that are not weights ("int64 constant").
 
     Raises:
-        CheckpointError: the package onnx is missing, not an ONNX file, a damaged or inconsistent one, one whose weights
-            lie in another file, or names that contradict each other.
+        CheckpointError: the package onnx is missing; not an ONNX file, a damaged or inconsistent one, one with weights
+            in another file, or names that contradict each other.
     """
     try:
         import onnx
@@ -60,7 +60,7 @@ def read_onnx(path: Path) -> Checkpoint:
     data = path.read_bytes()
     size, sha256 = len(data), hashlib.sha256(data).hexdigest()
     try:
-        graph = onnx.load_model_from_string(data).graph  # never looks for the files of external data
+        graph = onnx.load_model_from_string(data).graph  # does not open files of external data
     except Exception as error:  # protobuf's DecodeError, mostly
         raise CheckpointError(f"{path} is not a complete ONNX file: {error}") from None
     del data  # the graph has a copy
@@ -72,7 +72,7 @@ def read_onnx(path: Path) -> Checkpoint:
 
 
 def _check_names(path: Path, graph: Any) -> None:
-    """Refuse names that are no UTF-8: protobuf hands them out as bytes, or raises, when they are looked at."""
+    """Refuse names that are not UTF-8: protobuf returns them as bytes, or raises when they are read."""
     try:
         names = [proto.name for proto in (*graph.initializer, *graph.node, *graph.value_info)]
         for node in graph.node:
@@ -83,11 +83,11 @@ def _check_names(path: Path, graph: Any) -> None:
         raise CheckpointError(f"{path} is damaged: {error}") from None
     for name in names:
         if not isinstance(name, str):
-            raise CheckpointError(f"{path} is damaged: the name {name!r} is no text")
+            raise CheckpointError(f"{path} is damaged: the name {name!r} is not a text")
 
 
 class _Reader:
-    """A graph's constants by name, and what its nodes tell about those that have lost theirs."""
+    """A graph's constants by name, and the names of those that lost theirs, from the graph's nodes."""
 
     def __init__(self, path: Path, graph: Any, size: int) -> None:
         self.path = path
@@ -110,15 +110,15 @@ class _Reader:
         """Fill `constants`. The exporter keeps equal weights once; Identity nodes give them their other names."""
         for proto in graph.initializer:
             if proto.data_location == _EXTERNAL or proto.external_data:
-                raise CheckpointError(f"{self.path}: {proto.name} is kept in another file, expected all in this one")
+                raise CheckpointError(f"{self.path}: {proto.name} is in another file, expected all weights in this one")
             self._take_constant(proto.name, proto)
         for node in self.nodes:
             is_copy = node.op_type == "Identity" and node.input and node.input[0] in self.constants
             for name in node.output if is_copy else ():
                 proto = self.constants[node.input[0]]
-                size -= proto.ByteSize()  # a small file must not name its one large weight a thousand times
+                size -= proto.ByteSize()  # a small file must not repeat one large weight a thousand times
                 if size < 0:
-                    raise CheckpointError(f"{self.path} names its weights so often that they outgrow it: {proto.name}")
+                    raise CheckpointError(f"{self.path} repeats its weights until they outgrow the file: {proto.name}")
                 self._take_constant(name, proto)
 
     def _take_constant(self, name: str, proto: Any) -> None:
@@ -127,7 +127,7 @@ class _Reader:
         self.constants[name] = proto
 
     def _is_anonymous(self, name: str) -> bool:
-        """Whether a name is an exporter's. Names without a dot may be a parameter's (cls_token) or not (expand)."""
+        """Whether an exporter made up a name. Names without a dot may be parameters (cls_token) or not (expand)."""
         if "." not in name and (name in self.folded or re.fullmatch(r"val_\d+", name)):
             return True
         return not re.fullmatch(r"\w+(\.\w+)+|[A-Za-z_]\w*", name)
@@ -142,7 +142,7 @@ class _Reader:
     # -- Linear layers -------------------------------------------------------------------------------------------------
 
     def _find_linears(self) -> None:
-        """Name the weights of MatMul and Gemm nodes, which stand there as [in, out] unless transB is set."""
+        """Name the weights of MatMul and Gemm nodes, which are [in, out] unless transB is set."""
         for node in self.nodes:
             if node.op_type not in ("MatMul", "Gemm") or len(node.input) < 2:
                 continue
@@ -153,13 +153,13 @@ class _Reader:
             bias = self._bias_name(node, self._dims(weight)[0 if as_stored else 1])
             if self._is_anonymous(weight):
                 name = self._folded_weight(weight) or bias or _scope_name(node)
-            else:  # a layer of this name would hold it the other way round
+            else:  # a layer of this name would hold it transposed
                 name = weight if bias == weight and not as_stored else None
             if name is not None:
                 self._find(weight, name, _as_it_is if as_stored else _transposed)
 
     def _folded_weight(self, constant: str) -> str | None:
-        """The weight that the dynamo exporter transposed into a constant, and did nothing else to."""
+        """The weight that the dynamo exporter transposed, and changed in no other way, to get a constant."""
         sources = self.folded.get(constant, [])
         return sources[0] if len(sources) == 1 and sources[0].endswith("weight") else None
 
@@ -177,7 +177,7 @@ class _Reader:
     # -- Embeddings ----------------------------------------------------------------------------------------------------
 
     def _find_tokens(self) -> None:
-        """Name the constants that a class token, or another that is put before the patches, was expanded to."""
+        """Name the constants that a class token, or another token before the patches, was expanded to."""
         for node in self.nodes:
             if node.op_type != "Concat" or _attribute(node, "axis", 0) != 1:
                 continue
@@ -207,21 +207,21 @@ class _Reader:
                 if restore is None or not self._is_anonymous(row) or not self._is_anonymous(grid):
                     continue
                 if self.positions.setdefault(name, (row, grid, restore))[:2] != (row, grid):
-                    raise CheckpointError(f"{self.path}: {row} and {self.positions[name][0]} are both part of {name}")
+                    raise CheckpointError(f"{self.path}: both {row} and {self.positions[name][0]} are part of {name}")
 
     def _dims(self, value: str) -> list[int]:
-        """A constant's dimensions; none of anything else."""
+        """A constant's dimensions; [] for any other value."""
         return list(self.constants[value].dims) if value in self.constants else []
 
     def _concatenated(self, value: str) -> list[str]:
-        """What a value is concatenated of along the tokens, if it is."""
+        """The parts that a value is concatenated from along the tokens; [] if it is not."""
         node = self.maker.get(value)
         if node is None or node.op_type != "Concat" or _attribute(node, "axis", 0) != 1:
             return []
         return list(node.input)
 
     def _position_name(self, tokens: list[str]) -> str | None:
-        """transformers' name of the position embedding or timm's, depending on how the class token is called."""
+        """transformers' or timm's name of the position embedding, depending on the class token's name."""
         for token in tokens[:1]:
             node = self.maker.get(token)
             if node is not None and node.op_type == "Expand" and node.input[:1]:
@@ -233,9 +233,9 @@ class _Reader:
         return None
 
     def _resized(self, value: str) -> tuple[str, Callable[[Tensor], Tensor] | None]:
-        """The constant that a value is resized from, and how that becomes [1, N, D]. None: not in a way known here."""
+        """The constant that a value is resized from, and how that becomes [1, N, D]; None if the way is unknown."""
         steps: list[str] = []
-        for _ in range(12):  # more than there are, since damaged graphs may go in circles
+        for _ in range(12):  # more than are needed; a damaged graph may have circles
             node = self.maker.get(value)
             if node is None or not node.input:
                 break
@@ -259,31 +259,31 @@ class _Reader:
         for name, (row, grid, restore) in self.positions.items():
             first, rest = self._tensor(row), restore(self._tensor(grid))
             if first.shape[2:] != rest.shape[2:] or first.dtype != rest.dtype or len(rest) != 1:
-                raise CheckpointError(f"{self.path}: {row} and {grid} are no position embedding together")
+                raise CheckpointError(f"{self.path}: {row} and {grid} do not make a position embedding")
             self._add(tensors, name, f"{row} with {grid}", torch.cat((first, rest), 1))
         return tensors
 
     def _add(self, tensors: dict[str, Tensor], name: str, constant: str, tensor: Tensor) -> None:
         if name in tensors and not torch.equal(tensors[name], tensor):
-            raise CheckpointError(f"{self.path}: {constant} should be {name}, which another with other values is too")
+            raise CheckpointError(f"{self.path}: {constant} should be {name}, which is a constant with other values")
         tensors[name] = tensor
 
     def unnamed(self) -> dict[str, str]:
-        """What has no name in PyTorch, or is no weight."""
+        """The constants that have no name in PyTorch or are not weights."""
         used = {constant for row, grid, _ in self.positions.values() for constant in (row, grid)} | self.found.keys()
         rest = [name for name in self.constants if self._is_anonymous(name) and name not in used]
         return {name: _describe(self.constants[name]) for name in rest}
 
     def _tensor(self, name: str) -> Tensor:
-        """A constant's values, once the bytes are there that its shape promises."""
+        """A constant's values, if it has as many bytes as its shape needs."""
         proto = self.constants[name]
         if proto.data_type not in _DTYPES:
-            raise CheckpointError(f"{self.path}: {name} has ONNX's data type {proto.data_type}, which no weight has")
+            raise CheckpointError(f"{self.path}: {name} has ONNX data type {proto.data_type}, which is unsupported")
         dtype, _, _ = _DTYPES[proto.data_type]
         shape = list(proto.dims)
         data = proto.raw_data if proto.HasField("raw_data") else self._packed(name, proto)
         if any(side < 0 for side in shape) or math.prod(shape) * dtype.itemsize != len(data):
-            raise CheckpointError(f"{self.path}: {name} holds {len(data)} bytes, which no {dtype} {shape} does")
+            raise CheckpointError(f"{self.path}: {name} holds {len(data)} bytes, which does not fit {dtype} {shape}")
         if not data:
             raise CheckpointError(f"{self.path}: {name} has shape {shape}: it has no values")
         if dtype == torch.bool and max(data) > 1:
@@ -293,12 +293,12 @@ class _Reader:
         return tensor
 
     def _packed(self, name: str, proto: Any) -> bytes:
-        """The bytes of values that stand one by one in a field of the dtype's."""
+        """The bytes of values that are stored one by one in a field for the dtype."""
         _, field, stored = _DTYPES[proto.data_type]
         values = np.array(getattr(proto, field), dtype="<i8" if field.startswith("int") else stored)
         packed = values.astype(stored)
         if field.startswith("int") and (packed != values).any():
-            raise CheckpointError(f"{self.path}: {name} holds values that its data type does not")
+            raise CheckpointError(f"{self.path}: {name} holds values outside the range of its data type")
         return packed.tobytes()
 
 
@@ -314,7 +314,7 @@ def _first(tensor: Tensor) -> Tensor:
     return tensor[:1].clone()
 
 
-# By what a graph does to a grid of positions: its number of dimensions, and how it becomes [1, N, D].
+# The operations that resize a grid of positions -> the grid's number of dimensions, and how it becomes [1, N, D].
 _GRIDS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "Reshape Transpose0312 Resize Transpose0231 Reshape": (3, _as_it_is),
     "Transpose0312 Resize Transpose0231 Reshape": (4, lambda grid: grid.flatten(1, 2)),
@@ -323,7 +323,7 @@ _GRIDS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
 
 
 def _folded(graph: Any) -> dict[str, list[str]]:
-    """Of the constants that the dynamo exporter computed: the names of all that it computed them from."""
+    """The constants that the dynamo exporter computed -> the names of everything they were computed from."""
     properties = ((value.name, entry) for value in graph.value_info for entry in value.metadata_props)
     return {name: re.findall(r"'([^']*)'", entry.value) for name, entry in properties if entry.key == _FOLDED}
 
@@ -341,7 +341,7 @@ def _scope_name(node: Any) -> str | None:
     scope, _, operation = node.name.rpartition("/")
     if operation != node.op_type or not scope.startswith("/"):
         return None
-    parts = scope[1:].split("/")  # a Sequential stands before its children, whose parts repeat its own
+    parts = scope[1:].split("/")  # a Sequential precedes its children, whose parts repeat its own
     kept = [part for part, child in zip(parts, [*parts[1:], ""]) if not child.startswith(part + ".")]
     name = ".".join([*kept, "weight"])
     return name if re.fullmatch(r"\w+(\.\w+)+", name) else None

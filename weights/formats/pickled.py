@@ -1,8 +1,8 @@
-"""PyTorch's own files (.pth, .pt, .bin, .ckpt): a pickle and the tensors' memory, read as data and nothing else.
+"""PyTorch's own files (.pth, .pt, .bin, .ckpt): a pickle and the tensors' memory, read as data only.
 
-`torch.load(weights_only=True)` runs no foreign code, but believes the file: sizes that lie let it take any amount of
-memory, or read beyond what it has. So the pickle is read twice, first without taking memory for any tensor, with
-every size checked against the bytes that the file holds.
+`torch.load(weights_only=True)` runs no foreign code, but trusts the file: wrong sizes let it allocate any amount of
+memory, or read beyond it. So the pickle is read twice, the first time without allocating any tensor, to check every
+size against the bytes that the file holds.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, CheckpointError
 from .npz import checked_entries, file_sha256, reading
 
-_PICKLE = 2**22  # bytes: ViT-H/14 with its optimizer's state needs 2**18, and one byte can ask for 100 in memory
-_NAMES = 2**22  # characters of all names together: dictionaries that hold each other can have names without end
+_PICKLE = 2**22  # bytes: ViT-H/14 with its optimizer's state needs 2**18, and one byte can take 100 in memory
+_NAMES = 2**22  # characters of all names together: dictionaries that contain each other have endless names
 _MAGIC = 0x1950A86A20F9469CFC6C  # begins the files of torch before 1.6
-# The opcodes that torch.save writes and torch's own unpickler knows. Some of the others allocate what they ask for.
+# The opcodes that torch.save writes and torch's unpickler knows. Some of the others allocate any amount of memory.
 _OPCODES = b"()].}NQRGJKMUXabcehjqrstu\x80\x81\x85\x86\x87\x88\x89\x8a"
-_SAFE = threading.Lock()  # torch's list of safe classes is one for all threads
+_SAFE = threading.Lock()  # all threads share torch's list of safe classes
 
 _STORAGES = {
     ("torch", "DoubleStorage"): torch.float64, ("torch", "FloatStorage"): torch.float32,
@@ -45,26 +45,26 @@ _STORAGES = {
 
 
 def read_pickled(path: Path) -> Checkpoint:
-    """Read a file that torch.save wrote, of any torch since 0.4.
+    """Read a file that torch.save wrote, from any torch since 0.4.
 
-    Dictionaries, lists and tuples within each other are flattened: "model.norm.weight", "optimizer.state.0.exp_avg".
-    What is no tensor goes to `others`. Tensors are contiguous, detached, on the CPU, and views of more memory than
-    their own are copied out of it; tied ones stay tied.
+    Nested dictionaries, lists and tuples are flattened: "model.norm.weight", "optimizer.state.0.exp_avg". Values that
+    are not tensors go to `others`. Tensors are contiguous, detached and on the CPU; views of larger memory are copied
+    out of it; tied tensors stay tied.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: not such a file, a damaged one, one that asks for anything but data (which is never run), one
-            whose sizes lie, a TorchScript program, or a whole pickled module.
+        CheckpointError: not such a file, a damaged one, one that contains anything but data (which is never run), one
+            with wrong sizes, a TorchScript program, or a whole pickled module.
     """
     with reading(path, "a complete file of torch.save") as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(262)
         file.seek(0)
-        if start.startswith(b"PK\x03\x04"):  # as torch.load tells the formats apart
+        if start.startswith(b"PK\x03\x04"):  # as torch.load distinguishes the formats
             _check_zip(path, file)
         elif start.endswith(b"ustar"):
             raise CheckpointError(
-                f"{path} is a tar file, as torch before 0.1.10 wrote them: save it again with a newer one"
+                f"{path} is a tar file, as torch before 0.1.10 wrote it: save it again with a newer torch"
             )
         else:
             _check_legacy(path, file, size)
@@ -79,7 +79,7 @@ def read_pickled(path: Path) -> Checkpoint:
 
 
 def _flatten(path: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Nested containers -> tensors by name, and the types of all else by name."""
+    """Nested containers -> tensors by name, and the types of all other values by name."""
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, expected a dictionary of tensors")
     tensors: dict[str, Tensor] = {}
@@ -88,9 +88,9 @@ def _flatten(path: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, str
     for name, value in _walk("", content):
         length += len(name) + 1
         if length > _NAMES:
-            raise CheckpointError(f"{path} has names of more than {_NAMES} characters together")
+            raise CheckpointError(f"{path} has names of more than {_NAMES} characters in total")
         if name in tensors or name in others:
-            raise CheckpointError(f"{path} has two values under the name {name!r}")
+            raise CheckpointError(f"{path} has two values named {name!r}")
         if isinstance(value, Tensor):
             tensors[name] = value.detach()
         elif not isinstance(value, (dict, list, tuple)):
@@ -99,7 +99,7 @@ def _flatten(path: Path, content: Any) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def _walk(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Everything within a container, containers included, with its name."""
+    """All values within a container, including containers, with their names."""
     for key, item in value.items() if isinstance(value, dict) else enumerate(value):
         inner = f"{name}.{key}" if name else str(key)
         yield inner, item
@@ -108,55 +108,55 @@ def _walk(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _own(path: Path, tensors: dict[str, Tensor], size: int) -> dict[str, Tensor]:
-    """The tensors with no more memory each than their values take, and not more than the file's size in copies."""
+    """The tensors, each with just the memory of its values. Copies may not take more than the file's size."""
     copied = 0
     for name, tensor in tensors.items():
         if tensor.untyped_storage().nbytes() != tensor.nbytes or not tensor.is_contiguous():
             copied += tensor.nbytes
             if copied > size:
-                raise CheckpointError(f"{path} has views of its tensors that take more memory than the file has bytes")
+                raise CheckpointError(f"{path} has views of tensors that take more memory than the file has bytes")
             tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
     return tensors
 
 
 def _check_zip(path: Path, file: io.BufferedReader) -> None:
-    """Refuse a zip file (torch >= 1.6: prefix/data.pkl, prefix/data/0, ...) that torch.load must not get to see."""
+    """Refuse a zip file (torch >= 1.6: prefix/data.pkl, prefix/data/0, ...) that torch.load must not read."""
     with zipfile.ZipFile(file) as archive:
         entries = checked_entries(path, file, archive)
         prefix = archive.namelist()[0].partition("/")[0]
         names = {entry.filename: entry for entry in entries}
-        if len({name.lower() for name in names}) < len(names):  # torch's reader does not tell them apart
-            raise CheckpointError(f"{path} has two members whose names differ by case only")
+        if len({name.lower() for name in names}) < len(names):  # which torch's reader confuses
+            raise CheckpointError(f"{path} has two members whose names differ only in case")
         if f"{prefix}/constants.pkl" in names or any(name.startswith(f"{prefix}/code/") for name in names):
             raise CheckpointError(f"{path} is a TorchScript program, expected a state dict: save model.state_dict()")
         for name, entry in names.items():
             if not name.startswith(f"{prefix}/"):
                 raise CheckpointError(f"{path} has a member {name!r}, expected all in the folder {prefix!r}")
             if entry.compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(f"{path}: {name} is compressed, which torch.save does not do")
+                raise CheckpointError(f"{path}: {name} is compressed, but torch.save compresses nothing")
         content = names.get(f"{prefix}/data.pkl")
         if content is None:
             raise CheckpointError(f"{path} has no {prefix}/data.pkl, expected a file of torch.save")
         if content.file_size > _PICKLE:
-            raise CheckpointError(f"{path}: data.pkl has {content.file_size} bytes, expected {_PICKLE} at most")
-        if not any(entry.CRC for entry in entries):  # torch was told to compute none
+            raise CheckpointError(f"{path}: data.pkl has {content.file_size} bytes, expected at most {_PICKLE}")
+        if not any(entry.CRC for entry in entries):  # torch can be set to compute none
             for entry in entries:
                 del entry.CRC
         damaged = archive.testzip()
         if damaged is not None:
-            raise CheckpointError(f"{path}: {damaged} is damaged, its CRC is another")
+            raise CheckpointError(f"{path}: {damaged} is damaged: it does not match its CRC")
 
         def check(key: str, nbytes: int) -> None:
             record = names.get(f"{prefix}/data/{key}")
             if record is None or record.file_size != nbytes:
                 found = "none" if record is None else f"{record.file_size} bytes"
-                raise CheckpointError(f"{path}: a tensor asks for {nbytes} bytes at {key!r}, the file has {found}")
+                raise CheckpointError(f"{path}: a tensor needs {nbytes} bytes at {key!r}, the file has {found}")
 
         _DryUnpickler(path, _Bounded(path, io.BytesIO(archive.read(content))), 5, check).load()
 
 
 def _check_legacy(path: Path, file: io.BufferedReader, size: int) -> None:
-    """Refuse a file of torch < 1.6 (five pickles, then for each key of the last its length and its values) likewise."""
+    """The same for a file of torch < 1.6: five pickles, then for each key of the last its length and its values."""
     storages: dict[str, int] = {}
     stream = _Bounded(path, file)
     room = size
@@ -165,29 +165,29 @@ def _check_legacy(path: Path, file: io.BufferedReader, size: int) -> None:
         nonlocal room
         room -= 0 if key in storages else nbytes
         if room < 0:
-            raise CheckpointError(f"{path} has {size} bytes, and its tensors ask for more: it is truncated")
+            raise CheckpointError(f"{path} has {size} bytes, but its tensors need more: it is truncated")
         if storages.setdefault(key, nbytes) != nbytes:
-            raise CheckpointError(f"{path}: tensors disagree about the size of the memory {key!r} that they share")
+            raise CheckpointError(f"{path}: tensors disagree about the size of their shared memory {key!r}")
 
     def load() -> Any:
         return _DryUnpickler(path, stream, 6, check).load()
 
     if load() != _MAGIC or load() != 1001:
-        raise CheckpointError(f"{path} is not a file of torch.save: it is neither zip nor what came before")
-    load()  # the sizes of C's types
+        raise CheckpointError(f"{path} is not a file of torch.save, neither the zip format nor the one before it")
+    load()  # the sizes of C types
     load()
     keys = load()
     if not isinstance(keys, list) or sorted(keys) != sorted(storages):
-        raise CheckpointError(f"{path} lists other memory than its tensors use")
+        raise CheckpointError(f"{path} lists memory that its tensors do not use, or lacks some")
     end = file.tell() + sum(8 + storages[key] for key in keys)  # torch compares the lengths, which are 8 bytes each
     if end != size:
         raise CheckpointError(f"{path} has {size} bytes, expected {end}")
 
 
 class _Bounded:
-    """What an unpickler reads from: never asked for more than the file has left, nor for more than a state dict needs.
+    """A file for an unpickler, which never reads beyond the end or more than a state dict needs.
 
-    `file.read(2**40)` would take the memory before it finds that the file ends.
+    `file.read(2**40)` would allocate the memory before it finds the end of the file.
     """
 
     def __init__(self, path: Path, file: io.BufferedReader | io.BytesIO) -> None:
@@ -209,36 +209,36 @@ class _Bounded:
         return line
 
     def _refuse(self) -> None:
-        raise CheckpointError(f"{self._path}: its pickle does not end within {self._end} bytes, it is damaged")
+        raise CheckpointError(f"{self._path} is damaged: its pickle does not end within {self._end} bytes")
 
 
 @dataclass(frozen=True)
 class _StorageType:
-    """What stands for a storage's class in the dry reading."""
+    """Stands for a storage's class in the dry run."""
 
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class _Storage:
-    """What stands for a storage in the dry reading."""
+    """Stands for a storage in the dry run."""
 
     dtype: torch.dtype
     nbytes: int
 
 
 class _Tensor:
-    """What stands for a tensor in the dry reading."""
+    """Stands for a tensor in the dry run."""
 
 
 class _Namespace:
-    """What stands for an argparse.Namespace in the dry reading."""
+    """Stands for an argparse.Namespace in the dry run."""
 
 
-class _DryUnpickler(pickle._Unpickler):  # Python's, not C's, which would allocate a memo as large as the file says
-    """Goes through a state dict's pickle with stand-ins for all that torch would make, and takes memory for none.
+class _DryUnpickler(pickle._Unpickler):  # Python's, because C's allocates a memo of any size that the file asks for
+    """Runs a state dict's pickle with stand-ins for everything that torch would create, allocating none of it.
 
-    It does less than torch's: what is refused here, torch does not get to see; what both do, both do alike.
+    It accepts less than torch's unpickler: what it refuses, torch never reads; what it accepts, torch reads alike.
 
     Args:
         fields: how many a storage's id has.
@@ -275,8 +275,8 @@ class _DryUnpickler(pickle._Unpickler):  # Python's, not C's, which would alloca
         if isinstance(dtype, torch.dtype) and not name.startswith("q"):  # quantized
             return dtype
         raise CheckpointError(
-            f"{self._path} asks for {module}.{name}, which is not data: expected dense tensors, numbers, texts and "
-            "dictionaries of them, save model.state_dict()"
+            f"{self._path} contains {module}.{name}, which is not data: expected dense tensors, numbers, texts and "
+            "dictionaries of them, as in model.state_dict()"
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -304,7 +304,7 @@ class _DryUnpickler(pickle._Unpickler):  # Python's, not C's, which would alloca
     def _rebuild(
         self, storage: Any, dtype: Any, offset: Any, size: Any, stride: Any, gradient: Any, hooks: Any
     ) -> _Tensor:
-        """Check that a tensor lies within its storage: torch's set_() makes the storage as large as sizes ask for."""
+        """Check that a tensor lies within its storage, because torch's set_() enlarges the storage as sizes require."""
         right = isinstance(storage, _Storage) and isinstance(dtype, torch.dtype) and _is_size(offset)
         right = right and type(size) is type(stride) is tuple and len(size) == len(stride) <= 64
         if not right or not all(map(_is_size, size + stride)) or type(gradient) is not bool or hooks:
@@ -315,8 +315,8 @@ class _DryUnpickler(pickle._Unpickler):  # Python's, not C's, which would alloca
         room = storage.nbytes // dtype.itemsize
         if last >= room or math.prod(size) > room:
             raise CheckpointError(
-                f"{self._path} has a tensor of shape {size}, strides {stride}, offset {offset}, where the file has "
-                f"{room} values for it"
+                f"{self._path} has a tensor of shape {size}, strides {stride}, offset {offset}, but only {room} "
+                "values for it"
             )
         return _Tensor()
 
@@ -330,13 +330,13 @@ class _DryUnpickler(pickle._Unpickler):  # Python's, not C's, which would alloca
         return tuple(sides)
 
     def _copy(self, values: Any) -> None:
-        """Count what torch copies: many copies of one long thing would take more memory than the file says."""
+        """Count what torch copies, because many copies of one long list take much more memory than the file."""
         self._copied += len(values)
         if self._copied > _PICKLE // 16:
             self._refuse("too many objects")
 
     def _refuse(self, what: str) -> None:
-        raise CheckpointError(f"{self._path} describes {what} otherwise than torch.save does: it is damaged")
+        raise CheckpointError(f"{self._path} is damaged: torch.save does not describe {what} like this")
 
     def load_newobj(self) -> None:
         args, kind = self.stack.pop(), self.stack.pop()
@@ -361,7 +361,7 @@ class _DryUnpickler(pickle._Unpickler):  # Python's, not C's, which would alloca
         self._set(self.pop_mark())
 
     def _set(self, items: list[Any]) -> None:
-        """Refuse keys but of the simplest kinds: the hash of a tuple within tuples without end crashes Python."""
+        """Refuse all but simple keys: hashing a deeply nested tuple crashes Python."""
         target = self.stack[-1]
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(target) not in (dict, OrderedDict) or type(key) not in (str, int, float, bool):

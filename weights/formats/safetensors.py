@@ -1,4 +1,4 @@
-"""safetensors files in and out, one file or several with an index: validated before a byte is used.
+"""safetensors files in and out, one file or several with an index, validated before a byte is used.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes with the header's length, the header in JSON, the data.
 """
@@ -23,24 +23,24 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
-# Files that we write carry, under this name in their header, the sha256 of their parts' sha256s: of what stands before
-# the data, with zeros in the seal's place, and of each tensor.
+# Files that we write carry under this name in their header the sha256 of the sha256s of their parts: of everything
+# before the data, with zeros in place of the seal, and of each tensor.
 _SEAL = "vit.seal"
 _UNSEALED = "0" * 64
 
 
 def read_safetensors(path: Path) -> Checkpoint:
-    """Read a whole file, hashing it on the way.
+    """Read a whole file, and hash it meanwhile.
 
-    Each tensor is read into memory of its own, so the weights exist once, the hash is that of the bytes in use, and
-    a file that changes later (as a memory-mapped one would) cannot change the model.
+    Each tensor is read into its own memory, so the weights exist once, the hash is of the bytes in use, and changing
+    the file later does not change the model, as it would with a memory map.
 
     Raises:
-        CheckpointError: not a safetensors file, a truncated or inconsistent one, or one of ours whose content is no
-            longer what was written.
+        CheckpointError: not a safetensors file, a truncated or inconsistent one, or one of ours whose content was
+            changed.
     """
     try:
-        with safetensors.safe_open(path, "pt"):  # checks the header: lengths, overlaps, offsets against the file's size
+        with safetensors.safe_open(path, "pt"):  # checks the header: lengths, overlaps, offsets within the file
             pass
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from None
@@ -49,7 +49,7 @@ def read_safetensors(path: Path) -> Checkpoint:
         text = file.read(struct.unpack("<Q", start)[0])
         header = _parse(path, text)
         metadata = header.pop("__metadata__", None) or {}
-        for name, entry in header.items():  # which the library also takes as a list, in the order of its fields
+        for name, entry in header.items():  # the library also accepts a list in the order of the fields
             if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
                 raise CheckpointError(f"{path}: {name} is described by {entry}, expected dtype, shape and data_offsets")
         whole, parts = Hash(), JointHash()
@@ -61,7 +61,7 @@ def read_safetensors(path: Path) -> Checkpoint:
             tensors[name] = tensor = _empty(path, name, entry)
             data = _bytes(tensor)
             if file.readinto(data) != data.nbytes:
-                raise CheckpointError(f"{path} became shorter while it was read, at {name}")
+                raise CheckpointError(f"{path} was truncated while it was read, at {name}")
             whole.update(data)
             if seal is not None:
                 parts.update(data)
@@ -73,23 +73,23 @@ def read_safetensors(path: Path) -> Checkpoint:
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    """The header's JSON, in which no name may stand twice: the library takes the last of them."""
+    """The header's JSON, in which each name must be unique: the library would take the last of equal ones."""
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         if len(set(names)) < len(names):
             twice = next(name for i, name in enumerate(names) if name in names[:i])
-            raise CheckpointError(f"{path}: its header has two entries of the name {twice}")
+            raise CheckpointError(f"{path}: its header has two entries named {twice}")
         return dict(pairs)
 
     return json.loads(text, object_pairs_hook=without_duplicates)
 
 
 def _empty(path: Path, name: str, entry: dict) -> Tensor:
-    """Memory for a tensor, of the size that the header declares and that was checked against the file's."""
+    """Memory for a tensor, of the size in the header, which was checked to lie within the file."""
     if entry["dtype"] not in _DTYPES:
         raise CheckpointError(f"{path}: {name} has dtype {entry['dtype']}, expected one of {', '.join(_DTYPES)}")
-    if 0 in entry["shape"]:  # and other sides that no memory could hold, perhaps
+    if 0 in entry["shape"]:  # and perhaps other sides too large for any memory
         raise CheckpointError(f"{path}: {name} has shape {entry['shape']}: it has no values")
     return torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
 
@@ -99,15 +99,15 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def read_sharded(index: Path) -> Checkpoint:
-    """Read the files that a `model.safetensors.index.json` lists, all of which lie beside it.
+    """Read the files that a `model.safetensors.index.json` lists, all of them beside it.
 
     Raises:
-        CheckpointError: the index is none, names files elsewhere, or says otherwise than the files.
+        CheckpointError: not an index, or one that names files elsewhere or disagrees with them.
         FileNotFoundError: a file that it names is missing.
     """
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
-        raise CheckpointError(f"{index} has no weight_map from the names of tensors to those of files")
+        raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     hashes = []
@@ -115,7 +115,7 @@ def read_sharded(index: Path) -> Checkpoint:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {name!r}, expected .safetensors files beside it")
         if not (index.parent / name).is_file():
-            raise FileNotFoundError(f"{index.parent / name} does not exist, and {index.name} names it")
+            raise FileNotFoundError(f"{index.parent / name} does not exist, but {index.name} names it")
         shard = read_safetensors(index.parent / name)
         promised = {key for key, file in where.items() if file == name}
         if promised != shard.tensors.keys():
@@ -128,15 +128,15 @@ def read_sharded(index: Path) -> Checkpoint:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file, sealed with the hash of its content. No weight is copied but from other devices."""
+    """Write a file, sealed with the hash of its content. Weights are copied only from other devices."""
     header: dict[str, object] = {"__metadata__": {**metadata, _SEAL: _UNSEALED}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # as the format's own writer aligns the data
-    with path.open("xb") as file:  # a new one: opening one that is there makes ext4 flush it on closing
+    text += b" " * (-len(text) % 8)  # the format's own writer aligns the data too
+    with path.open("xb") as file:  # a new file: overwriting one makes ext4 flush it when it is closed
         parts = JointHash()
         _write(file, parts, struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():

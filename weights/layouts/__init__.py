@@ -1,21 +1,13 @@
-"""The layouts that are known: a file per family, each a table."""
+"""The known layouts: a file for each family of projects, which lists its own in `LAYOUTS`."""
 
 from vit.checks import unknown
 
 from ..keymap import Layout
-from .google import AUGREG, BIG_VISION, BIG_VISION_SCANNED
-from .timm import DEIT, DEIT3, DINO, DINOV2, MAE, MOCO, TIMM
-from .torchvision import TORCHVISION, TORCHVISION_OLD
-from .transformers import TRANSFORMERS
-from .vit import VIT
+from . import google, timm, torchvision, transformers, vit
 
 LAYOUTS: dict[str, Layout] = {
-    layout.name: layout
-    for layout in (
-        VIT, TIMM, DEIT, DEIT3, DINO, DINOV2, MAE, MOCO, *TRANSFORMERS, TORCHVISION, TORCHVISION_OLD, AUGREG,
-        BIG_VISION, BIG_VISION_SCANNED,
-    )
-}  # fmt: skip
+    layout.name: layout for family in (vit, timm, transformers, torchvision, google) for layout in family.LAYOUTS
+}
 
 
 def get_layout(name: str) -> Layout:

@@ -1,6 +1,6 @@
 """Google's Flax checkpoints: AugReg's npz files (vision_transformer) and big_vision's, plain and scanned.
 
-Flax multiplies from the left, x @ kernel, so that its kernels are our weights transposed, and keeps the heads apart.
+Flax computes x @ kernel, so its kernels are our weights transposed, and it keeps the heads apart.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from vit.metadata import Preprocessing
 
 from ..checkpoint import CheckpointError
-from ..keymap import SAME, Entry, Layout, Transform, same
+from ..keymap import SAME, Assumptions, Detection, Entry, Files, Holds, Layout, Naming, Transform, same
 
 
 def _require(tensor: Tensor, *shape: int | None) -> None:
@@ -98,23 +97,27 @@ def _entries(position: str, attention: str, norm2: str, mlp: str) -> tuple[Entry
     )
 
 
-def _heads(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The kernels keep the heads apart, so their shapes tell how many there are."""
+def _heads(state_dict: Mapping[str, Tensor]) -> int:
+    """The kernels keep the heads apart, so their shapes tell how many there are. 0 if there is no such kernel."""
     for key, tensor in state_dict.items():
         if key.endswith("/query/kernel") and tensor.ndim == 3:
-            return {"num_heads": tensor.shape[1]}
-    return {}
+            return tensor.shape[1]
+    return 0
 
 
 AUGREG = Layout(
     "augreg",
     "Google's vision_transformer, AugReg's npz files",
     _entries("Transformer/posembed_input/pos_embedding", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3"),
-    markers=("Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel",),
-    defaults={"gelu": "tanh", "position_rule": "jax"},  # flax.linen.gelu approximates, and scipy's zoom resamples
-    needs={"dist_token": (False,), "global_pool": ("token",), "fc_norm": (False,)},
-    preprocessing=Preprocessing(mode="squash", crop_pct=1.0, interpolation="bilinear"),
-    facts=_heads,
+    Detection(("Transformer/encoderblock_0/MultiHeadDotProductAttention_1/query/kernel",)),
+    assumptions=Assumptions(
+        read_heads=_heads,
+        defaults={"gelu": "tanh", "position_rule": "jax"},  # flax.linen.gelu approximates, scipy's zoom resamples
+        preprocessing=Preprocessing(mode="squash", crop_pct=1.0, interpolation="bilinear"),
+    ),
+    holds=Holds({"dist_token": (False,), "global_pool": ("token",), "fc_norm": (False,)}),
+    files=Files(npz=True),
+    library="timm",
 )
 
 BIG_VISION = replace(
@@ -122,7 +125,9 @@ BIG_VISION = replace(
     name="big_vision",
     about="Google's big_vision",
     entries=_entries("pos_embedding", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0"),
-    markers=("Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel", "pos_embedding"),
+    detection=Detection(
+        ("Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel", "pos_embedding"),
+    ),
 )
 
 
@@ -141,7 +146,7 @@ def unstack(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
             raise CheckpointError(f"{key} has shape [], expected the blocks along its first dimension")
         depths.add(tensor.shape[0])
         if len(depths) > 1:
-            raise CheckpointError(f"{key} holds {tensor.shape[0]} blocks, others {min(depths - {tensor.shape[0]})}")
+            raise CheckpointError(f"{key} has {tensor.shape[0]} blocks, others have {min(depths - {tensor.shape[0]})}")
         for i, one in enumerate(tensor):
             result[f"Transformer/encoderblock_{i}/{key.removeprefix(_STACKED)}"] = one.clone()  # memory of its own
     return result
@@ -163,7 +168,8 @@ BIG_VISION_SCANNED = replace(
     BIG_VISION,
     name="big_vision_scanned",
     about="Google's big_vision, scanned: the blocks stacked along a first dimension",
-    markers=("Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel", "pos_embedding"),
-    unpack=unstack,
-    pack=stack,
+    detection=Detection(("Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel", "pos_embedding")),
+    naming=Naming(unpack=unstack, pack=stack),
 )
+
+LAYOUTS = (AUGREG, BIG_VISION, BIG_VISION_SCANNED)

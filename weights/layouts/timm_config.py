@@ -11,15 +11,16 @@ from vit.metadata import Preprocessing
 from vit.presets import NAMED_MODELS
 from vit.resources import imagenet_categories
 
-from ..checkpoint import CheckpointError
+from ..checkpoint import CheckpointError, usable
 from ..description import IMAGENET, Attributes, Description
+from ..keymap import Files
 
-# timm's model arguments -> our fields, where name and value are the same in both
+# timm's model arguments that are fields of ours with the same name and value
 _SAME = (
     "img_size", "patch_size", "in_chans", "num_classes", "global_pool", "embed_dim", "depth", "num_heads", "mlp_ratio",
     "init_values", "reg_tokens", "drop_path_rate", "fc_norm",
 )  # fmt: skip
-# arguments that change nothing here: any size works always, and whether a norm follows the pooling shows in the weights
+# arguments that change nothing here: any size works, and the weights show whether a norm follows the pooling
 _WITHOUT_EFFECT = {
     "dynamic_img_size": (True, False),
     "strict_img_size": (True, False),
@@ -29,7 +30,7 @@ _WITHOUT_EFFECT = {
     "qkv_bias": (True,),
 }
 _ACTS = {"gelu": "erf", "gelu_tanh": "tanh"}
-# timm's plain ViTs without a name here: heads are 64 wide, eps 1e-6, the GELU exact; the weights' shapes tell the rest
+# timm's plain ViTs that are not named here: heads are 64 wide, eps 1e-6, the GELU exact; shapes give the rest
 _PLAIN = re.compile(r"(vit|deit|deit3)_(tiny|small|base|large)(_distilled)?_patch[0-9]+(_reg[0-9]+)?(_[0-9]+|_dinov2)?")
 
 
@@ -39,7 +40,7 @@ def read_config(content: dict[str, Any], where: str, known_heads: bool = False) 
     Args:
         content: the parsed file.
         where: its path, for errors.
-        known_heads: the caller states the number of heads, so an architecture without a name here will do.
+        known_heads: the caller states the number of heads, so any architecture will do.
 
     Raises:
         CheckpointError: not timm's format, an unknown architecture, or a model argument that this model lacks.
@@ -47,35 +48,32 @@ def read_config(content: dict[str, Any], where: str, known_heads: bool = False) 
     architecture = content.get("architecture")
     if not isinstance(architecture, str):
         raise CheckpointError(f"{where} is not timm's config.json: it has no 'architecture'")
-    name = architecture.partition(".")[0]
+    with usable(where):
+        return _read(content, architecture.partition(".")[0], where, known_heads)
+
+
+def _read(content: dict[str, Any], name: str, where: str, known_heads: bool) -> Description:
     args = content.get("model_args") or {}
     settings = content.get("pretrained_cfg", content)  # older files are one flat object
-    if not isinstance(args, dict) or not isinstance(settings, dict):
-        raise CheckpointError(f"{where}: model_args and pretrained_cfg must be objects")
     if name not in NAMED_MODELS and not _PLAIN.fullmatch(name) and not known_heads and "num_heads" not in args:
         hint = "If it is a plain ViT, state its number of heads: num_heads=..."
         raise CheckpointError(f"{where}: {unknown('architecture', name, NAMED_MODELS)} {hint}")
     declared: dict[str, Any] = {}
     named = NAMED_MODELS[name].config if name in NAMED_MODELS else None
     if "input_size" in settings:
-        size = settings["input_size"]
-        if not isinstance(size, list) or len(size) != 3:
-            raise CheckpointError(f"{where}: input_size must be [channels, height, width], not {size!r}")
-        declared |= {"in_chans": size[0], "img_size": (size[1], size[2])}
+        channels, height, width = settings["input_size"]
+        declared |= {"in_chans": channels, "img_size": (height, width)}
     if "num_classes" in content:
         declared["num_classes"] = content["num_classes"]
     if content.get("global_pool"):
         declared["global_pool"] = content["global_pool"]
     declared.update(_read_model_args(args, where))
-    if "_distilled_" in name:  # there timm says "token", and averages both heads
+    if "_distilled_" in name:  # for which timm says "token" and averages both heads
         declared |= {"dist_token": True, "global_pool": "dist"}
     assumed: dict[str, Any] = {"eps": 1e-6, "gelu": "erf"} if named is not None or _PLAIN.fullmatch(name) else {}
     if named is not None:
         assumed |= {"num_heads": named.num_heads, "img_size": named.img_size}
     categories, categories_from = _read_categories(content, settings, declared.get("num_classes"), where)
-    license = settings.get("license")
-    if not isinstance(license, str | None):
-        raise CheckpointError(f"{where}: license must be a text, not {license!r}")
     return Description(
         where="config.json",
         declared=declared,
@@ -83,7 +81,7 @@ def read_config(content: dict[str, Any], where: str, known_heads: bool = False) 
         preprocessing=_read_preprocessing(settings, where),
         categories=categories,
         categories_from=categories_from,
-        license=license,
+        license=settings.get("license"),
     )
 
 
@@ -97,11 +95,11 @@ def _read_model_args(args: dict[str, Any], where: str) -> dict[str, Any]:
         elif name == "act_layer" and isinstance(value, str) and value in _ACTS:
             declared["gelu"] = _ACTS[value]
         elif not any(value is harmless for harmless in _WITHOUT_EFFECT.get(name, ())):
-            raise CheckpointError(f"{where}: this model has nothing for timm's argument {name}={value!r}")
+            raise CheckpointError(f"{where}: timm's argument {name}={value!r} is not supported")
     return declared
 
 
-# What timm takes where `pretrained_cfg` leaves something out.
+# timm's defaults for what `pretrained_cfg` leaves out.
 _DEFAULTS: dict[str, Any] = {
     "input_size": [3, 224, 224],
     "mean": (0.485, 0.456, 0.406),
@@ -112,7 +110,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def _read_preprocessing(settings: dict[str, Any], where: str) -> Preprocessing | None:
-    """What `pretrained_cfg` says, completed as timm does it; None where it says nothing of images."""
+    """The preprocessing in `pretrained_cfg`, completed as timm does it; None if it has none."""
     if not any(name in settings for name in _DEFAULTS):
         return None
     crop_mode = settings.get("crop_mode", "center")
@@ -120,18 +118,15 @@ def _read_preprocessing(settings: dict[str, Any], where: str) -> Preprocessing |
         raise CheckpointError(f"{where}: crop_mode {crop_mode!r}, expected 'center', or 'squash' with crop_pct 1.0")
     values = {name: settings.get(name, default) for name, default in _DEFAULTS.items()}
     channels, *size = values.pop("input_size")
-    try:
-        require_int("input_size's channels", channels, least=1)
-        mode = "squash" if crop_mode == "squash" else "crop"
-        return Preprocessing(tuple(size), **values, mode=mode).with_channels(channels)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from None
+    require_int("input_size's channels", channels, least=1)
+    mode = "squash" if crop_mode == "squash" else "crop"
+    return Preprocessing(tuple(size), **values, mode=mode).with_channels(channels)
 
 
 def _read_categories(
     content: dict, settings: dict, num_classes: int | None, where: str
 ) -> tuple[list[str] | None, str]:
-    """The labels' descriptions or names, or ImageNet's where there are 1,000 classes, as timm does; and which."""
+    """The labels' descriptions or names, or ImageNet's for 1,000 classes as timm does; and where they come from."""
     labels = content.get("label_names", settings.get("label_names"))
     if isinstance(labels, dict):
         labels = [labels.get(str(i)) for i in range(len(labels))]
@@ -140,8 +135,6 @@ def _read_categories(
     if not isinstance(labels, list) or len(labels) != num_classes or not all(isinstance(n, str) for n in labels):
         raise CheckpointError(f"{where}: label_names must name each of the {num_classes} classes")
     described = content.get("label_descriptions", settings.get("label_descriptions")) or {}
-    if not isinstance(described, dict) or not all(isinstance(text, str) for text in described.values()):
-        raise CheckpointError(f"{where}: label_descriptions must give texts to names")
     return [described.get(name, name) for name in labels], "from config.json"
 
 
@@ -153,16 +146,16 @@ def write_config(config: ViTConfig, attributes: Attributes) -> dict[str, Any]:
         attributes: its preprocessing, categories and licence.
 
     Raises:
-        CheckpointError: timm's `config.json` has no place for one of the model's settings.
+        CheckpointError: timm's `config.json` cannot hold one of the model's settings.
     """
     settings = attributes.preprocessing
     if config.eps != 1e-6:
         raise CheckpointError(
             f"timm's config.json cannot hold eps {config.eps}: its ViT has 1e-6 (--set eps=1e-6, or eps=1e-6 in "
-            "Python, states that; logits then move, from 1e-12 by less than 1e-3 of the largest)"
+            "Python, changes it; logits change, from 1e-12 by less than 1e-3 of the largest)"
         )
     args = {name: getattr(config, name) for name in _SAME if name not in ("in_chans", "num_classes")}
-    args["init_values"] = None if config.init_values is None else config.init_values or 1e-5  # 0 is none to timm
+    args["init_values"] = None if config.init_values is None else config.init_values or 1e-5  # timm reads 0 as none
     args |= {
         "no_embed_class": not config.class_position,
         "global_pool": "token" if config.dist_token else args["global_pool"],
@@ -196,7 +189,7 @@ def write_config(config: ViTConfig, attributes: Attributes) -> dict[str, Any]:
 
 
 def _architecture(config: ViTConfig) -> str:
-    """The named model of the same shape; the arguments beside it say the rest."""
+    """The named model of the same shape. The model arguments give the rest."""
     if config.dist_token:
         return "deit_small_distilled_patch16_224"
     for name, named in NAMED_MODELS.items():
@@ -204,3 +197,10 @@ def _architecture(config: ViTConfig) -> str:
         if named.tag and all(getattr(named.config, field) == getattr(config, field) for field in same):
             return name
     return "vit_small_patch16_224"
+
+
+FILES = Files(
+    beside=("config.json",),
+    write=lambda config, attributes: {"config.json": write_config(config, attributes)},
+    read=lambda contents: read_config(contents["config.json"], "config.json"),
+)

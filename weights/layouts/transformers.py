@@ -1,139 +1,180 @@
 """transformers' ViT, DeiT and DINOv2: the names in their files, and those that version 5 uses in memory."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
 from dataclasses import replace
 
 from vit.metadata import Preprocessing
 
-from ..keymap import Entry, Layout, fused, pair, same
+from ..keymap import Assumptions, Detection, Entry, Files, Holds, Layout, Naming, fused, pair, same
+from .transformers_config import FILES
 
 _IMAGENET = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_pct=0.875)
-_POOLER = "the pooler of a model without a classifier, a layer that no classifier reads"
+_POOLER = "the pooler of a model without a classifier, whose output no classifier reads"
+_MASK = {"embeddings.mask_token": "the token that replaces hidden patches, which is for training only"}
 
+_VIT_BODY = (
+    *same("class_token", "embeddings.cls_token"),
+    *same("position_embedding", "embeddings.position_embeddings"),
+    *pair("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+    *fused(
+        "blocks.{}.attention.qkv",
+        "encoder.layer.{}.attention.attention.query",
+        "encoder.layer.{}.attention.attention.key",
+        "encoder.layer.{}.attention.attention.value",
+    ),
+    *pair("blocks.{}.attention.proj", "encoder.layer.{}.attention.output.dense"),
+    *pair("blocks.{}.norm1", "encoder.layer.{}.layernorm_before"),
+    *pair("blocks.{}.norm2", "encoder.layer.{}.layernorm_after"),
+    *pair("blocks.{}.mlp.fc1", "encoder.layer.{}.intermediate.dense"),
+    *pair("blocks.{}.mlp.fc2", "encoder.layer.{}.output.dense"),
+    *pair("norm", "layernorm"),
+)
 
-def _common(head: str) -> list[Entry]:
-    return [
-        *same("class_token", "embeddings.cls_token"),
-        *same("position_embedding", "embeddings.position_embeddings"),
-        *pair("patch_embed.proj", "embeddings.patch_embeddings.projection"),
-        *pair("norm", "layernorm"),
-        *pair("head", head),
-    ]
+_DINOV2 = (
+    *same("class_token", "embeddings.cls_token"),
+    *same("position_embedding", "embeddings.position_embeddings"),
+    *pair("patch_embed.proj", "embeddings.patch_embeddings.projection"),
+    *fused(
+        "blocks.{}.attention.qkv",
+        "encoder.layer.{}.attention.attention.query",
+        "encoder.layer.{}.attention.attention.key",
+        "encoder.layer.{}.attention.attention.value",
+    ),
+    *pair("blocks.{}.attention.proj", "encoder.layer.{}.attention.output.dense"),
+    *pair("blocks.{}.norm1", "encoder.layer.{}.norm1"),
+    *pair("blocks.{}.norm2", "encoder.layer.{}.norm2"),
+    *same("blocks.{}.scale1", "encoder.layer.{}.layer_scale1.lambda1"),
+    *same("blocks.{}.scale2", "encoder.layer.{}.layer_scale2.lambda1"),
+    *pair("blocks.{}.mlp.fc1", "encoder.layer.{}.mlp.fc1"),
+    *pair("blocks.{}.mlp.fc2", "encoder.layer.{}.mlp.fc2"),
+    *pair("norm", "layernorm"),
+    *pair("head", "classifier"),
+)
 
+_VIT_MARKERS = (
+    "encoder.layer.0.attention.attention.query.weight",
+    "encoder.layer.0.layernorm_before.weight",
+)
+_DINOV2_MARKERS = (
+    "encoder.layer.0.attention.attention.query.weight",
+    "encoder.layer.0.layer_scale1.lambda1",
+)
 
-def _qkv(block: str, on_disk: bool) -> list[Entry]:
-    names = [f"attention.{name}" for name in ("query", "key", "value")] if on_disk else ["q_proj", "k_proj", "v_proj"]
-    return [
-        *fused("blocks.{}.attention.qkv", *(f"{block}.attention.{name}" for name in names)),
-        *pair("blocks.{}.attention.proj", f"{block}.attention.{'output.dense' if on_disk else 'o_proj'}"),
-    ]
-
-
-def _vit(head: str, on_disk: bool) -> tuple[Entry, ...]:
-    """ViT and DeiT."""
-    block = "encoder.layer.{}" if on_disk else "layers.{}"
-    return (
-        *_common(head),
-        *_qkv(block, on_disk),
-        *pair("blocks.{}.norm1", f"{block}.layernorm_before"),
-        *pair("blocks.{}.norm2", f"{block}.layernorm_after"),
-        *pair("blocks.{}.mlp.fc1", f"{block}.{'intermediate.dense' if on_disk else 'mlp.fc1'}"),
-        *pair("blocks.{}.mlp.fc2", f"{block}.{'output.dense' if on_disk else 'mlp.fc2'}"),
-    )
-
-
-def _dinov2(on_disk: bool) -> tuple[Entry, ...]:
-    block = "encoder.layer.{}"
-    return (
-        *_common("classifier"),
-        *_qkv(block, on_disk),
-        *pair("blocks.{}.norm1", f"{block}.norm1"),
-        *pair("blocks.{}.norm2", f"{block}.norm2"),
-        *same("blocks.{}.scale1", f"{block}.layer_scale1.lambda1"),
-        *same("blocks.{}.scale2", f"{block}.layer_scale2.lambda1"),
-        *pair("blocks.{}.mlp.fc1", f"{block}.mlp.fc1"),
-        *pair("blocks.{}.mlp.fc2", f"{block}.mlp.fc2"),
-    )
-
-
-def _distilled(on_disk: bool) -> tuple[Entry, ...]:
-    token = same("dist_token", "embeddings.distillation_token")
-    return (*_vit("cls_classifier", on_disk), *token, *pair("head_dist", "distillation_classifier"))
-
-
-_MASK = {"embeddings.mask_token": "a stand-in for hidden patches, which is for training only"}
-
-
-def _layouts(on_disk: bool) -> tuple[Layout, ...]:
-    """The five layouts, by their names in files or in memory."""
-    after = "" if on_disk else "_memory"
-    where = "" if on_disk else ", as version 5 names it in memory"
-    query = "attention.attention.query" if on_disk else "attention.q_proj"
-    block = "encoder.layer.0" if on_disk else "layers.0"
-    vit = Layout(
-        f"transformers{after}",
-        f"transformers' ViT{where}",
-        _vit("classifier", on_disk),
-        markers=(f"{block}.{query}.weight", f"{block}.layernorm_before.weight"),
-        absent=("embeddings.distillation_token",),
-        prefix="vit.",
-        drops={"pooler.": _POOLER, **_MASK},
+TRANSFORMERS = Layout(
+    "transformers",
+    "transformers' ViT",
+    (*_VIT_BODY, *pair("head", "classifier")),
+    Detection(_VIT_MARKERS, absent=("embeddings.distillation_token",)),
+    Naming(prefix="vit.", drops={"pooler.": _POOLER, **_MASK}),
+    Assumptions(
         head_width=64,
         defaults={"eps": 1e-12, "position_rule": "transformers"},
-        needs={"dist_token": (False,), "global_pool": ("token",), "fc_norm": (False,)},
         preprocessing=Preprocessing(mode="squash", crop_pct=1.0, interpolation="bilinear"),
-    )
-    deit = replace(
-        vit,
-        name=f"transformers_deit{after}",
-        about=f"transformers' DeiT with its two classifiers{where}",
-        entries=_distilled(on_disk),
-        markers=(*vit.markers, "embeddings.distillation_token"),
-        absent=("classifier.",),
-        prefix="deit.",
-        defaults={**vit.defaults, "dist_token": True, "global_pool": "dist"},
-        needs={"dist_token": (True,), "global_pool": ("dist",)},
-        preprocessing=_IMAGENET,
-    )
-    plain_deit = replace(
-        deit,
-        name=f"transformers_deit_plain{after}",
-        about=f"transformers' DeiT with one classifier{where}",
-        entries=(*_vit("classifier", on_disk), *same("dist_token", "embeddings.distillation_token")),
-        markers=(*deit.markers, "classifier.weight"),
-        absent=(),
-        defaults={**vit.defaults, "dist_token": True},
-        needs={"dist_token": (True,), "global_pool": ("token",)},
-        requires=("head.weight",),
-    )
-    dinov2 = Layout(
-        f"transformers_dinov2{after}",
-        f"transformers' DINOv2{where}",
-        _dinov2(on_disk),
-        markers=(f"encoder.layer.0.{query}.weight", "encoder.layer.0.layer_scale1.lambda1"),
-        absent=("embeddings.register_tokens",),
-        prefix="dinov2.",
-        drops=_MASK,
-        zeros={"embeddings.mask_token": (1, "embed_dim")},
+    ),
+    Holds({"dist_token": (False,), "global_pool": ("token",), "fc_norm": (False,)}),
+    FILES,
+    library="transformers",
+)
+
+DEIT = replace(
+    TRANSFORMERS,
+    name="transformers_deit",
+    about="transformers' DeiT with its two classifiers",
+    entries=(
+        *_VIT_BODY,
+        *pair("head", "cls_classifier"),
+        *same("dist_token", "embeddings.distillation_token"),
+        *pair("head_dist", "distillation_classifier"),
+    ),
+    detection=Detection((*_VIT_MARKERS, "embeddings.distillation_token"), absent=("classifier.",)),
+    naming=Naming(prefix="deit.", drops={"pooler.": _POOLER, **_MASK}),
+    assumptions=Assumptions(
         head_width=64,
-        defaults={"position_rule": "transformers"},
-        needs={"dist_token": (False,), "fc_norm": (False,)},
+        defaults={"eps": 1e-12, "position_rule": "transformers", "dist_token": True, "global_pool": "dist"},
+        preprocessing=_IMAGENET,
+    ),
+    holds=Holds({"dist_token": (True,), "global_pool": ("dist",)}),
+)
+
+DEIT_PLAIN = replace(
+    DEIT,
+    name="transformers_deit_plain",
+    about="transformers' DeiT with one classifier",
+    entries=(
+        *_VIT_BODY,
+        *pair("head", "classifier"),
+        *same("dist_token", "embeddings.distillation_token"),
+    ),
+    detection=Detection((*_VIT_MARKERS, "embeddings.distillation_token", "classifier.weight")),
+    assumptions=Assumptions(
+        head_width=64,
+        defaults={"eps": 1e-12, "position_rule": "transformers", "dist_token": True},
+        preprocessing=_IMAGENET,
+    ),
+    holds=Holds({"dist_token": (True,), "global_pool": ("token",)}, requires=("head.weight",)),
+)
+
+DINOV2 = Layout(
+    "transformers_dinov2",
+    "transformers' DINOv2",
+    _DINOV2,
+    Detection(_DINOV2_MARKERS, absent=("embeddings.register_tokens",)),
+    Naming(prefix="dinov2.", drops=_MASK, zeros={"embeddings.mask_token": (1, "embed_dim")}),
+    Assumptions(head_width=64, defaults={"position_rule": "transformers"}, preprocessing=_IMAGENET),
+    Holds(
+        {"dist_token": (False,), "fc_norm": (False,)},
         requires=("blocks.{}.scale1",),
         head_pool="token_avg",
         square=True,
-        preprocessing=_IMAGENET,
-    )
-    registers = replace(
-        dinov2,
-        name=f"transformers_dinov2_registers{after}",
-        about=f"transformers' DINOv2 with registers{where}",
-        entries=(*dinov2.entries, *same("register_tokens", "embeddings.register_tokens")),
-        markers=(*dinov2.markers, "embeddings.register_tokens"),
-        absent=(),
-        prefix="dinov2_with_registers.",
-        requires=("blocks.{}.scale1", "register_tokens"),
-        defaults={"position_rule": "timm"},  # these resample with antialiasing, which is timm's rule
-    )
-    return vit, deit, plain_deit, dinov2, registers
+    ),
+    FILES,
+    library="transformers",
+)
+
+DINOV2_REGISTERS = replace(
+    DINOV2,
+    name="transformers_dinov2_registers",
+    about="transformers' DINOv2 with registers",
+    entries=(*_DINOV2, *same("register_tokens", "embeddings.register_tokens")),
+    detection=Detection((*_DINOV2_MARKERS, "embeddings.register_tokens")),
+    naming=replace(DINOV2.naming, prefix="dinov2_with_registers."),
+    # these models resample with antialiasing, which is timm's rule
+    assumptions=replace(DINOV2.assumptions, defaults={"position_rule": "timm"}),
+    holds=replace(DINOV2.holds, requires=("blocks.{}.scale1", "register_tokens")),
+)
+
+# What version 5 renames when it loads a file: each part of a key -> its name in memory, in this order.
+_RENAMES = (
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+)
+_RENAMED_BLOCKS = ("encoder.layer.", "layers.")  # not in DINOv2
 
 
-TRANSFORMERS = (*_layouts(on_disk=True), *_layouts(on_disk=False))
+def _in_memory(layout: Layout, renames: Iterable[tuple[str, str]]) -> Layout:
+    def renamed(keys: tuple[str, ...]) -> tuple[str, ...]:
+        for old, new in renames:
+            keys = tuple(key.replace(old, new) for key in keys)
+        return keys
+
+    return replace(
+        layout,
+        name=f"{layout.name}_memory",
+        about=f"{layout.about}, as version 5 names it in memory",
+        entries=tuple(Entry(entry.ours, renamed(entry.theirs), entry.transform) for entry in layout.entries),
+        detection=replace(layout.detection, markers=renamed(layout.detection.markers)),
+        files=Files(),
+    )
+
+
+LAYOUTS = (
+    TRANSFORMERS, DEIT, DEIT_PLAIN, DINOV2, DINOV2_REGISTERS,
+    *(_in_memory(layout, (*_RENAMES, _RENAMED_BLOCKS)) for layout in (TRANSFORMERS, DEIT, DEIT_PLAIN)),
+    *(_in_memory(layout, _RENAMES) for layout in (DINOV2, DINOV2_REGISTERS)),
+)  # fmt: skip

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from vit.config import ViTConfig
 from vit.metadata import Preprocessing
 
-from ..checkpoint import CheckpointError
+from ..checkpoint import CheckpointError, usable
 from ..description import Attributes, Description
+from ..keymap import Files
 
-# transformers' names -> our fields, where the value is the same in both
+# transformers' names -> our fields of the same value
 _SAME = {
     "hidden_size": "embed_dim",
     "num_hidden_layers": "depth",
@@ -24,9 +27,9 @@ _SAME = {
     "num_register_tokens": "reg_tokens",
 }
 _GELUS = {"gelu": "erf", "gelu_python": "erf", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu_fast": "tanh"}
-# values with which an argument changes nothing here
+# the only supported values of some arguments
 _WITHOUT_EFFECT = {"qkv_bias": True, "use_swiglu_ffn": False, "apply_layernorm": True}
-# what each kind of model takes where its config.json leaves something out, as transformers' classes do
+# the defaults of transformers' classes for what config.json leaves out
 _KINDS: dict[str, dict[str, Any]] = {
     "vit": {"layer_norm_eps": 1e-12, "patch_size": 16, "image_size": 224, "intermediate_size": 3072},
     "deit": {"layer_norm_eps": 1e-12, "patch_size": 16, "image_size": 224, "intermediate_size": 3072},
@@ -45,35 +48,32 @@ def read_config(content: dict[str, Any], where: str) -> Description:
         CheckpointError: another kind of model, or a setting that this model lacks.
     """
     kind = content.get("model_type")
-    if not isinstance(kind, str) or kind not in _KINDS:
+    if kind not in list(_KINDS):
         raise CheckpointError(f"{where}: model_type {kind!r}, expected one of {', '.join(_KINDS)}")
-    values = _COMMON | _KINDS[kind] | content
+    with usable(where):
+        return _read_values(_COMMON | _KINDS[kind] | content, kind, where)
+
+
+def _read_values(values: dict[str, Any], kind: str, where: str) -> Description:
     for name, harmless in _WITHOUT_EFFECT.items():
         if values.get(name, harmless) != harmless:
-            raise CheckpointError(f"{where}: this model has nothing for transformers' setting {name}={values[name]!r}")
+            raise CheckpointError(f"{where}: transformers' setting {name}={values[name]!r} is not supported")
     act = values.get("hidden_act", "gelu")
-    if not isinstance(act, str) or act not in _GELUS:
+    if act not in _GELUS:
         raise CheckpointError(f"{where}: hidden_act {act!r}, expected one of {', '.join(_GELUS)}")
     declared = {ours: values[theirs] for theirs, ours in _SAME.items() if theirs in values}
     size = values["image_size"]
     declared |= {"gelu": _GELUS[act], "img_size": tuple(size) if isinstance(size, list) else size}
-    try:
-        hidden = values.get("intermediate_size") if kind in ("vit", "deit") else None
-        declared["mlp_ratio"] = values["mlp_ratio"] if hidden is None else hidden / values["hidden_size"]
-    except (TypeError, KeyError, ZeroDivisionError, OverflowError):
-        raise CheckpointError(f"{where}: intermediate_size and hidden_size must be numbers above 0") from None
-    return Description(
-        "config.json", declared, categories=_categories(content, where), categories_from="from config.json"
-    )
+    hidden = values.get("intermediate_size") if kind in ("vit", "deit") else None
+    declared["mlp_ratio"] = values["mlp_ratio"] if hidden is None else hidden / values["hidden_size"]
+    categories = _categories(values.get("id2label"), where)
+    return Description("config.json", declared, categories=categories, categories_from="from config.json")
 
 
-def _categories(content: dict[str, Any], where: str) -> list[str] | None:
-    """The labels, in order; None where they are the placeholders that transformers writes."""
-    labels = content.get("id2label")
+def _categories(labels: dict[str, str] | None, where: str) -> list[str] | None:
+    """The labels, in order; None if they are the placeholders that transformers writes."""
     if labels is None:
         return None
-    if not isinstance(labels, dict) or not all(isinstance(label, str) for label in labels.values()):
-        raise CheckpointError(f"{where}: id2label must map numbers to texts")
     if set(labels) != {str(i) for i in range(len(labels))}:
         raise CheckpointError(f"{where}: id2label must number its labels from 0 to {len(labels) - 1}")
     names = [labels[str(i)] for i in range(len(labels))]
@@ -87,30 +87,28 @@ _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5
 def read_preprocessing(content: dict[str, Any], where: str) -> Preprocessing:
     """Read transformers' `preprocessor_config.json`.
 
-    DeiT's squashes an image before it cuts out the middle; here its short side is resized, as the paper's code does,
-    and a warning says so.
+    transformers squashes an image for DeiT before it crops the middle. Here the short side is resized, as in the
+    paper's code, and a warning says so.
 
     Raises:
-        CheckpointError: a way to prepare images that this project lacks.
+        CheckpointError: an unsupported way to prepare images.
     """
     for step in ("do_resize", "do_rescale", "do_normalize"):
         if content.get(step, True) is not True:
             raise CheckpointError(f"{where}: {step}={content[step]!r}, expected true")
     crop, size = content.get("crop_size"), content.get("size", 224)
     cropped = bool(content.get("do_center_crop", crop is not None))
-    try:
+    with usable(where):
         height, width = _sides(crop if cropped else size)
         if not cropped and isinstance(size, dict) and "shortest_edge" in size:
-            raise ValueError("a shortest_edge without a crop leaves images of all sizes")
+            raise ValueError("a shortest_edge without a crop gives images of different sizes")
         resized = min(_sides(size)) if cropped else height
         if not math.isclose(content.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-3):
             raise ValueError(f"rescale_factor {content['rescale_factor']!r}, expected 1/255")
         if cropped and height != width:
             raise ValueError(f"a crop of {height}x{width}, expected a square")
         if cropped and isinstance(size, dict) and "shortest_edge" not in size:
-            warnings.warn(
-                f"{where} squashes images before it crops them; here their short side is resized", stacklevel=2
-            )
+            warnings.warn(f"{where} squashes images before it crops them; here the short side is resized", stacklevel=2)
         return Preprocessing(
             (height, width),
             content.get("image_mean", (0.5, 0.5, 0.5)),
@@ -119,12 +117,10 @@ def read_preprocessing(content: dict[str, Any], where: str) -> Preprocessing:
             crop_pct=_crop_pct(min(height, width), resized) if cropped else 1.0,
             mode="crop" if cropped else "squash",
         )
-    except (ValueError, TypeError, KeyError, ArithmeticError) as error:
-        raise CheckpointError(f"{where} cannot be used: {error}") from None
 
 
 def _crop_pct(crop: int, resized: int) -> float:
-    """The share with which the image is resized to just that side: floor(crop / share) must give it back."""
+    """The crop_pct that resizes to exactly this side: floor(crop / crop_pct) == resized."""
     share = crop / resized
     return share if math.floor(crop / share) == resized else math.nextafter(share, 0.0)
 
@@ -136,7 +132,7 @@ def _sides(size: Any) -> tuple[int, int]:
 
 
 def write_config(config: ViTConfig, attributes: Attributes) -> dict[str, Any]:
-    """The `config.json` with which transformers loads a model; it states every setting, so no default matters."""
+    """The `config.json` with which transformers loads a model; it states every setting, so no default counts."""
     kind, name = _kind(config)
     values: dict[str, Any] = {
         "architectures": [name],
@@ -163,12 +159,12 @@ def write_config(config: ViTConfig, attributes: Attributes) -> dict[str, Any]:
 
 
 def _whole(ratio: float) -> int | float:
-    """transformers multiplies by it and takes the result for a number of channels, so it must be a whole one."""
+    """The ratio as an int if it is whole: transformers needs the product with the width to be an int."""
     return int(ratio) if float(ratio).is_integer() else ratio
 
 
 def _kind(config: ViTConfig) -> tuple[str, str]:
-    """model_type, and the class that holds the model."""
+    """model_type, and the class of the model."""
     if config.init_values is not None:
         kind, name = ("dinov2_with_registers", "Dinov2WithRegisters") if config.reg_tokens else ("dinov2", "Dinov2")
         return kind, name + ("ForImageClassification" if config.num_classes else "Model")
@@ -191,7 +187,7 @@ def write_preprocessing(attributes: Attributes) -> dict[str, Any]:
         "rescale_factor": 1 / 255,
         "resample": next(number for number, name in _FILTERS.items() if name == settings.interpolation),
     }
-    if settings.mode == "squash" or height != width:  # a crop is of the short side there, so squares only
+    if settings.mode == "squash" or height != width:  # a crop there needs a square
         return values | {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width}}
     return values | {
         "image_processor_type": "BitImageProcessor",
@@ -199,3 +195,18 @@ def write_preprocessing(attributes: Attributes) -> dict[str, Any]:
         "size": {"shortest_edge": int(min(height, width) / settings.crop_pct)},
         "crop_size": {"height": height, "width": width},
     }
+
+
+def _write(config: ViTConfig, attributes: Attributes) -> dict[str, dict[str, Any]]:
+    return {
+        "config.json": write_config(config, attributes),
+        "preprocessor_config.json": write_preprocessing(attributes),
+    }
+
+
+def _read(contents: Mapping[str, dict[str, Any]]) -> Description:
+    (config, about), (preprocessor, settings) = contents.items()
+    return replace(read_config(about, config), preprocessing=read_preprocessing(settings, preprocessor))
+
+
+FILES = Files(beside=("config.json", "preprocessor_config.json"), write=_write, read=_read)

@@ -30,7 +30,7 @@ if not CUDA:
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 needs_cuda = pytest.mark.skipif(not CUDA, reason="there is no CUDA device")
 interpreter_only = pytest.mark.skipif(CUDA, reason="the kernels are compiled here, not interpreted")
-# numpy says what a GPU does without a word: tokens beyond T divide 0 by 0, and nobody reads them
+# numpy warns of what a GPU does silently: tokens beyond T divide 0 by 0, and those results are not stored
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 B, A = 2, 3
@@ -38,7 +38,7 @@ BATT, ATT, TT, KEYS = "B A T T", "1 A T T", "T T", "B 1 1 T"
 
 
 def inputs(T: int, d: int, bias: str | None = None, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple:
-    """qkv [B, T, 3, A, d] as a ViT's Linear gives it, a bias in these letters, and the output's gradient [B, T, A * d].
+    """qkv [B, T, 3, A, d] as a ViT's Linear makes it, a bias in these letters, and the output's gradient [B, T, A * d].
 
     The bias has -inf for some pairs, and for two thirds of the keys, whole tiles of them, in its last row.
     """
@@ -75,7 +75,7 @@ def check(results, expected) -> None:
 
 
 class Operators(TorchDispatchMode):
-    """The names of our operators that run inside of it."""
+    """The names of our operators that run within it."""
 
     def __init__(self):
         super().__init__()
@@ -127,7 +127,7 @@ def test_it_equals_reference(T, d, bias, launched):
 @needs_triton
 @pytest.mark.parametrize("bias", ["T", "1 T", "A T T", "A T 1", "B 1 T T", "1 1 T T", "B A T 1"])
 def test_every_way_to_broadcast_a_bias(bias):
-    """A gradient that is zero, of what moves a whole row of scores, is compared with dout's size instead."""
+    """A gradient that is zero, as of a bias that shifts whole rows of scores, is compared with the size of dout."""
     qkv, _, dout = inputs(17, 32)
     added = images(*({"B": B, "A": A, "T": 17, "1": 1}[letter] for letter in bias.split()), seed=3).to(DEVICE)
     ours, theirs = run(triton, qkv, added, dout), run(reference, qkv, added, dout, torch.float64)
@@ -138,7 +138,7 @@ def test_every_way_to_broadcast_a_bias(bias):
 
 
 def check_half(T: int, d: int, bias: str | None, dtype: torch.dtype, scale: float = 1.0) -> None:
-    """Output and gradients err at most 1.5 times as much as PyTorch's own in the same dtype.
+    """Errors of the output and gradients are at most 1.5 times PyTorch's own in the same dtype.
 
     The bias is a constant: for one that needs a gradient PyTorch may compute in float32.
     """
@@ -241,7 +241,7 @@ MISTAKES = {  # name: what to break in the kernels, and which of out, dqkv and d
 
 @pytest.fixture
 def edited(tmp_path, monkeypatch):
-    """Give `triton` kernels with a text in their file replaced; all that share a bias are added by one program."""
+    """Replace a text in the file of `triton`'s kernels; one program adds up all that share a bias."""
 
     def edit(old: str, new: str) -> None:
         source = Path(flash.kernels().__file__).read_text()
@@ -527,7 +527,7 @@ def test_on_a_gpu_float32_is_not_tf32():
 @needs_triton
 @needs_cuda
 def test_on_a_gpu_more_than_two_to_the_31_numbers():
-    """The last image of a batch whose qkv has more numbers than 32 bits count."""
+    """The last image of a batch whose qkv has more numbers than 32 bits can count."""
     T, d, heads = 197, 64, 6
     count = 2**31 // (T * 3 * heads * d) + 2
     if torch.cuda.mem_get_info()[0] < 3 * count * T * 3 * heads * d:

@@ -1,4 +1,4 @@
-"""int8 models against a plain twin, which rounds as they do and computes in float32; and what calibration refuses."""
+"""int8 models against a plain twin that rounds as they do and computes in float32; what calibration refuses."""
 
 import copy
 import math
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import difference, images, operations, randomize
+from cpu_cases import model
+from helpers import difference, images, operations
 from torch import Tensor
 
 import vit
@@ -21,12 +22,11 @@ from vit.kernels.cpu.model import CPUViT, missing
 from vit.resources import digit_images
 
 needs = pytest.mark.skipif(missing("int8") is not None, reason=f"int8 does not run here: {missing('int8')}")
-SMALL = {"img_size": 64, "embed_dim": 64, "num_heads": 2, "depth": 3, "num_classes": 10}
-# A rounding error of float32 may move a number over an edge between two of 255 steps. bfloat16, in which int8 models
-# attend where the processor can, has steps of its own.
+# A rounding error of float32 may move a number across the edge between two of 255 steps. bfloat16, in which int8 models
+# compute attention if the processor can, has coarser steps.
 SAME = 0.005
 COARSE = 0.05
-LOSS = 0.1  # the most that int8 costs these
+LOSS = 0.1  # the largest error of int8 in these models
 RELATIVES = {
     "plain": {},
     "tanh": {"gelu": "tanh"},
@@ -39,26 +39,19 @@ RELATIVES = {
 }
 
 
-def model(**changes: object) -> vit.ViT:
-    """A small one, with weights that matter."""
-    made = vit.create_model("vit_small_patch16_224", **(SMALL | changes))
-    randomize(made)
-    return made.eval()
-
-
 def quantized(plain: vit.ViT) -> OptimizedViT:
     """Calibrated on noise."""
     return vit.kernels.optimize(plain, "int8", images(32, 3, 64, 64, seed=3))
 
 
 class Twin:
-    """What an int8 model computes, from what it is made of, by multiplications in float32."""
+    """What an int8 model computes, from its tensors, by multiplications in float32."""
 
     def __init__(self, fast: OptimizedViT) -> None:
         self.fast, self.tensors = fast, fast.tensors()
 
     def layer(self, name: str, x: Tensor) -> Tensor:
-        """Round what goes in, multiply by the weight as it stands for."""
+        """Round the input, and multiply by the dequantized weight."""
         scale, zero = self.tensors[f"{name}.scale"], self.tensors[f"{name}.zero"]
         x = ((x / scale).round() + zero).clamp(0, 255).sub(zero) * scale
         weight = self.tensors[f"{name}.weight"].float() * self.tensors[f"{name}.weight_scale"][:, None]
@@ -98,14 +91,14 @@ def float32_attention(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def calibrated(plain: vit.ViT) -> dict[str, Tensor]:
-    """What an int8 model is made of, which any processor can find out."""
+    """The tensors of an int8 model, which any processor can compute."""
     return calibrate.int8_tensors(plain, batches(plain, images(32, 3, 64, 64, seed=3)))
 
 
 @pytest.mark.parametrize("relative", RELATIVES)
 @torch.inference_mode()
 def test_calibration_keeps_what_a_model_means(relative: str) -> None:
-    """By the twin, on any processor; with one scale wrong it would not."""
+    """By the twin, on any processor; a wrong scale is seen."""
     plain = model(**RELATIVES[relative])
     tensors, x = calibrated(plain), images(2, 3, 64, 64)
     assert difference(Twin(CPUViT(plain.config, "int8", tensors))(x), plain(x)) <= LOSS / 2
@@ -124,7 +117,7 @@ def test_v_is_not_smoothed_for_attention_that_may_bend_it() -> None:
 
 
 def test_attention_that_it_was_not_calibrated_for_is_warned_of() -> None:
-    """Of functions that give other numbers, in either order; not of those that give the same."""
+    """For functions that compute something else, in either order; not for those that compute the same."""
     plain = model(depth=1)
     with torch.no_grad():
         fast = CPUViT(plain.config, "int8", calibrated(plain))
@@ -132,7 +125,7 @@ def test_attention_that_it_was_not_calibrated_for_is_warned_of() -> None:
         warnings.simplefilter("error")
         fast.set_attention("reference")
     for name in (lambda q, k, v, *, bias=None: v, "sdpa"):
-        with pytest.warns(UserWarning, match="calibrated for other attention: set it on the model before"):
+        with pytest.warns(UserWarning, match="calibrated for other attention: set it on the original model"):
             fast.set_attention(name)
 
 
@@ -252,10 +245,8 @@ def test_saved_small_and_loaded_without_calibrating(tmp_path: Path, monkeypatch:
     loaded = vit.kernels.load(file)
     x = images(2, 3, 64, 48)
     assert torch.equal(loaded(x), fast(x))
-    with pytest.raises(ValueError, match="a zero from 0 to 255, not .* and 300"):
-        CPUViT(fast.config, "int8", fast.tensors() | {"blocks.0.mlp.fc2.zero": torch.tensor(300, dtype=torch.int32)})
     file.write_bytes(file.read_bytes().replace(b"blocks.0.mlp.wide1.bias", b"blocks.0.mlp.wide3.bias"))
-    with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.wide1\.bias is none"):
+    with pytest.raises(ValueError, match="the file is damaged"):
         vit.kernels.load(file)
 
 
@@ -276,7 +267,7 @@ def test_looking_inside() -> None:
 @needs
 def test_images_that_do_not_look_normalised_are_warned_of() -> None:
     pixels = torch.rand(40, 3, 64, 64)
-    for given, text in ((pixels, "all above their mean"), (255 * pixels - 1, "where pixels are from -1 to 1")):
+    for given, text in ((pixels, "all above their mean"), (255 * pixels - 1, "where pixels range from -1 to 1")):
         with pytest.warns(UserWarning, match=text):
             vit.kernels.optimize(model(), "int8", given)
     with warnings.catch_warnings():
@@ -285,13 +276,13 @@ def test_images_that_do_not_look_normalised_are_warned_of() -> None:
 
 
 def bad(change: Callable[[Tensor], object]) -> Tensor:
-    """Images to calibrate on, one of them spoilt."""
+    """Images to calibrate on, one of which is bad."""
     good = images(32, 3, 64, 64)
     change(good)
     return good
 
 
-@pytest.mark.filterwarnings("ignore:the images to calibrate on are from")
+@pytest.mark.filterwarnings("ignore:the images to calibrate on range from")
 @needs
 @pytest.mark.parametrize(
     ("calibration", "text"),
@@ -305,7 +296,7 @@ def bad(change: Callable[[Tensor], object]) -> Tensor:
         ([(images(3, 64, 64), 1)] * 40, r"list of tensors \[C, H, W\] to calibrate on, not a list with tuple"),
         (40, "to calibrate on, not int"),
         (images(3, 64, 64), r"to calibrate on, not a tensor \[3, 64, 64\]"),
-        (1e30 * images(40, 3, 64, 64), "give blocks.* values that are not finite: are they normalised"),
+        (1e30 * images(40, 3, 64, 64), "give blocks.* values that are not finite: normalise them"),
     ],
 )
 def test_bad_images_to_calibrate_on(calibration: Tensor | list[Tensor], text: str) -> None:
@@ -326,19 +317,13 @@ def test_photographs_that_ship() -> None:
     x = photographs(model(), each=5)
     assert x.shape == (35, 3, 64, 64) and torch.equal(x, photographs(model(), each=5))
     assert len({round(one.mean().item(), 4) for one in x}) == 35
-    with pytest.raises(ValueError, match="1 or 3 channels, and the model 5: give images= of your own"):
+    with pytest.raises(ValueError, match="1 or 3 channels, and the model takes 5: calibrate on images of your own"):
         photographs(model(in_chans=5))
-
-
-@needs
-def test_channels_that_cannot_be_parted_are_refused() -> None:
-    with pytest.raises(ValueError, match="mlp_dim is at least 2, not 1"):
-        vit.kernels.optimize(model(mlp_ratio=1 / 64), "int8", images(32, 3, 64, 64))
 
 
 def test_a_processor_without_vnni_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    with pytest.raises(ValueError, match=r"cannot run int8: its processor lacks VNNI.*use float32 instead"):
+    with pytest.raises(ValueError, match=r"cannot run int8: its processor lacks VNNI.*: use float32"):
         vit.kernels.optimize(model(), "int8")
 
 

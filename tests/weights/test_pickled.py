@@ -1,330 +1,26 @@
-"""Files of NumPy and PyTorch: what they hold arrives bit for bit, and files that lie are refused before they harm."""
+"""PyTorch's files: read bit for bit; files with wrong claims are refused before they do harm."""
 
 import argparse
 import hashlib
 import io
 import os
 import pickle
-import random
 import struct
-import tracemalloc
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+import torch.utils.serialization
+from damaged import Touch, damaged, patched, refused, rezipped, same, survives, taking_less_than, values
 from torch import Tensor, nn
 
-from vit.weights.checkpoint import Checkpoint, CheckpointError
+from vit.weights.checkpoint import CheckpointError
 from vit.weights.formats.npz import read_npz, write_npz
 from vit.weights.formats.pickled import _OPCODES, read_pickled
-
-Read = Callable[[Path], Checkpoint]
-
-
-def values() -> dict[str, Tensor]:
-    """A small state dict of many dtypes, with a scalar and values that no other dtype holds."""
-    normal = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e3
-    return {
-        "head/kernel": normal.float(),
-        "head/half": normal.half(),
-        "brain": normal.bfloat16(),
-        "double": normal,
-        "opt/state/step": torch.tensor(7),
-        "mask": torch.tensor([True, False]),
-        "byte": torch.arange(256, dtype=torch.uint8),
-        "key": torch.tensor([2**31 + 1, 5]).to(torch.uint32),
-    }
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Whether names, dtypes, shapes and bits are equal."""
-    return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype
-        and a[name].shape == b[name].shape
-        and a[name].contiguous().numpy(force=True).tobytes() == b[name].contiguous().numpy(force=True).tobytes()
-        if a[name].dtype != torch.bfloat16
-        else b[name].dtype == torch.bfloat16 and torch.equal(a[name].view(torch.int16), b[name].view(torch.int16))
-        for name in a
-    )
-
-
-@contextmanager
-def taking_less_than(size: int) -> Iterator[None]:
-    """Fail where Python and NumPy take `size` bytes at any moment within the block."""
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < size
-    finally:
-        tracemalloc.stop()
-
-
-def refused(read: Read, path: Path, content: bytes | None = None, match: str | None = None) -> None:
-    """The file is refused with an error that names it, and without taking memory for what it claims."""
-    if content is not None:
-        path.write_bytes(content)
-    with taking_less_than(16 * 2**20), pytest.raises(CheckpointError, match=match) as error:
-        read(path)
-    assert str(path) in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def survives(read: Read, path: Path, content: bytes, right: dict[str, Tensor] | None = None) -> bool:
-    """Whether damaged content loads; it must be refused, or be `right`, or at least not be more than there is."""
-    path.write_bytes(content)
-    try:
-        checkpoint = read(path)
-    except CheckpointError:
-        return False
-    if right is not None:
-        assert same(checkpoint.tensors, right)
-    assert sum(tensor.nbytes for tensor in checkpoint.tensors.values()) <= 2 * len(content)
-    return True
-
-
-def damaged(content: bytes, count: int, seed: int) -> Iterator[bytes]:
-    """Cuts and changes at random places, more of them at the end, where zip files have their list of members."""
-    draw = random.Random(seed)
-    for _ in range(count):
-        data = bytearray(content)
-        place = (
-            draw.randrange(max(0, len(data) - 1500), len(data)) if draw.random() < 0.5 else draw.randrange(len(data))
-        )
-        kind = draw.randrange(5)
-        if kind == 0:
-            del data[place : place + draw.choice((1, 2, 64, len(data)))]
-        elif kind == 1:
-            data[place:place] = draw.randbytes(draw.choice((1, 8, 300)))
-        elif kind == 2:
-            data[place : place + 4] = draw.choice((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\xff\x7f"))
-        else:
-            data[place] ^= draw.choice((1, 2, 4, 8, 16, 32, 64, 128, 255))
-        yield bytes(data)
-
-
-# ---------------------------------------------------------------- .npz
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_numpys_files_are_read_bit_for_bit(tmp_path: Path, save: Callable) -> None:
-    path = tmp_path / "weights.npz"
-    expected = {name: tensor for name, tensor in values().items() if tensor.dtype != torch.bfloat16}
-    save(path, **{name: tensor.numpy() for name, tensor in expected.items()})
-    checkpoint = read_npz(path)
-    assert same(checkpoint.tensors, expected)
-    assert checkpoint.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert checkpoint.path == path
-    assert not checkpoint.metadata and not checkpoint.others
-
-
-def test_our_files_are_read_by_numpy_and_by_us(tmp_path: Path) -> None:
-    path = tmp_path / "weights.npz"
-    write_npz(path, values())
-    assert same(read_npz(path).tensors, values())
-    with np.load(path, allow_pickle=False) as file:
-        theirs = {name: file[name] for name in file}
-    assert list(theirs) == list(values())
-    assert theirs["brain"].dtype == np.dtype("V2")
-    assert np.array_equal(theirs.pop("brain").view(np.int16), values()["brain"].view(torch.int16).numpy())
-    for name, array in theirs.items():
-        assert array.dtype == values()[name].numpy().dtype
-        assert np.array_equal(array, values()[name].numpy())
-    write_npz(tmp_path / "again.npz", values())
-    assert path.read_bytes() == (tmp_path / "again.npz").read_bytes()
-
-
-def test_large_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those whose sizes and places take 64 bits, which zipfile is made to think of these."""
-    with monkeypatch.context() as patch:
-        patch.setattr(zipfile, "ZIP64_LIMIT", 100)
-        write_npz(tmp_path / "a.npz", values())
-    assert (tmp_path / "a.npz").read_bytes()[-42:-38] == b"PK\6\7"
-    assert same(read_npz(tmp_path / "a.npz").tensors, values())
-
-
-def test_views_and_parameters_are_written_by_their_values(tmp_path: Path) -> None:
-    weight = nn.Parameter(torch.arange(12.0).reshape(3, 4))
-    write_npz(tmp_path / "a.npz", {"t": weight.T, "row": weight[1]})
-    tensors = read_npz(tmp_path / "a.npz").tensors
-    assert same(tensors, {"t": weight.detach().T.contiguous(), "row": torch.arange(4.0, 8.0)})
-    with pytest.raises(CheckpointError, match="c has dtype torch.complex64"):
-        write_npz(tmp_path / "b.npz", {"c": torch.ones(2, dtype=torch.complex64)})
-    assert not (tmp_path / "b.npz").exists()
-
-
-@pytest.mark.parametrize("dtype", [">f4", ">f2", ">i8", "<f4"])
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_byte_and_memory_order_are_converted(tmp_path: Path, dtype: str, order: Any) -> None:
-    array = np.asarray(np.arange(24).reshape(2, 3, 4), dtype=dtype, order=order)
-    np.savez(tmp_path / "a.npz", a=array)
-    with torch.device("meta"):
-        tensor = read_npz(tmp_path / "a.npz").tensors["a"]
-    assert tensor.is_contiguous()
-    assert tensor.dtype == {"f4": torch.float32, "f2": torch.float16, "i8": torch.int64}[dtype[1:]]
-    assert np.array_equal(tensor.numpy(), array)
-
-
-def npz(header: str | bytes, data: bytes, version: bytes = b"\1\0", length: int | None = None) -> bytes:
-    """An .npz file with one member of this header; `length` is what it claims the header's to be."""
-    text = header.encode("latin1") if isinstance(header, str) else header
-    size = struct.pack("<H" if version == b"\1\0" else "<I", len(text) if length is None else length)
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("a.npy", b"\x93NUMPY" + version + size + text + data)
-    return file.getvalue()
-
-
-def header(descr: str = "'<f4'", shape: str = "(2, 3)", order: str = "False") -> str:
-    return f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}}}\n"
-
-
-def test_the_headers_below_are_refused_for_what_they_change(tmp_path: Path) -> None:
-    for version in (b"\1\0", b"\2\0"):
-        (tmp_path / "a.npz").write_bytes(npz(header(), bytes(24), version))
-        assert same(read_npz(tmp_path / "a.npz").tensors, {"a": torch.zeros(2, 3)})
-
-
-HEADERS: dict[str, tuple[bytes, str | None]] = {
-        "larger shape": (npz(header(shape="(2, 4)"), bytes(24)), "24 bytes of values, expected 32"),
-        "smaller shape": (npz(header(shape="(2, 2)"), bytes(24)), "24 bytes of values, expected 16"),
-        "1000 times": (npz(header(shape="(2000, 3)"), bytes(24)), "expected 24000"),
-        "a terabyte": (npz(header(shape="(1048576, 262144)"), b""), "0 bytes of values"),
-        "overflow": (npz(header(shape=f"({2**62}, {2**62})"), bytes(24)), "24 bytes of values"),
-        "overflow to the right number": (npz(header(shape=f"({2**63}, 2, 6)"), bytes(24)), "24 bytes of values"),
-        "negative": (npz(header(shape="(-2, -3)"), bytes(24)), "cannot be negative"),
-        "no values": (npz(header(shape="(0, 3)"), b""), "it has no values"),
-        "no values, huge": (npz(header(shape=f"(0, {2**80})"), b""), "it has no values"),
-        "shape of floats": (npz(header(shape="(2.0, 3)"), bytes(24)), "shape is not valid"),
-        "objects": (npz(header("'|O'"), bytes(48)), "holds Python objects, which are code"),
-        "structure": (npz(header("[('a', '<f4')]"), bytes(24)), "dtype"),
-        "structure of objects": (npz(header("[('a', '|O')]"), bytes(48)), "Python objects"),
-        "sub-arrays": (npz(header("('<f4', (3,))", "(2,)"), bytes(24)), "has dtype"),
-        "sub-arrays in words": (npz(header("'3f4'", "(2,)"), bytes(24)), "has dtype"),
-        "sub-arrays of two bytes": (npz(header("('|u1', (2,))", "(3,)"), bytes(6)), "has dtype"),
-    "texts": (npz(header("'<U1'"), bytes(24)), "has dtype"),
-        "bytes": (npz(header("'|S4'"), bytes(24)), "has dtype"),
-        "complex": (npz(header("'<c8'", "(3,)"), bytes(24)), "has dtype complex64"),
-        "dates": (npz(header("'<M8[s]'", "(3,)"), bytes(24)), "has dtype"),
-        "four bytes without a meaning": (npz(header("'|V4'"), bytes(24)), "has dtype"),
-        "two bytes with names": (npz(header("[('a', '|V1'), ('b', '|V1')]"), bytes(12)), "has dtype"),
-        "nonsense": (npz(header("'zzz'"), bytes(24)), "zzz"),
-        "dtype of None": (npz(header("None", "(3,)"), bytes(24)), "not a valid dtype|a.npz"),
-        "dtype of a list": (npz(header("[[[]]]"), bytes(24)), None),
-        "dtype of a number": (npz(header("5"), bytes(24)), None),
-        "order": (npz(header(order="3"), bytes(24)), "fortran_order"),
-        "no dictionary": (npz("[1, 2]\n", bytes(24)), "not a dictionary"),
-        "no Python": (npz("{{{\n", bytes(24)), None),
-        "code": (npz("__import__('os').system('exit')\n", bytes(24)), None),
-        "parentheses": (npz("(" * 4000, bytes(24)), None),
-        "minuses": (npz("-" * 4000 + "1", bytes(24)), None),
-        "a long number": (npz(header(shape=f"({'9' * 4000},)"), bytes(24)), None),
-        "zero bytes": (npz("\0" * 100, bytes(24)), None),
-        "not UTF-8": (npz(b"\xff" * 100, bytes(24), b"\3\0"), "version"),
-        "header longer than the file": (npz(header(), bytes(24), length=60000), None),
-        "header shorter": (npz(header(), bytes(24), length=20), None),
-        "header of 4 GB": (npz(header(), bytes(24), b"\2\0", 2**32 - 1), None),
-        "header of 100 KB": (npz(header() + " " * 100_000, bytes(24), b"\2\0"), None),
-        "a later version": (npz(header(), bytes(24), b"\3\0"), r"version \(3, 0\)"),
-        "no .npy": (npz(header(), bytes(24)).replace(b"NUMPY", b"NUMPI"), None),
-        "empty": (b"", "not a complete .npz file: BadZipFile"),
-        "text": (b"version https://git-lfs.github.com/spec/v1\n", "not a complete .npz file: BadZipFile"),
-        "no member": (b"PK\5\6" + bytes(18), "is empty"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("content", "match"), HEADERS.values(), ids=HEADERS)
-def test_headers_that_lie_are_refused(tmp_path: Path, content: bytes, match: str | None) -> None:
-    refused(read_npz, tmp_path / "a.npz", content, match)
-
-
-def test_object_arrays_are_not_unpickled(tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", a=np.array([Touch(tmp_path / "ran")], dtype=object))
-    refused(read_npz, tmp_path / "a.npz", match="holds Python objects")
-    assert not (tmp_path / "ran").exists()
-    np.load(tmp_path / "a.npz", allow_pickle=True)["a"]
-    assert (tmp_path / "ran").exists()  # it would have
-
-
-def test_zip_bombs_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.npz"
-    archive = zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1)
-    with archive, archive.open("a.npy", "w") as member:
-        np.lib.format.write_array_header_1_0(member, {"descr": "<f4", "fortran_order": False, "shape": (50 * 2**20,)})
-        for _ in range(200):
-            member.write(bytes(2**20))
-    assert path.stat().st_size < 2 * 2**20
-    refused(read_npz, path, match="unpack to")
-
-
-@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
-def test_compressions_that_unpack_in_one_go_are_refused(tmp_path: Path, compression: int) -> None:
-    with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
-        archive.writestr("a.npy", bytes(20 * 2**20))
-    refused(read_npz, tmp_path / "a.npz", match="has compression")
-
-
-def rezipped(*members: tuple[str, bytes]) -> bytes:
-    """A zip file of these members, names as they are."""
-    file = io.BytesIO()
-    with warnings.catch_warnings(), zipfile.ZipFile(file, "w") as archive:
-        warnings.simplefilter("ignore")  # of two members by one name
-        for name, content in members:
-            archive.writestr(name, content)
-    return file.getvalue()
-
-
-def test_odd_members_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.npz"
-    good = npz(header(), bytes(24))
-    array = zipfile.ZipFile(io.BytesIO(good)).read("a.npy")
-    refused(read_npz, path, rezipped(("a.npy", array), ("a.npy", array)), "two members of one name")
-    refused(read_npz, path, rezipped(("a.npy", array), ("readme.txt", b"")), "expected .npy members only")
-    refused(read_npz, path, rezipped(("a\n.npy", array)), "printable")
-    refused(read_npz, path, good.replace(b"a.npy", b"\0.npy"), "printable")
-    refused(read_npz, path, good.replace(b"a.npy", b"\xe4.npy"), "printable")
-    refused(read_npz, path, rezipped(("ä.npy", array)).replace("ä".encode(), b"\xff\xff"), "UnicodeDecodeError")
-    encrypted = bytearray(good)
-    encrypted[6] |= 1
-    encrypted[good.index(b"PK\1\2") + 8] |= 1
-    refused(read_npz, path, bytes(encrypted), "a.npz: a.npy is encrypted")
-    at = good.index(b"PK\1\2") + 20  # compressed, then uncompressed size
-    size = struct.unpack("<I", good[at : at + 4])[0]
-    refused(read_npz, path, patched(good, len(good) - 12, b"\0"), "ends otherwise")
-    refused(read_npz, path, good[: at + 4] + struct.pack("<I", size + 4) + good[at + 8 :], "two sizes")
-    refused(read_npz, path, good[:at] + struct.pack("<2I", 10**9, 10**9) + good[at + 8 :], "truncated")
-    refused(read_npz, path, patched(good, at, struct.pack("<2I", len(good) + 1, len(good) + 1)), "truncated")
-    write_npz(path, {"ä": torch.ones(2), "a": torch.ones(3)})
-    assert list(read_npz(path).tensors) == ["ä", "a"]
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_damaged_npz_files_are_refused(tmp_path: Path, save: Callable) -> None:
-    path = tmp_path / "a.npz"
-    right = {name: tensor for name, tensor in values().items() if tensor.dtype != torch.bfloat16}
-    save(path, **{name: tensor.numpy() for name, tensor in right.items()})
-    content = path.read_bytes()
-    for stop in range(0, len(content), len(content) // 50):
-        refused(read_npz, path, content[:stop])
-    loaded = sum(survives(read_npz, path, data, right) for data in damaged(content, 400, seed=1))
-    assert 0 < loaded < 200  # some bytes do not matter: dates, permissions
-
-
-def test_members_that_unpack_to_less_than_they_say_are_refused(tmp_path: Path) -> None:
-    """zipfile only compares checksums, and here that of what is there is right."""
-    values = header().encode() + bytes(24)
-    whole = b"\x93NUMPY\1\0" + struct.pack("<H", len(header())) + values
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("a.npy", whole[:-8])
-    content = file.getvalue().replace(struct.pack("<I", len(whole) - 8), struct.pack("<I", len(whole)))
-    refused(read_npz, tmp_path / "a.npz", content, "a.npy ends after 84 of 92 bytes")
 
 
 @pytest.mark.parametrize("format", ["npz", "pickled"])
@@ -339,44 +35,13 @@ def test_files_that_change_meanwhile_are_refused(tmp_path: Path, monkeypatch: py
         return ""
 
     monkeypatch.setattr(f"vit.weights.formats.{format}.file_sha256", change)
-    refused(read_npz if format == "npz" else read_pickled, path, match="was written to while it was read")
-
-
-def test_a_changed_value_is_noticed(tmp_path: Path) -> None:
-    write_npz(tmp_path / "a.npz", values())
-    content = bytearray((tmp_path / "a.npz").read_bytes())
-    content[content.index(values()["double"].numpy().tobytes()) + 3] ^= 1
-    refused(read_npz, tmp_path / "a.npz", bytes(content), "CRC")
-
-
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-@pytest.mark.parametrize("spaces", [0, 1, 2, 4, 8])
-def test_values_may_begin_anywhere(tmp_path: Path, compression: int, spaces: int) -> None:
-    """NumPy pads its headers to 64 bytes; others need not."""
-    array = np.linspace(0, 1, 5)
-    header = f"{{'descr': '<f8', 'fortran_order': False, 'shape': (5,)}}{' ' * spaces}\n".encode()
-    with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
-        archive.writestr("a.npy", b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + array.tobytes())
-    assert np.array_equal(read_npz(tmp_path / "a.npz").tensors["a"].numpy(), array)
+    refused(read_npz if format == "npz" else read_pickled, path, match="changed while it was read")
 
 
 def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
     for read in (read_npz, read_pickled):
         with pytest.raises(FileNotFoundError):
             read(tmp_path / "none")
-
-
-# ---------------------------------------------------------------- .pth
-
-
-class Touch:
-    """Makes a file where it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple:
-        return os.system, (f"touch {self.path}",)
 
 
 NEW_AND_OLD = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
@@ -481,18 +146,18 @@ def test_files_without_checksums_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        (nn.Linear(2, 2), r"asks for torch.nn.modules.linear.Linear, which is not data.* save model.state_dict\(\)"),
+        (nn.Linear(2, 2), r"contains torch.nn.modules.linear.Linear, which is not data.* as in model.state_dict\(\)"),
         ({"w": torch.eye(3).to_sparse()}, "_rebuild_sparse_tensor"),
         ({"w": torch.empty(3, device="meta")}, "_rebuild_meta_tensor_no_storage"),
         ({"w": torch.ones(3, dtype=torch.complex64).conj()}, "a.pth"),
         ({"w": torch.ones(0, 3)}, "it has no values"),
         (torch.ones(3), "holds Tensor, expected a dictionary"),
         ([torch.ones(3)], "holds list, expected a dictionary"),
-        ({"a.b": torch.ones(2), "a": {"b": torch.ones(3)}}, "two values under the name 'a.b'"),
-        ({"a": {"b": torch.ones(3)}, "a.b": 1}, "two values under the name 'a.b'"),
-        ({"a.b": 1, "a": {"b": torch.ones(3)}}, "two values under the name 'a.b'"),
-        ({"1": torch.ones(2), 1: torch.ones(3)}, "two values under the name '1'"),
-        ({(1, 2): torch.ones(2)}, "describes a dictionary otherwise"),
+        ({"a.b": torch.ones(2), "a": {"b": torch.ones(3)}}, "two values named 'a.b'"),
+        ({"a": {"b": torch.ones(3)}, "a.b": 1}, "two values named 'a.b'"),
+        ({"a.b": 1, "a": {"b": torch.ones(3)}}, "two values named 'a.b'"),
+        ({"1": torch.ones(2), 1: torch.ones(3)}, "two values named '1'"),
+        ({(1, 2): torch.ones(2)}, "torch.save does not describe a dictionary like this"),
     ],
 )
 def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: Any, match: str, new: bool) -> None:
@@ -505,9 +170,6 @@ def test_torchscript_programs_are_refused(tmp_path: Path) -> None:
         warnings.simplefilter("ignore")
         torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "a.pth")
     refused(read_pickled, tmp_path / "a.pth", match=r"TorchScript program, .* save model.state_dict\(\)")
-
-
-# Pickles by hand: `good()` is what torch.save writes for {"w": a tensor of 2 x 3 floats}; what differs is an attack.
 
 
 def text(value: str) -> bytes:
@@ -555,7 +217,7 @@ FLOATS = torch.arange(6.0).numpy().tobytes()
 
 
 def pth(data: bytes, **records: bytes) -> bytes:
-    """A file of torch.save with this pickle; further records by their names."""
+    """A file of torch.save with this pickle, and further records by name."""
     records = {"version": b"3\n", "byteorder": b"little", "data/0": FLOATS} | records
     return rezipped(("a/data.pkl", data), *((f"a/{key}", value) for key, value in records.items()))
 
@@ -614,20 +276,22 @@ def test_pickles_that_call_out_are_refused_and_not_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: bytes, new: bool
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    refused(read_pickled, tmp_path / "a.pth", pth(good(call)) if new else legacy(good(call)), "asks for|KeyError")
+    refused(read_pickled, tmp_path / "a.pth", pth(good(call)) if new else legacy(good(call)), "contains|KeyError")
     assert not (tmp_path / "ran").exists()
 
 
 @NEW_AND_OLD
 def test_reduce_is_not_run(tmp_path: Path, new: bool) -> None:
     save(tmp_path / "a.pth", {"w": torch.ones(2), "x": Touch(tmp_path / "ran")}, new)
-    refused(read_pickled, tmp_path / "a.pth", match="asks for posix.system, which is not data")
+    refused(read_pickled, tmp_path / "a.pth", match="contains posix.system, which is not data")
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "a.pth", weights_only=False)
     assert (tmp_path / "ran").exists()  # it would have
 
 
 HUGE = 10**11
+
+
 LIES = {
     "size": tensor(size=(2, 4)),
     "huge size": tensor(size=(HUGE, 3)),
@@ -736,7 +400,7 @@ def test_names_without_end_are_refused(tmp_path: Path) -> None:
 def test_views_that_would_be_copied_without_end_are_refused(tmp_path: Path) -> None:
     floats = torch.zeros(10_001)
     save(tmp_path / "a.pth", {str(i): floats[: 10_000 - i] for i in range(50)})
-    refused(read_pickled, tmp_path / "a.pth", match="views of its tensors")
+    refused(read_pickled, tmp_path / "a.pth", match="views of tensors")
 
 
 def test_copies_without_end_are_refused(tmp_path: Path) -> None:
@@ -753,23 +417,24 @@ def test_large_pickles_are_refused(tmp_path: Path) -> None:
     refused(read_pickled, tmp_path / "b.pth", legacy(b"\x80\x02" + text("x" * 2**23) + b"."), "does not end")
 
 
-def patched(content: bytes, at: int, value: bytes) -> bytes:
-    return content[:at] + value + content[at + len(value) :]
-
-
 def test_zip_files_that_two_readers_read_differently_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     save(path, {"w": torch.arange(6.0)})
     ours, real = pth(good()), path.read_bytes()
     assert real[-42:-38] == b"PK\6\7"
-    refused(read_pickled, path, pth(good(), **{"DATA/0": FLOATS}), "differ by case only")
+    refused(read_pickled, path, pth(good(), **{"DATA/0": FLOATS}), "differ only in case")
     refused(read_pickled, path, rezipped(("a/data.pkl", good()), ("b/x", b"")), "expected all in the folder 'a'")
     refused(read_pickled, path, rezipped(("a/data", good())), "no a/data.pkl")
-    refused(read_pickled, path, patched(ours, len(ours) - 2, b"\1\0") + b"x", "ends otherwise")  # a comment
-    refused(read_pickled, path, ours[:30] + ours, "ends otherwise")  # something before it
+    refused(read_pickled, path, patched(ours, len(ours) - 2, b"\1\0") + b"x", "does not end as torch.save")  # a comment
+    refused(read_pickled, path, ours[:30] + ours, "does not end as torch.save")  # something before it
     count = struct.unpack("<H", ours[-12:-10])[0]
     for wrong in (count - 1, count + 1):
-        refused(read_pickled, path, patched(ours, len(ours) - 12, struct.pack("<H", wrong)), "ends otherwise")
+        refused(
+            read_pickled,
+            path,
+            patched(ours, len(ours) - 12, struct.pack("<H", wrong)),
+            "does not end as torch.save",
+        )
     for content in (ours, real):
         for place in (-10, -6):  # offset and length of the list
             for change in (1, 46, -46):
@@ -781,12 +446,12 @@ def test_zip_files_that_two_readers_read_differently_are_refused(tmp_path: Path)
 
 
 def test_folders_are_refused(tmp_path: Path) -> None:
-    """torch takes memory for what says that it is a folder, and puts nothing there: others' data may be in it."""
+    """For a folder, torch allocates memory and leaves it uninitialized: it may hold other data."""
     content = pth(good())
     place = content.rindex(b"PK\1\2") + 38  # the attributes of data/0, the last record
-    refused(read_pickled, tmp_path / "a.pth", patched(content, place, b"\x10"), "a/data/0 says that it is a folder")
+    refused(read_pickled, tmp_path / "a.pth", patched(content, place, b"\x10"), "a/data/0 is a folder")
     inside = tensor(storage(key="1/"))
-    refused(read_pickled, tmp_path / "a.pth", pth(good(inside), **{"data/1/": FLOATS}), "says that it is a folder")
+    refused(read_pickled, tmp_path / "a.pth", pth(good(inside), **{"data/1/": FLOATS}), "is a folder, expected files")
 
 
 def test_compressed_and_damaged_records_are_refused(tmp_path: Path) -> None:
@@ -803,21 +468,21 @@ def test_compressed_and_damaged_records_are_refused(tmp_path: Path) -> None:
 def test_legacy_files_that_lie_are_refused(tmp_path: Path) -> None:
     path, content = tmp_path / "a.pth", good(tensor(OLD))
     length = struct.pack("<q", 6)
-    refused(read_pickled, path, legacy(content, keys=()), "lists other memory")
-    refused(read_pickled, path, legacy(content, keys=("0", "0")), "lists other memory")
+    refused(read_pickled, path, legacy(content, keys=()), "lists memory that its tensors do not use")
+    refused(read_pickled, path, legacy(content, keys=("0", "0")), "lists memory that its tensors do not use")
     refused(read_pickled, path, legacy(content, keys=("0", 1)))
     refused(read_pickled, path, legacy(content, floats=length + FLOATS + b"x"), "expected")
     refused(read_pickled, path, legacy(content, floats=length + FLOATS[:-1]), "expected")
     refused(read_pickled, path, legacy(content, floats=struct.pack("<q", 2**40) + FLOATS))
     refused(read_pickled, path, legacy(content, floats=struct.pack("<q", -6) + FLOATS))
     view = storage(more=b"(" + text("1") + integer(0) + integer(6) + b"t")
-    refused(read_pickled, path, legacy(good(tensor(view))), "describes a storage")
+    refused(read_pickled, path, legacy(good(tensor(view))), "does not describe a storage")
     other = storage(count=3, more=b"N")
     refused(
         read_pickled, path, legacy(good(b"](" + tensor(OLD) + tensor(other, size=(3,), stride=(1,)) + b"e")), "disagree"
     )
     many = b"".join(tensor(storage(key=str(i), count=60, more=b"N")) for i in range(9))
-    refused(read_pickled, path, legacy(good(b"](" + many + b"e")), "ask for more: it is truncated")
+    refused(read_pickled, path, legacy(good(b"](" + many + b"e")), "need more: it is truncated")
 
 
 @pytest.mark.parametrize(
@@ -827,7 +492,7 @@ def test_legacy_files_that_lie_are_refused(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\n", "not a complete file of torch.save"),
         (b"<!DOCTYPE html>", "not a complete file of torch.save"),
         (b"PK\3\4", "BadZipFile"),
-        (pickle.dumps({"a": 1}, 2), "neither zip nor what came before"),
+        (pickle.dumps({"a": 1}, 2), "neither the zip format nor the one before it"),
         (pickle.dumps({"a": 1}, 4), "not a complete file of torch.save"),
         (bytes(257) + b"ustar\x0000" + bytes(248), "a tar file"),
         (b"\x80\x02\x95" + struct.pack("<Q", 2**62), "KeyError"),
@@ -857,7 +522,7 @@ def test_damaged_pth_files_are_refused(tmp_path: Path, new: bool) -> None:
 @NEW_AND_OLD
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_pickles_in_sound_files_are_refused(tmp_path: Path, new: bool) -> None:
-    """As the tests above, but past the checksums: what the two unpicklers make of it."""
+    """As above, but with the right checksums, so that the two unpicklers read it."""
     state = OrderedDict(a=torch.ones(3), b=nn.Parameter(torch.ones(2, 2)), c={"d": [1, 2.5, None, True, "x"]})
     save(tmp_path / "a.pth", {"model": state, "args": argparse.Namespace(x=1)}, new)
     content = (tmp_path / "a.pth").read_bytes()
@@ -869,11 +534,3 @@ def test_damaged_pickles_in_sound_files_are_refused(tmp_path: Path, new: bool) -
     for data in damaged(content, 500, seed=3):
         loaded += survives(read_pickled, tmp_path / "b.pth", pth(data, **records) if new else data)
     assert 0 < loaded < 400
-
-
-def test_a_large_npz_file_is_hashed_to_its_end(tmp_path):
-    """The hash is computed beside the reading, and may end after it."""
-    path = tmp_path / "m.npz"
-    np.savez(path, a=np.ones(6_000_000, dtype=np.float32))
-    for _ in range(3):
-        assert read_npz(path).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()

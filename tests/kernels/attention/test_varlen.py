@@ -1,4 +1,4 @@
-"""The `varlen` attention. Its kernel needs CUDA; what leads to it is tested on any machine."""
+"""The `varlen` attention. Its kernel needs CUDA; the call of it is tested on any machine."""
 
 import pytest
 import torch
