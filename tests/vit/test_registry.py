@@ -186,7 +186,7 @@ def test_maps_and_checkpoints_warn_of_another_function(tmp_path):
     model.set_attention(lambda q, k, v, *, bias=None: v, blocks=[0])
     with pytest.warns(UserWarning, match="attends by another function"):
         vit.attention_maps(model, torch.zeros(1, 3, 32, 32), blocks=[0])
-    with pytest.warns(UserWarning, match="blocks 0: .*has no name .*: set it again"):
+    with pytest.warns(UserWarning, match="blocks 0: .*has no registered name .*: set it again"):
         vit.save_checkpoint(model, tmp_path / "m.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
