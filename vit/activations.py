@@ -42,7 +42,7 @@ def record(model: ViT, images: Tensor, names: str | Iterable[str]) -> Any:
     Args:
         model: the model itself, not a compiled wrapper.
         images: [B, C, H, W], as for `model`.
-        names: names as above, or one of them; "?" for the list of all names.
+        names: names as in the docstring of `vit.activations`, or one of them; "?" for the list of all names.
 
     Returns:
         name -> tensor, in the order of `names`, part of the autograd graph if gradients are enabled. Or the list.
@@ -71,8 +71,8 @@ def patch(model: ViT, changes: Mapping[str, Change | Tensor]) -> Iterator[ViT]:
 
     Args:
         model: the model itself, not a compiled wrapper.
-        changes: name as above -> a function of the tensor that returns the new one, or the new tensor itself, for
-            example one that `record` kept of another image (activation patching, arXiv:2202.05262). If `scores` or
+        changes: a name as for `record` -> a function of the tensor that returns the new one, or the new tensor itself,
+            for example one that `record` kept of another image (activation patching, arXiv:2202.05262). If `scores` or
             `weights` of a block are changed, its heads are computed from them as in `vit.attention.reference`.
 
     Raises:
@@ -227,7 +227,9 @@ def _check_model(model: ViT) -> ViT:
 def _unknown(model: ViT, name: str) -> str:
     nearest = get_close_matches(name, _all_names(model), n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-    hint = "blocks are numbered from 0; " if ".-" in name else hint
+    block = name.split(".")[1] if name.startswith("blocks.") else "0"
+    if not block.isdigit() or int(block) >= len(model.blocks):
+        hint = f"blocks are numbered from 0 to {len(model.blocks) - 1}; "
     return f"unknown activation {name!r}: {hint}vit.record(model, images, '?') lists all names"
 
 

@@ -11,8 +11,8 @@ One line replaces it, in all blocks or in some:
     model.set_attention(fn)
     model.set_attention("mine", blocks=[0, 1])     # after vit.register_attention("mine", fn)
 
-The model passes q, k and v. A bias comes from a function that builds on another one: `sdpa(q, k, v, bias=distances)`.
-A query whose keys all have a bias of -inf has no softmax: `reference` gives NaN there, `sdpa` gives 0.
+The model never passes a bias. A function of your own may compute one and call `sdpa(q, k, v, bias=distances)`. If all
+scores of a query are -inf, its softmax is 0/0: `reference` returns NaN there, `sdpa` returns 0.
 
 A function may take further keywords, which the model then fills in:
 
@@ -40,7 +40,7 @@ AttentionLike = str | AttentionFunction | AttentionFactory  # what `set_attentio
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """Attention as written in Eq. 1 of arXiv:1706.03762. Keeps all T*T weights in memory."""
+    """Eq. 6 and 7 of the ViT paper (Eq. 1 of arXiv:1706.03762), as written. Keeps all T*T weights in memory."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, A, T, T]
     if bias is not None:
         scores = scores + fit_bias(q, k, bias)

@@ -30,11 +30,13 @@ def accept(images: Tensor, config: ViTConfig, like: Tensor, ragged: str) -> Tens
     p, chans = config.patch_size, config.in_chans
     expected = f"expected [B, {chans}, H, W] floating-point images, H and W multiples of {p}"
     if not isinstance(images, Tensor):
-        raise ValueError(f"{expected}; got {type(images).__name__}, not a tensor")
+        raise ValueError(f"{expected}; got {type(images).__name__}, not a tensor: vit.create_transform makes one")
     if images.ndim != 4:
-        raise ValueError(f"{expected}; got {images.ndim} dimensions: {list(images.shape)}")
+        hint = "; for one image use images[None]" if images.ndim == 3 else ""
+        raise ValueError(f"{expected}; got {images.ndim} dimensions: {list(images.shape)}{hint}")
     if images.shape[1] != chans:
-        raise ValueError(f"{expected}; got {images.shape[1]} channels: {list(images.shape)}")
+        hint = "; move the channels with images.permute(0, 3, 1, 2)" if images.shape[3] == chans else ""
+        raise ValueError(f"{expected}; got {images.shape[1]} in place of {chans} channels: {list(images.shape)}{hint}")
     if not images.is_floating_point():
         raise ValueError(f"{expected}; got {images.dtype}: scale and normalise as model.preprocessing says")
     if images.device != like.device:
@@ -42,7 +44,7 @@ def accept(images: Tensor, config: ViTConfig, like: Tensor, ragged: str) -> Tens
     device = images.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)  # there is none for meta tensors
     if images.dtype != like.dtype and (not autocast or images.dtype == torch.float64):  # autocast leaves float64 alone
-        raise ValueError(f"{expected} in the model's {like.dtype}; got {images.dtype}: cast one of them")
+        raise ValueError(f"{expected} in the model's {like.dtype}; got {images.dtype}: use images.to({like.dtype})")
     if 0 in images.shape:
         raise ValueError(f"{expected}; got {'no pixels' if len(images) else 'an empty batch'}: {list(images.shape)}")
     return complete_patches(images, p, ragged)

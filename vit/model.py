@@ -4,8 +4,10 @@ Letters for shapes, here and in the whole project:
 
     B  images           H W  pixels, height first     p    side of a patch
     D  width            h w  grid of patches          N    patch tokens, N = h*w
-    A  heads            d    width of a head, D/A     P    prefix tokens: class token, then registers
-                                                      T    all tokens, T = P + N
+    A  heads            d    width of a head, D/A     P    prefix tokens, above all the class token
+    L  blocks                                         T    all tokens, T = P + N
+
+`packing` carries the grid of patches and, for images of different sizes, their lengths: ignore it on a first reading.
 """
 
 from __future__ import annotations
@@ -29,13 +31,11 @@ from .registry import choose
 
 
 class PatchEmbed(nn.Module):
-    """Cut images into p x p patches and project each to D numbers (Eq. 1, x_p E).
-
-    A convolution whose stride equals its kernel size sees each patch exactly once.
-    """
+    """Cut images into p x p patches and multiply each by one matrix, to D numbers (Eq. 1, x_p E)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
+        # A convolution whose kernel covers one patch and moves by one patch is this product with a matrix.
         self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, stride=config.patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
-        self.attend = Attend(config, block)  # softmax(q k^T / sqrt(d)) v; `ViT.set_attention` replaces it
+        self.attend = Attend(config, block)  # by default `attention.sdpa`; `ViT.set_attention` replaces it
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: Tensor, packing: Packing | None = None) -> Tensor:
@@ -72,12 +72,12 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.mlp_dim, config.embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.fc1(x))  # [B, T, 4D]
+        x = self.act(self.fc1(x))  # [B, T, mlp_dim], 4D by default
         return self.fc2(x)  # [B, T, D]
 
 
 class Residual(nn.Module):
-    """What a branch adds to the residual stream: LayerScale (arXiv:2103.17239), then drop path (arXiv:1603.09382)."""
+    """What attention or MLP, a branch, adds to the tokens, after LayerScale and drop path, both off by default."""
 
     def __init__(self, drop_path_rate: float) -> None:
         super().__init__()
@@ -85,10 +85,11 @@ class Residual(nn.Module):
 
     def forward(self, branch: Tensor, scale: Tensor | None, packing: Packing | None = None) -> Tensor:
         if scale is not None:
-            branch = branch * scale  # [B, T, D]
-        if self.training and self.drop_path_rate > 0.0:
-            keep, images = 1.0 - self.drop_path_rate, len(packing.lengths or branch) if packing else len(branch)
-            mask = branch.new_empty(images).bernoulli_(keep).div_(keep)  # one value per image
+            branch = branch * scale  # [B, T, D], one factor per channel: LayerScale (arXiv:2103.17239)
+        if self.training and self.drop_path_rate > 0.0:  # left out for random images: drop path (arXiv:1603.09382)
+            keep = 1.0 - self.drop_path_rate
+            images = len(packing.lengths) if packing and packing.lengths else len(branch)
+            mask = branch.new_empty(images).bernoulli_(keep).div_(keep)  # [images], 0 or 1 / keep
             branch = branch * (packing.per_token(mask) if packing else mask[:, None, None])  # [B, T, D]
         return branch
 
@@ -157,7 +158,7 @@ class ViT(PackedForward, nn.Module):
         return self.forward_head(self.forward_features(images, ragged))  # [B, num_classes]
 
     def forward_features(self, images: Tensor, ragged: str = "error") -> Tensor:
-        """[B, in_chans, H, W] images -> [B, P + N, D] tokens after the final norm: class token, registers, patches."""
+        """[B, in_chans, H, W] images -> [B, T, D] tokens after the final norm: class token, registers, patches."""
         images = self.accept(images, ragged)  # [B, in_chans, h*p, w*p]
         x = self.embed(images)  # [B, T, D], Eq. 1
         x, _ = self.encode(x, Packing(self.grid_of(images)))  # [B, T, D], Eq. 2 and 3, L times
@@ -168,7 +169,7 @@ class ViT(PackedForward, nn.Module):
         return inputs.accept(images, self.config, like=self.patch_embed.proj.weight, ragged=ragged)
 
     def embed(self, images: Tensor) -> Tensor:
-        """Eq. 1: accepted images -> [B, P + N, D] tokens, positions added."""
+        """Eq. 1: accepted images -> [B, T, D] tokens, positions added."""
         x = self.patch_embed(images) + self.positions(self.grid_of(images))  # [B, N, D]
         prefix: Tensor = self.class_token  # [1, 1, D]
         if self.dist_token is not None:
@@ -177,7 +178,7 @@ class ViT(PackedForward, nn.Module):
             prefix = prefix + self.position_embedding[:, :n]  # [1, n, D]
         if self.register_tokens is not None:
             prefix = torch.cat([prefix, self.register_tokens], dim=1)  # [1, P, D]
-        return torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)  # [B, P + N, D]
+        return torch.cat([prefix.expand(x.shape[0], -1, -1), x], dim=1)  # [B, T, D]
 
     def positions(self, grid: Grid) -> Tensor:
         """[1, N, D], the patches' position embedding, resampled to this grid."""
@@ -187,10 +188,10 @@ class ViT(PackedForward, nn.Module):
     def encode(
         self, x: Tensor, packing: Packing | None = None, keep: Mapping[int, Callable[[Tensor], Any]] | None = None
     ) -> tuple[Tensor, dict[int, Any]]:
-        """Eq. 2 and 3: run the blocks on [B, T, D] tokens. `packing` says how the images lie in them.
+        """Eq. 2 and 3: run the blocks on [B, T, D] tokens.
 
-        `keep` maps block numbers to what is kept of the tokens after each: a function of them, whose results are
-        returned by number; -1 is before the first block. With it, encoding stops after the last of these blocks.
+        `keep` maps a block's number to a function. After that block (-1: before the first) it is called with the
+        tokens, and its result is returned under the same number. Nothing runs beyond the last of these blocks.
         """
         kept = {-1: keep[-1](x)} if keep and -1 in keep else {}
         for i in range(len(self.blocks) if keep is None else max(keep, default=-1) + 1):
@@ -203,7 +204,7 @@ class ViT(PackedForward, nn.Module):
         return x, kept
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """[B, P + N, D] tokens -> [B, num_classes] logits, or with `pre_logits` the features before the head.
+        """[B, T, D] tokens -> [B, num_classes] logits, or with `pre_logits` the features before the head.
 
         Features are [B, D], or [B, 2D] with global_pool "token_avg". With "dist" each of two tokens has a head of its
         own, and logits and features are means over the two, as in timm.
@@ -215,7 +216,7 @@ class ViT(PackedForward, nn.Module):
         return pooled if pre_logits else self.head(pooled)
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """[B, P + N, D] tokens -> [B, D], what the head reads; [B, 2D] for "token_avg"."""
+        """[B, T, D] tokens -> [B, D], what the head reads; [B, 2D] for "token_avg"."""
         class_token, patches = tokens[:, 0], tokens[:, self.config.num_prefix_tokens :]
         if self.config.global_pool == "avg":
             return patches.mean(dim=1)  # [B, D]
@@ -251,7 +252,7 @@ class ViT(PackedForward, nn.Module):
         return pairs if return_prefix_tokens else [patches for patches, _ in pairs]
 
     def split(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """[B, P + N, D] tokens -> patch tokens as a map [B, D, h, w], prefix tokens [B, P, D]."""
+        """[B, T, D] tokens -> patch tokens as a map [B, D, h, w], prefix tokens [B, P, D]."""
         prefix, patches = tokens.tensor_split([self.config.num_prefix_tokens], dim=1)
         return patches.transpose(1, 2).reshape(tokens.shape[0], -1, *grid), prefix
 
@@ -279,8 +280,7 @@ class ViT(PackedForward, nn.Module):
             check: raise an error if q, k, v or the result is not finite, naming the block. Slow; for debugging.
             options: passed to the function at every call, or to the factory.
 
-        Raises:
-            ValueError: an unknown name, block or option, or another signature. Nothing is changed then.
+        An unknown name, block or option, or another signature raises a ValueError, and nothing is changed.
         """
         choice = choose(name_or_fn, options)
         slots = [self.attends[i] for i in self.block_numbers(blocks)]

@@ -162,19 +162,21 @@ def _check_signature(fn: object, name: str, options: Mapping[str, Any] | None = 
         raise ValueError(f"attention {name!r}: set_attention itself takes {', '.join(taken)}; rename the option")
     if inspect.isclass(fn) and not factory:
         raise ValueError(f"attention {name!r} is a class: its first two parameters must be named config and block")
-    bind = parameters and inspect.signature(fn).bind  # a builtin may have no signature
-    if bind and options is None:
-        bind = inspect.signature(fn).bind_partial  # an option may be required
+    if not parameters:  # a builtin without a signature
+        return filled_in
+    signature = inspect.signature(fn)
+    known = [parameter for parameter in parameters if parameter not in (*_RESERVED, "bias", "self")]
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    for option in options or {}:
+        if option not in known and not takes_any:
+            raise ValueError(f"attention {name!r} has no option {option!r}; its options: {', '.join(known) or 'none'}")
+    bind = signature.bind_partial if options is None else signature.bind  # registering leaves options open
     arguments = {} if factory else {"bias": None, **dict.fromkeys(filled_in)}
     try:
-        if bind:
-            bind(*(("config", "block") if factory else "qkv"), **{**arguments, **(options or {})})
+        bind(*(("config", "block") if factory else "qkv"), **{**arguments, **(options or {})})
     except TypeError as error:
-        how = "fn(config, block)" if factory else "fn(q, k, v, *, bias=None), or a factory as fn(config, block)"
-        also = f" with options {', '.join(options)}" if options else ""
-        known = [p for p in parameters if p not in (*_RESERVED, "bias", "self")]
-        hint = f"; its options: {', '.join(known)}" if known else ""
-        raise ValueError(f"attention {name!r} must be callable as {how}{also}: {error}{hint}") from None
+        expected = "(config, block)" if factory else "(q, k, v, *, bias=None) or, for a factory, (config, block)"
+        raise ValueError(f"attention {name!r} has the signature {signature}, expected {expected}: {error}") from None
     return filled_in
 
 

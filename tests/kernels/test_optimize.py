@@ -355,7 +355,7 @@ def test_what_an_optimized_model_refuses(tmp_path: Path) -> None:
         (lambda: fast.load_state_dict({}), "keeps its weights: load others into the original model"),
         (lambda: fast.reset_classifier(5), "keeps its classifier"),
         (lambda: vit.save_checkpoint(fast, tmp_path / "a.safetensors"), r"vit\.kernels\.save"),
-        (lambda: fast(x.double()), "float64: cast one of them"),
+        (lambda: fast(x.double()), "float64: use images.to"),
         (lambda: fast(images(1, 3, 60, 64)), "multiples of 16|whole patches|nearest"),
     ]:
         with pytest.raises(ValueError, match=text):

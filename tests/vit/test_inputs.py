@@ -30,8 +30,8 @@ def small() -> vit.ViT:
 BAD_IMAGES = {
     "3 dimensions": (lambda: images(3, 32, 32), r"\[B, 3, H, W\].*got 3 dimensions: \[3, 32, 32\]"),
     "5 dimensions": (lambda: images(1, 1, 3, 32, 32), "got 5 dimensions"),
-    "channels last": (lambda: images(2, 32, 32, 3), r"got 32 channels: \[2, 32, 32, 3\]"),
-    "one channel": (lambda: images(2, 1, 32, 32), "got 1 channels"),
+    "channels last": (lambda: images(2, 32, 32, 3), r"32 in place of 3 channels: \[2, 32, 32, 3\]; move the channels"),
+    "one channel": (lambda: images(2, 1, 32, 32), "got 1 in place of 3 channels"),
     "integers": (lambda: torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "got torch.uint8: scale and normalise"),
     "empty batch": (lambda: images(0, 3, 32, 32), r"empty batch: \[0, 3, 32, 32\]"),
     "ragged height": (lambda: images(1, 3, 30, 32), "got 30 x 32, the nearest size that works is 32 x 32"),

@@ -379,7 +379,7 @@ REFUSED = {
     "a list in it": (lambda: [ONE, ONE, ONE.tolist()], "image 2 of the list: .* got list"),
     "two dtypes": (lambda: [ONE, ONE, ONE.double()], "dtype: image 0 has torch.float32, image 2 torch.float64"),
     "two devices": (lambda: [ONE, ONE.to("meta")], "device: image 0 has cpu, image 1 meta"),
-    "four channels": (lambda: [ONE, images(1, 4, 20, 28)[0]], "image 1 of the list: .* got 4 channels"),
+    "four channels": (lambda: [ONE, images(1, 4, 20, 28)[0]], "image 1 of the list: .* got 4 in place of 3 channels"),
     "integers": (lambda: [ONE.byte()], "image 0 of the list: .* got torch.uint8"),
     "another dtype": (lambda: [ONE.double()], "image 0 of the list: .* got torch.float64: cast"),
     "ragged": (lambda: [ONE, ONE, ONE[:, :17]], "image 2 of the list: .* got 17 x 28, .* 16 x 28"),

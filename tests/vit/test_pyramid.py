@@ -136,7 +136,7 @@ def test_refusals():
     for wrong in (0, -1, 2.5, True, None):
         with pytest.raises(ValueError, match=f"out_channels must be a whole number of at least 1, not {wrong}"):
             vit.FeaturePyramid(vit.ViT(TINY), out_channels=wrong)
-    for x, message in ((images(1, 1, 64, 64), "got 1 channels"), (images(1, 3, 63, 64), "nearest size .* 64 x 64")):
+    for x, message in ((images(1, 1, 64, 64), "1 in place of 3"), (images(1, 3, 63, 64), "nearest size .* 64 x 64")):
         with pytest.raises(ValueError, match=message):
             make(TINY)(x)
     with pytest.raises(ValueError, match="unknown policy for ragged sides 'padd'. Did you mean 'pad'"):

@@ -24,7 +24,7 @@ def test_attention_refusals(tiny):
     with pytest.raises(ValueError, match="block 3 is out of range"):
         tiny.set_attention("reference", blocks=[0, 3])
     assert all(attend.fn is vit.attention.sdpa for attend in tiny.attends)  # nothing was changed
-    with pytest.raises(ValueError, match=r"must be callable as fn\(q, k, v, \*, bias=None\)"):
+    with pytest.raises(ValueError, match=r"expected \(q, k, v, \*, bias=None\)"):
         tiny.set_attention(lambda q, k: q)
     with pytest.raises(ValueError, match="is registered already"):
         vit.register_attention("sdpa", lambda q, k, v, *, bias=None: v)
@@ -57,17 +57,21 @@ def checked(q, k, v, *, bias=None, check=False):
 @pytest.mark.parametrize(
     ("fn", "options", "message"),
     [
-        (sharp, {"powr": 1.0}, r"'sharp' must be callable as .* with options powr: .*powr"),
-        ("sdpa", {"window": 3}, "'sdpa' must be callable as .* with options window"),
-        (widened, {}, "'widened' must be callable as .*power"),
+        (sharp, {"powr": 1.0}, "'sharp' has no option 'powr'; its options: power"),
+        ("sdpa", {"window": 3}, "'sdpa' has no option 'window'; its options: none"),
+        (widened, {}, "'widened' has the signature .*power"),
         (sharp, {"block": 1}, "'sharp': the model itself passes block; rename the option"),
-        (Scaled, {"strat": 1.0}, r"'Scaled' must be callable as fn\(config, block\) with options strat"),
+        (Scaled, {"strat": 1.0}, "'Scaled' has no option 'strat'; its options: start"),
         (Scaled(TINY, 0), {}, "is a module: pass its class or a factory"),
         (lambda config, block: 5, {}, "block 0: factory '<lambda>' returned int, expected an nn.Module"),
-        (lambda config, block: nn.Linear(2, 2), {}, r"must be callable as fn\(q, k, v"),
+        (lambda config, block: nn.Linear(2, 2), {}, r"has the signature .*, expected \(q, k, v"),
         (checked, {"check": True}, "'checked': set_attention itself takes check; rename the option"),
         (nn.Identity, {}, "'Identity' is a class: its first two parameters must be named config and block"),
-        (lambda c, i: Scaled(c, i), {}, r"must be callable as fn\(q, k, v, .*or a factory as fn\(config, block\)"),
+        (
+            lambda c, i: Scaled(c, i),
+            {},
+            r"signature \(c, i\), expected \(q, k, v, .* or, for a factory, \(config, block\)",
+        ),
     ],
 )
 def test_what_cannot_be_called_as_attention_is_refused(tiny, fn, options, message):
@@ -144,7 +148,7 @@ def test_names(registered):
     assert get_attention("mine") is sharp
     with pytest.raises(ValueError, match="'mine' is registered already; pass overwrite=True"):
         vit.register_attention("mine", sharp)
-    with pytest.raises(ValueError, match="'mine2' must be callable as"):
+    with pytest.raises(ValueError, match="'mine2' has the signature"):
         vit.register_attention("mine2", lambda q: q)
     with pytest.raises(ValueError, match="unknown attention 'mime'. Did you mean 'mine'"):
         get_attention("mime")

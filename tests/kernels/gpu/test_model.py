@@ -178,7 +178,7 @@ def test_models_that_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             "whose mlp_dim is a multiple of 8, not 180",
         ),
         (lambda: vit.kernels.optimize(model(), "float8"), "unknown dtype 'float8'"),
-        (lambda: fast(x.double()), "float64: cast one of them"),
+        (lambda: fast(x.double()), "float64: use images.to"),
         (lambda: fast(x.requires_grad_()), "no gradients"),
         (lambda: fast(images(3, 64, 64)), "3 dimensions"),
         (lambda: fast.to("meta"), "cannot be moved"),
