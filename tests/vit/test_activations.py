@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import warnings
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from vit.attention import sdpa
 
 TINY = vit.ViTConfig(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=2, num_classes=7, init_values=0.5)
 X = images(2, 3, 24, 40)
+PARTS = ["q", "k", "v", "scores", "weights", "heads", "out"]
 
 
 @pytest.fixture
@@ -91,7 +93,7 @@ def test_later_activations_have_gradients_of_recorded_ones(tiny, part):
     assert gradient.abs().sum() > 0
 
 
-@pytest.mark.parametrize("part", ["q", "k", "v", "scores", "weights", "heads", "out"])
+@pytest.mark.parametrize("part", PARTS)
 def test_a_patch_equals_the_same_change_by_hand(tiny, part):
     """A patch gives what the same change by hand gives, and leaving it restores every bit."""
     name = f"blocks.2.attention.{part}"
@@ -111,6 +113,37 @@ def test_a_patch_equals_the_same_change_by_hand(tiny, part):
     assert torch.equal(tiny(X), plain)
     assert [attend.fn for attend in tiny.attends] == [sdpa] * 3
     assert not [module for module in tiny.modules() if module._forward_hooks or module._forward_pre_hooks]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_what_is_recorded_inside_a_patch_is_what_the_patched_model_computes(tiny, part):
+    """Each part follows from the recorded parts before it, except the one that is patched."""
+    with vit.patch(tiny, {f"blocks.1.attention.{part}": lambda x: x * 0.5 + 0.1}):
+        found = vit.record(tiny, X, [f"blocks.1.attention.{one}" for one in PARTS])
+        assert torch.equal(vit.record(tiny, X, "head")["head"], tiny(X))
+    q, k, v, scores, weights, heads, _ = found.values()
+    expected = {
+        "scores": q @ k.mT / math.sqrt(32), "weights": scores.softmax(dim=-1), "heads": weights @ v,
+        "out": tiny.blocks[1].attention.proj(heads.transpose(1, 2).flatten(2)),
+    }  # fmt: skip
+    for name, value in expected.items():
+        difference_of = difference(found[f"blocks.1.attention.{name}"], value)
+        assert difference_of <= FLOAT32 if name != part else difference_of > 1e-2, name
+
+
+PAIRS = [pair for pair in permutations(PARTS, 2) if set(pair) != {"scores", "weights"}]  # which are refused
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS)
+def test_nested_patches_equal_one_patch(tiny, one, other):
+    names = [f"blocks.1.attention.{part}" for part in (one, other)]
+    with vit.patch(tiny, dict.fromkeys(names, lambda x: x * 0.5 + 0.1)):
+        together = tiny(X)
+    with vit.patch(tiny, {names[0]: lambda x: x * 0.5 + 0.1}):
+        first = tiny(X)
+        with vit.patch(tiny, {names[1]: lambda x: x * 0.5 + 0.1}):
+            assert torch.equal(tiny(X), together)
+        assert torch.equal(tiny(X), first) and difference(first, together) > 1e-3
 
 
 def test_several_changes_and_nested_ones(tiny):

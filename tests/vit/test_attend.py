@@ -176,6 +176,33 @@ def test_a_module_goes_where_the_model_is(tiny):
     assert tiny(images(1, 3, 32, 32).bfloat16()).dtype == torch.bfloat16
 
 
+class Everything(nn.Module):
+    """A module that takes all that the model fills in, and checks it."""
+
+    def __init__(self, config: vit.ViTConfig, block: int) -> None:
+        super().__init__()
+        self.shift, self.block = nn.Parameter(torch.zeros(config.num_heads, 1, 1)), block
+
+    def forward(self, q, k, v, *, bias=None, grid, lengths, prefix, block):
+        assert block == self.block
+        grids = [grid] if lengths is None else grid
+        sizes = [prefix + h * w for h, w in grids]
+        assert sum(sizes) == q.shape[2] and lengths in (None, sizes)
+        return torch.cat([sdpa(*one) for one in zip(*(x.split(sizes, dim=2) for x in (q + self.shift, k, v)))], dim=2)
+
+
+def test_a_factory_may_take_all_that_the_model_fills_in(tiny):
+    x, listed = images(2, 3, 24, 40), [images(3, 8, 12), images(3, 16, 4), images(3, 4, 4)]
+    expected, packed = tiny(x), tiny.forward_packed(listed)
+    tiny.set_attention(Everything)
+    for model in (tiny, copy.deepcopy(tiny), pickle.loads(pickle.dumps(tiny))):
+        assert difference(model(x), expected) <= FLOAT32
+        assert difference(model.forward_packed(listed, budget=20), packed) <= FLOAT32
+    slot = copy.deepcopy(tiny.attends[1])  # a part alone
+    q, k, v = images(3, 1, 2, 9, 32)
+    assert torch.equal(slot(q, k, v, Packing((2, 3))), tiny.attends[1](q, k, v, Packing((2, 3))))
+
+
 def test_dropping_weights_warns(tiny):
     tiny.set_attention(Scaled, [1])
     with pytest.warns(UserWarning, match="blocks 1: the weights of their attention are dropped"):
