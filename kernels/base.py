@@ -27,7 +27,7 @@ class OptimizedViT(ViT):
     """A model for inference that `vit.kernels.optimize` made.
 
     It is called as `ViT` is, with any batch and any size. It refuses gradients, training, other devices and other
-    dtypes.
+    dtypes. LayerScale is a part of its weights, so that `vit.record` gives `attention.out` and `mlp` after it.
     """
 
     optimized: str  # the name of the dtype it computes in, as `optimize` takes it
@@ -51,12 +51,12 @@ class OptimizedViT(ViT):
     def tokens_read(self) -> int | None:
         """How many of the first tokens `forward` computes in the last block, if no hooks are registered; None: all."""
 
-    def read(self, images: Tensor) -> Tensor:
-        """Accepted images -> [B, n, D], the first n = `tokens_read()` tokens after the final norm, or all."""
-        x, packing, n = self.embed(images), Packing(self.grid_of(images)), self.tokens_read()
+    def read(self, images: Tensor, n: int | None) -> Tensor:
+        """Accepted images -> [B, n, D], the first n tokens after the final norm; None: all."""
+        x, packing = self.embed(images), Packing(self.grid_of(images))
         if n is None:
             x, _ = self.encode(x, packing)  # [B, T, D]
-        else:  # of the last block, for which all other tokens are keys and values only
+        else:  # in the last block all other tokens are keys and values only
             before, last = len(self.blocks) - 2, cast(Any, self.blocks[-1])
             _, kept = self.encode(x, packing, {before: partial(last.first, n=n)})
             x = kept[before]  # [B, n, D]

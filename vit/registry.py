@@ -165,7 +165,7 @@ def _check_signature(fn: object, name: str, options: Mapping[str, Any] | None = 
     if not parameters:  # a builtin without a signature
         return filled_in
     signature = inspect.signature(fn)
-    known = [parameter for parameter in parameters if parameter not in (*_RESERVED, "bias", "self")]
+    known = [parameter for parameter in parameters if parameter not in (*_RESERVED, "self")]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     for option in options or {}:
         if option not in known and not takes_any:

@@ -53,13 +53,13 @@ class CPUViT(OptimizedViT):
         if is_watched(self):
             return super().forward(images, ragged)
         parts = self._parts(self.accept(images, ragged))
-        return torch.cat([self.forward_head(self.read(part)) for part in parts])
+        return torch.cat([self.forward_head(self.read(part, self.tokens_read())) for part in parts])
 
     def forward_features(self, images: Tensor, ragged: str = "error") -> Tensor:
         """As `ViT.forward_features`."""
         if is_watched(self):
             return super().forward_features(images, ragged)
-        parts = [super(CPUViT, self).forward_features(part) for part in self._parts(self.accept(images, ragged))]
+        parts = [self.read(part, None) for part in self._parts(self.accept(images, ragged))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _parts(self, images: Tensor) -> tuple[Tensor, ...]:

@@ -71,7 +71,7 @@ class CUDAViT(OptimizedViT):
 
     def _logits(self, images: Tensor) -> Tensor:
         """Accepted images -> [B, num_classes] logits."""
-        return self.forward_head(self.read(images))  # [B, num_classes]
+        return self.forward_head(self.read(images, self.tokens_read()))  # [B, num_classes]
 
     def tokens_read(self) -> int | None:
         """As `OptimizedViT.tokens_read`."""

@@ -57,8 +57,8 @@ def checked(q, k, v, *, bias=None, check=False):
 @pytest.mark.parametrize(
     ("fn", "options", "message"),
     [
-        (sharp, {"powr": 1.0}, "'sharp' has no option 'powr'; its options: power"),
-        ("sdpa", {"window": 3}, "'sdpa' has no option 'window'; its options: none"),
+        (sharp, {"powr": 1.0}, "'sharp' has no option 'powr'; its options: bias, power"),
+        ("sdpa", {"window": 3}, "'sdpa' has no option 'window'; its options: bias"),
         (widened, {}, "'widened' has the signature .*power"),
         (sharp, {"block": 1}, "'sharp': the model itself passes block; rename the option"),
         (Scaled, {"strat": 1.0}, "'Scaled' has no option 'strat'; its options: start"),
@@ -102,10 +102,10 @@ def refuses_training(config, block):
     ("fn", "settings", "message"),
     [
         ("sdpaa", {}, "unknown attention"),
-        ("reference", {"window": 7}, "options window"),
+        ("reference", {"window": 7}, "no option 'window'"),
         ("reference", {"blocks": [0, 3]}, "block 3 is out of range"),
         ("reference", {"blocks": []}, "at least one number"),
-        (lambda config, block: nn.Linear(2, 2) if block else Scaled(config, block), {}, "'<lambda>' must be callable"),
+        (lambda config, block: nn.Linear(2, 2) if block else Scaled(config, block), {}, "'<lambda>' has the signature"),
         (lambda config, block: None if block == 2 else Scaled(config, block), {}, "block 2: factory"),
         (refuses_training, {}, "cannot be trained"),
     ],

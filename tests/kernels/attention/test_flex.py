@@ -66,7 +66,7 @@ def test_flex_through_the_seam_with_options():
     far = torch.stack([(i[:, None] - i).abs() > 2 + head for head in range(2)])
     model.set_attention("sdpa", [1], bias=torch.zeros(1, 2, 61, 61, device=DEVICE).masked_fill(far, float("-inf")))
     assert difference(found, model(x)) <= FLOAT32
-    with pytest.raises(ValueError, match="'flex' has no option 'mask'; its options: score_mod, mask_mod"):
+    with pytest.raises(ValueError, match="'flex' has no option 'mask'; its options: bias, score_mod, mask_mod"):
         model.set_attention("flex", mask=near)
 
 
