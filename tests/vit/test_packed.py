@@ -381,7 +381,7 @@ REFUSED = {
     "two devices": (lambda: [ONE, ONE.to("meta")], "device: image 0 has cpu, image 1 meta"),
     "four channels": (lambda: [ONE, images(1, 4, 20, 28)[0]], "image 1 of the list: .* got 4 in place of 3 channels"),
     "integers": (lambda: [ONE.byte()], "image 0 of the list: .* got torch.uint8"),
-    "another dtype": (lambda: [ONE.double()], "image 0 of the list: .* got torch.float64: cast"),
+    "another dtype": (lambda: [ONE.double()], "image 0 of the list: .* got torch.float64: use"),
     "ragged": (lambda: [ONE, ONE, ONE[:, :17]], "image 2 of the list: .* got 17 x 28, .* 16 x 28"),
     "no pixels": (lambda: [ONE, ONE[:, :0]], "image 1 of the list: .* got no pixels"),
     "a strip": (lambda: [images(1, 3, 1, 10000)[0]], "image 0 of the list: .* got 1 x 10000"),
