@@ -126,7 +126,7 @@ def _clamped(positions: Tensor, old: int) -> Tensor:
 
     PyTorch's coefficient without antialiasing is -3/4.
     """
-    taps = positions.floor()[:, None] + _count(4, positions.device) - 1  # [new, 4], the four old samples around each
+    taps = positions.floor()[:, None] + _count(4, positions.device) - 1  # [new, 4], old samples around each position
     weights = cubic((positions[:, None] - taps).abs(), a=-0.75)  # [new, 4]
     hits = taps.clamp(0, old - 1)[:, :, None] == _count(old, positions.device)  # [new, 4, old], one in each row
     return (weights[:, :, None] * hits).sum(dim=1)  # [new, old]
