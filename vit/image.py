@@ -129,7 +129,7 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
         )
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)  # [H, W] in 0..65535, in this machine's byte order
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))  # 257 is odd, so nothing lies halfway
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))  # to the nearest; no ties: 257 is odd
     if image.mode == mode:
         return image
     if "transparency" in image.info:  # the conversion drops it anyway, for some palettes with a warning
@@ -282,8 +282,8 @@ def create_transform(
             transform, bit for bit, on the upright image in the model's channels.
         "squash": resize to size, ignoring the image's proportions, and cut nothing off: Google's own evaluation, with
             Pillow's antialiased filter.
-        "native": keep the proportions and the whole image, each side rounded to the nearest multiple of the patch,
-            halves upwards.
+        "native": keep the proportions and the whole image, each side rounded to the nearest multiple of the patch
+            (exact halves are rounded up).
 
     Args:
         model: its `preprocessing` has size, mean, std, interpolation and crop_pct; its `config` the channels and patch.
@@ -291,8 +291,8 @@ def create_transform(
             number: the short side is resized to the nearest multiple of the patch; None keeps the image's own size.
         crop_pct: in (0, 1], "crop" only; None for the model's own.
         mode: one of MODES; None for the model's own, "crop" for most.
-        max_tokens: images that would make more patches are refused, since attention costs their square. None for no
-            limit.
+        max_tokens: images that would make more patches are refused, since the cost of attention grows with the square
+            of the number of patches. None for no limit.
 
     Raises:
         ValueError: an unknown mode, a size or crop_pct that the mode cannot use, or a model whose channels are not 1

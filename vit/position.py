@@ -4,9 +4,9 @@ Nothing is cached and the original is never overwritten, so 224 -> 384 -> 224 is
 one size trains the embedding stored at another. Grids are compared, never token counts: 7x28 and 14x14 patches have
 the same count.
 
-Resampling is linear and separable: new = R E C^T, with one small matrix of weights for the rows of the grid and one
-for its columns. A rule defines these weights. `torch.nn.functional.interpolate` gives the same numbers but cannot be
-trained through `torch.compile` at changing sizes; matrix products can.
+Resampling multiplies from both sides: for each channel, new = R G C^T, where G is the stored h x w grid, R [h', h]
+mixes its rows and C [w', w] its columns. A rule defines these matrices. `torch.nn.functional.interpolate` gives the
+same numbers but cannot be trained through `torch.compile` at changing sizes; matrix products can.
 """
 
 from collections.abc import Callable
@@ -118,7 +118,7 @@ def _count(n: int, device: torch.device) -> Tensor:
 def _aligned(old: int, new: int, device: torch.device) -> Tensor:
     """[new] positions in old samples, from the first to the last; a single one is at the first."""
     last = torch.full((), new - 1, device=device, dtype=torch.float32).clamp(min=1)
-    return _count(new, device) * (old - 1) / last  # dividing last: multiples of a rounded step could leave the grid
+    return _count(new, device) * (old - 1) / last  # divide last: i * (rounded step) could end just beyond the border
 
 
 def _clamped(positions: Tensor, old: int) -> Tensor:
@@ -126,7 +126,7 @@ def _clamped(positions: Tensor, old: int) -> Tensor:
 
     PyTorch's coefficient without antialiasing is -3/4.
     """
-    taps = positions.floor()[:, None] + _count(4, positions.device) - 1  # [new, 4]
+    taps = positions.floor()[:, None] + _count(4, positions.device) - 1  # [new, 4], old samples around each position
     weights = cubic((positions[:, None] - taps).abs(), a=-0.75)  # [new, 4]
     hits = taps.clamp(0, old - 1)[:, :, None] == _count(old, positions.device)  # [new, 4, old], one in each row
     return (weights[:, :, None] * hits).sum(dim=1)  # [new, old]
