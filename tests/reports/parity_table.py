@@ -1,10 +1,10 @@
-"""Print the README's parity table: our error and timm's own, per size, dtype and attention.
+"""Print the README's parity table: our difference from timm and timm's from itself, per size, dtype and attention.
 
     python tests/reports/parity_table.py
 
-The same random, non-trivial weights in both; about a minute on two cores. float32 rows: max|ours - timm| over
-max|timm|, on logits and on tokens; beside it timm against itself, fused attention against unfused. Half-precision
-rows: root mean square of the difference from timm's float32 logits, over theirs, ours beside timm's own.
+The same random, non-trivial weights in both; about a minute on two cores. float32 rows: max|ours - timm| divided by
+max|timm|, of logits and tokens; for scale, timm's fused attention against its unfused one. Half-precision rows: root
+mean square of the difference from timm's float32 logits, divided by theirs, for our model and for timm's.
 """
 
 import sys
@@ -62,7 +62,7 @@ def rows(sizes: tuple = SIZES, batch: int = 2) -> Iterator[tuple[str, str, str, 
 
 def main() -> None:
     """The table, in Markdown."""
-    print("| size | dtype | attention | our error | timm's own | bar |")
+    print("| size | dtype | attention | our difference | timm against itself | allowed |")
     print("|---|---|---|---|---|---|")
     for size, dtype, attention, ours, peer, bar in rows():
         print(f"| {size} | {dtype} | {attention} | {ours:.1e} | {peer:.1e} | {bar:.1e} |", flush=True)
