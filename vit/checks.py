@@ -13,7 +13,7 @@ import torch
 def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     """The error text for an unknown `name` of some `kind`: the nearest known name, then all of them."""
     known = list(known)
-    nearest = get_close_matches(str(name), known, n=1, cutoff=0.5)
+    nearest = get_close_matches(str(name), known, n=1)
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return f"unknown {kind} {name!r}.{hint} Known: {', '.join(known) or 'none'}."
 

@@ -139,11 +139,11 @@ def load(
         state = checkpoint.tensors | {name: NotATensor(kind) for name, kind in checkpoint.others.items()}
         ours = _remember(to_ours(state, layout, claims, prefix), about)
         attributes = _attributes(found, about, ours, categories)
-        if "size" in settings:
-            settings["size"] = whole_patches(settings["size"], ours.config.patch_size)
-        attributes = replace(attributes, preprocessing=replace(attributes.preprocessing, **settings))
     except ValueError as error:
         raise CheckpointError(f"{found.weights}: {error}") from None
+    if "size" in settings:  # the caller's values, so errors in them do not name the file
+        settings["size"] = whole_patches(settings["size"], ours.config.patch_size)
+    attributes = replace(attributes, preprocessing=replace(attributes.preprocessing, **settings))
     return Loaded(found, checkpoint, about, ours, attributes)
 
 

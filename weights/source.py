@@ -54,7 +54,8 @@ def find(source: str | Path, revision: str | None = None) -> Source:
             raise FileNotFoundError(f"{name} does not exist")
         if len(path.parts) > 1:
             raise FileNotFoundError(f"{name} does not exist (a repository on the Hub is written hf-hub:{name})")
-        raise ValueError(unknown("model", name, list_models(pretrained=True)))
+        names = unknown("model", name, list_models(pretrained=True))
+        raise ValueError(f"{names} There is no file or folder named {name!r} either.")
     repo, asked = parsed
     if revision is not None and asked is not None:
         raise ValueError(f"{name} already contains a revision, so revision={revision!r} cannot be used with it")

@@ -23,7 +23,7 @@ def test_attention_draws_the_photograph_and_each_head(tmp_path, options, capsys)
     model = vit.load_pretrained(DIGITS)
     size = {0: {"mode": "native"}, 4: {"size": (48, 24)}, 2: {"size": 64}}[len(options)]
     H, W = create_transform(model, **size)(photo).shape[1:]
-    assert f"{H // 4} x {W // 4} patches, block {-1 if len(options) < 4 else 0}, 3 heads" in capsys.readouterr().out
+    assert f"{H // 4} x {W // 4} patches, block {5 if len(options) < 4 else 0}, 3 heads" in capsys.readouterr().out
     stretch = 420 / max(H, W)
     width, height = round(W * stretch), round(H * stretch)  # each picture's, 8 pixels apart: 5 of them, 4 in a row
     cell = max(width, attention.NARROWEST)

@@ -13,6 +13,8 @@ def test_convert_there_and_back(tmp_path, call, run):
     assert (
         result.returncode == 0 and "vit -> timm" in result.stdout and "every tensor equal bit for bit" in result.stdout
     )
+    third = call("convert", tmp_path / "ours.safetensors", tmp_path / "hf", "--to", "transformers")
+    assert "\nnot stored  position_rule: readers will assume transformers\n" in third.stdout
     original = vit.load_pretrained(DIGITS)
     back = vit.load_pretrained(tmp_path / "theirs")
     assert all(torch.equal(a, b) for a, b in zip(original.parameters(), back.parameters()))

@@ -16,6 +16,7 @@ def test_demo(tmp_path, run):
     accuracy = {size: float(value) for size, value in rows}
     assert set(accuracy) == {"32x32", "48x48", "32x48"}
     assert accuracy["32x32"] >= 98 and min(accuracy.values()) >= 97
+    assert "largest difference of a logit from `reference`, divided by the largest logit" in result.stdout
     assert float(re.search(r"^sdpa +([\d.e-]+)$", result.stdout, re.M).group(1)) <= 1e-5
     picture = Image.open(tmp_path / "new" / "demo.png")
     assert picture.width > 800 and len(picture.getcolors(1 << 20)) > 100

@@ -88,7 +88,11 @@ def test_unreadable_images_are_reported_once_and_left_out(tmp_path, rows, place)
     (tmp_path / "3" / "cut.png").write_bytes((tmp_path / "3" / "002.png").read_bytes()[:60])
     code, found, errors = rows(tmp_path, "--model", DIGITS, "--img-size", "32,48", "--mode", "squash", "-b", 4)
     assert code == 1 and len(errors) == 3
-    assert "000.png" in errors[0] and "cut.png" in errors[1] and errors[2] == "vit evaluate: 2 of 32 could not be used"
+    assert (
+        "000.png" in errors[0]
+        and "cut.png" in errors[1]
+        and errors[2] == "vit evaluate: 2 of 32 images could not be used"
+    )
     for before, row in zip(clean, found):
         assert (row["images"], row["unreadable"], row["right"]) == (30, 2, before["right"])
     for path in tmp_path.rglob("*.png"):

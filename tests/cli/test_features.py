@@ -62,7 +62,7 @@ def expected(path: str, kind: str, **sizing) -> torch.Tensor:
 def test_equals_the_library(tmp_path, folder, capsys, kind, options, sizing):
     assert features(folder, tmp_path / "a.safetensors", "--kind", kind, *options) == 1  # one file is not an image
     out, err = capsys.readouterr()
-    assert "11 images in 1 file" in out and "1 of 12 could not be used" in err and "05b.png" in err
+    assert "11 images in 1 file" in out and "1 of 12 images could not be used" in err and "05b.png" in err
     tensors, about = load_file(tmp_path / "a.safetensors"), metadata(tmp_path / "a.safetensors")
     paths = json.loads(about["paths"])
     assert [Path(path).name for path in paths] == [f"{i:02}.png" for i in range(11)]

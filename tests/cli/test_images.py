@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import vit
-from vit.cli.images import batches, decode, find_images
+from vit.cli.images import batches, counted, decode, find_images
 from vit.image import ImageError, create_transform
 
 DIGITS = "vit_digits_patch4_32"
@@ -53,3 +53,7 @@ def test_decoding_stays_a_bounded_way_ahead(digit_files):
     assert first[1].shape == (3, 32, 32) and 1 <= len(decoded) <= 8 * 8 + 9
     stream.close()
     assert len(decoded) < 200
+
+
+def test_counts_have_the_number_of_their_noun():
+    assert [counted(n, "image") for n in (0, 1, 2)] == ["0 images", "1 image", "2 images"]

@@ -1,6 +1,6 @@
 """Values of options: what they become, and what is refused."""
 
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 
 import pytest
 
@@ -29,3 +29,15 @@ def test_lists_have_no_repetitions():
 def test_refused_values(parse, text, message):
     with pytest.raises(ArgumentTypeError, match=message):
         parse(text)
+
+
+@pytest.mark.parametrize("default", [None, "native"])
+def test_the_help_on_sizes_names_the_default_of_each(default):
+    parser = ArgumentParser()
+    options.add_size(parser, default)
+    text = " ".join(parser.format_help().split())
+    assert f"default: {default or 'the size the model was trained at'}" in text
+    assert "default: native if SIZE is native, else the model's own" in text
+    assert options.sizing(parser.parse_args(["--img-size", "native"]))["mode"] == "native"
+    assert options.sizing(parser.parse_args(["--img-size", "64"]))["mode"] is None  # the model's own
+    assert "the cost of attention grows with the square of their number" in text

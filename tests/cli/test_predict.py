@@ -104,7 +104,7 @@ def test_predict_reports_and_skips_what_it_cannot_read(tmp_path, digit_files, ru
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert sum("predictions" in line for line in lines) == 3 and sum("error" in line for line in lines) == 4
     errors = result.stderr.splitlines()
-    assert len(errors) == 5 and errors[-1] == "vit predict: 4 of 7 could not be used"
+    assert len(errors) == 5 and errors[-1] == "vit predict: 4 of 7 images could not be used"
     for name in ("empty.png", "cut.png", "float.tiff", "gone.png"):
         assert sum(name in line for line in errors) == 1
     assert "Traceback" not in result.stderr

@@ -112,6 +112,9 @@ def test_arguments_of_other_kinds(timm_file):
         "dtype must be a floating dtype .* not 'fp16'": {"dtype": "fp16"},
         r"unknown layout \[\]": {"layout": []},
         "unknown layout 'timn'. Did you mean 'timm'": {"layout": "timn"},
+        "unknown layout 'pytorch'. Known: augreg, ": {
+            "layout": "pytorch"
+        },  # torchvision is too far from it to be meant
     }.items():
         with pytest.raises(ValueError, match=message):
             vit.load_pretrained(timm_file, **arguments)
@@ -130,7 +133,7 @@ def test_loading_for_another_size_keeps_the_stored_grid(tmp_path):
     assert again.preprocessing.size == (48, 64) and again.config.grid == (8, 8)
     finer = vit.load_pretrained("vit_digits_patch4_32", patch_size=2, size=48)
     assert finer.preprocessing.size == (48, 48) and finer.config.img_size == (16, 16)
-    with pytest.raises(ValueError, match="size 50 x 50 is not made of whole patches of 4 x 4"):
+    with pytest.raises(ValueError, match="^size 50 x 50 is not made of whole patches of 4 x 4"):  # names no file
         vit.load_pretrained("vit_digits_patch4_32", size=50)
     with pytest.raises(ValueError, match="65 rows, which does not fit img_size 48x48.*size=... sets the size"):
         vit.load_pretrained("vit_digits_patch4_32", img_size=48)
@@ -141,8 +144,12 @@ def test_preprocessing_can_be_stated(tmp_path, model):
     save_file(state, tmp_path / "m.safetensors")
     again = vit.load_pretrained(tmp_path / "m.safetensors", mean=[0.1, 0.2, 0.3], crop_pct=1.0)
     assert again.preprocessing.mean == (0.1, 0.2, 0.3) and again.preprocessing.crop_pct == 1.0
-    with pytest.raises(ValueError, match="crop_pct must lie in"):
-        vit.load_pretrained(tmp_path / "m.safetensors", crop_pct=2.0)
+    for stated, message in (
+        ({"crop_pct": 2.0}, "^crop_pct must lie in"),
+        ({"mode": "center"}, "^unknown mode 'center'. Known: crop, squash"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            vit.load_pretrained(tmp_path / "m.safetensors", **stated)
     other = vit.load_pretrained(tmp_path / "m.safetensors", in_chans=1, patch_size=4)
     assert {other.config.sources[name] for name in ("in_chans", "patch_size", "img_size")} == {"the caller"}
 

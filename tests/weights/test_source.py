@@ -12,7 +12,7 @@ def test_paths_that_lead_nowhere(tmp_path, rectangular):
         (tmp_path / "gone.safetensors", FileNotFoundError, "gone.safetensors does not exist"),
         ("timm/vit_small_patch16_224.augreg_in21k_ft_in1k", FileNotFoundError, "is written hf-hub:timm/vit_small"),
         ("vit_smal_patch16_224.augreg_in21k_ft_in1k", ValueError, "Did you mean 'vit_small_patch16_224.augreg_in21k"),
-        ("resnet50", ValueError, "unknown model 'resnet50'"),
+        ("resnet50", ValueError, "unknown model 'resnet50'. Known: .* no file or folder named 'resnet50' either"),
         ("nodir/", FileNotFoundError, "^nodir/ does not exist$"),
     ):
         with pytest.raises(kind, match=message):

@@ -109,7 +109,7 @@ def test_what_was_assumed_is_reported(tmp_path, capsys):
     assert main(["convert", bare, ours, "--to", "vit"]) == 0
     assumed = (
         "assumed     num_heads 3, eps 1e-12, gelu erf, position_rule transformers "
-        "(the transformers layout's defaults; --set states others)\n"
+        "(the transformers layout's defaults; override with --set num_heads=...)\n"
     )
     assert assumed in capsys.readouterr().out
     assert check_conversion.main([bare, ours]) == 0
@@ -178,8 +178,15 @@ def test_a_config_that_is_wrong_is_seen_by_check(tmp_path, model, capsys):
 
 def test_the_former_option_names_the_script(tmp_path, model, capsys):
     source = str(vit.save_checkpoint(model, tmp_path / "a.safetensors"))
-    assert main(["convert", source, str(tmp_path / "b"), "--to", "timm", "--check"]) == 2
-    assert f"run `python tests/reports/check_conversion.py {source} {tmp_path / 'b'}`" in capsys.readouterr().err
+    target, script = str(tmp_path / "b"), "run `python tests/reports/check_conversion.py"
+    for arguments, named in (
+        ([source, target, "--to", "timm", "--check"], f"{source} {target}"),
+        ([source, "--check"], f"{source} DST"),
+        (["--check"], "SRC DST"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(["convert", *arguments])
+        assert stop.value.code == 2 and f"{script} {named}`" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 

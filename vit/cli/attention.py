@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         weights = maps[0, :, 0, model.config.num_prefix_tokens :].unflatten(1, (h, w)).float().cpu().numpy()
         title = f"{path.name}: {h} x {w} patches; attention of the class token in block {block}, per patch"
         groups.append(draw(transform.view(photo), weights, title))
-        print(f"{path}: {h} x {w} patches, block {args.block}, {len(weights)} heads")
+        print(f"{path}: {h} x {w} patches, block {block}, {len(weights)} heads")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     ImageOps.expand(mosaic(groups, columns=1, gap=3 * GAP), GAP, BACKGROUND).save(args.output)
     print(args.output.resolve())

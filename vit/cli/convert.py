@@ -3,9 +3,17 @@
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from . import loading, options
+
+
+class _Check(argparse.Action):
+    """Say where the former option --check went, before argparse asks for what else is missing."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> NoReturn:
+        script = f"python tests/reports/check_conversion.py {namespace.source or 'SRC'} {namespace.target or 'DST'}"
+        parser.error(f"--check is no longer an option: convert without it, then run `{script}` in a clone")
 
 
 def add_parser(commands: Any) -> None:
@@ -17,7 +25,7 @@ def add_parser(commands: Any) -> None:
         "--to", required=True, metavar="LAYOUT", help="vit, timm, transformers, torchvision, augreg ..."
     )
     parser.add_argument("--force", action="store_true", help="replace what DST holds")
-    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)  # now a script; see `run`
+    parser.add_argument("--check", action=_Check, nargs=0, help=argparse.SUPPRESS)
     parser.add_argument("--json", action="store_true", help="print the whole report, which is also written beside DST")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="the names of the classes, one per line")
     options.add_reading(parser)
@@ -30,9 +38,6 @@ def run(args: argparse.Namespace) -> int:
     from vit.weights.save import report_path, target_files
     from vit.weights.verify import convert_file
 
-    if args.check:
-        script = f"python tests/reports/check_conversion.py {args.source} {args.target}"
-        raise ValueError(f"--check is no longer an option: convert without it, then run `{script}` in a clone")
     if loading.is_optimized_file(args.source):
         raise ValueError(f"{args.source}: {OPTIMIZED}")
     files = target_files(args.target, args.to)
@@ -65,7 +70,7 @@ def assumptions(assumed: dict[str, dict[str, Any]]) -> list[str]:
         grouped.setdefault(entry["from"], []).append(f"{name} {entry['value']}")
     return [
         f"{', '.join(fields)} ({whose.replace('default', 'defaults' if len(fields) > 1 else 'default', 1)}; "
-        "--set states others)"
+        f"override with --set {fields[0].split()[0]}=...)"
         for whose, fields in grouped.items()
     ]
 
@@ -85,5 +90,5 @@ def as_text(report: dict[str, Any], file: Path) -> str:
         lines.append(f"left        {len(report['left'])} keys outside the model: {', '.join(report['left'][:5])} ...")
     lines += [f"assumed     {line}" for line in assumptions(report["assumed"])]
     lines += [f"note        {note}" for note in report["notes"]]
-    lines += [f"unsaid      {name}: readers will assume {value}" for name, value in report["unsaid"].items()]
+    lines += [f"not stored  {name}: readers will assume {value}" for name, value in report["unsaid"].items()]
     return "\n".join([*lines, f"report      {file}"])

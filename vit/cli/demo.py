@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     for (height, width), guess in guesses.items():
         print(f"at {f'{height}x{width}':10} {' '.join(str(guess[i].item()) for i in shown)}")
 
-    print("\nattention     largest difference of a logit from `reference`, over the largest logit")
+    print("\nattention     largest difference of a logit from `reference`, divided by the largest logit")
     for name, difference in compare_attention(model, batches[SIZES[0]][:64]).items():
         print(f"{name:13} {difference:.1e}")
 

@@ -20,6 +20,7 @@ from vit.model import ViT
 from . import loading, options, plots
 from .accuracy import measure, size_name
 from .datasets import DIGITS, Sample, draw_samples, find_samples, match
+from .images import counted
 
 TABLE = "image size   tokens   ms/image     top-1   95 % interval        top-5   right"
 
@@ -87,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.json:
         what = loading.title(args, model)
-        print(f"{what} on {args.data}: {len(samples)} images, {len(outputs)} classes, matched by {rule}")
+        count = f"{counted(len(samples), 'image')}, {len(outputs)} classes"
+        print(f"{what} on {args.data}: {count}, matched by {rule}")
         print(TABLE, flush=True)
     rows = []
     reported: set[str] = set()
@@ -105,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         plots.save(plots.accuracy(rows, model.config.patch_size, model.config.num_prefix_tokens), args.plot)
     if failures := max(row["unreadable"] for row in rows):
-        print(f"vit evaluate: {failures} of {len(samples)} could not be used", file=sys.stderr)
+        print(f"vit evaluate: {failures} of {counted(len(samples), 'image')} could not be used", file=sys.stderr)
     return 1 if failures else 0
 
 

@@ -15,7 +15,7 @@ from vit.image import ImageError, Transform, create_transform
 from vit.model import ViT
 
 from . import loading, options
-from .images import Decoded, batches, decode, find_images, progress, usable
+from .images import Decoded, batches, counted, decode, find_images, progress, usable
 from .pca import draw_components
 from .shards import check_files, name_files, read_metadata, state, write_file, write_index
 
@@ -99,9 +99,10 @@ def write(model: ViT, transform: Transform, paths: list[Path], args: argparse.Na
     if len(files) > 1:
         write_index(args.output, files)
     resumed = f", {len(done)} of them from an earlier run" if done else ""
-    print(f"{len(paths) - skipped} images in {len(files)} file{'s' * (len(files) > 1)}{resumed}: {args.output}")
+    written = f"{counted(len(paths) - skipped, 'image')} in {counted(len(files), 'file')}"
+    print(f"{written}{resumed}: {args.output}")
     if skipped:
-        print(f"vit features: {skipped} of {len(paths)} could not be used", file=sys.stderr)
+        print(f"vit features: {skipped} of {counted(len(paths), 'image')} could not be used", file=sys.stderr)
     return 1 if skipped else 0
 
 

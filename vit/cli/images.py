@@ -106,6 +106,11 @@ def usable(batch: Iterable[Decoded], model: ViT) -> list[Tensor]:
     return [outcome.to(weights.device, weights.dtype) for _, outcome in batch if isinstance(outcome, Tensor)]
 
 
+def counted(number: int, noun: str) -> str:
+    """(1, "image") -> "1 image", (2, "image") -> "2 images"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 @contextmanager
 def progress(total: int) -> Iterator[tqdm]:
     """A bar that counts images, shown where stderr is a terminal. Pillow's warnings are silenced meanwhile.

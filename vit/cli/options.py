@@ -70,11 +70,12 @@ def add_size(parser: argparse.ArgumentParser, default: str | None = None) -> Non
     parser.add_argument(
         "--mode", choices=MODES,
         help="crop cuts out the middle, squash changes the proportions, native keeps the proportions and the whole "
-        "image and makes SIZE its short side; default: the model's own",
+        "image and makes SIZE its short side; default: native if SIZE is native, else the model's own",
     )  # fmt: skip
     parser.add_argument(
-        "--max-tokens", type=positive, metavar="N", help="refuse images with more patches: attention costs their square"
-    )
+        "--max-tokens", type=positive, metavar="N",
+        help="refuse images with more patches: the cost of attention grows with the square of their number",
+    )  # fmt: skip
 
 
 def sizing(args: argparse.Namespace) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from vit.model import ViT
 from vit.resources import imagenet_categories, imagenet_synsets
 
 from . import loading, options
-from .images import Decoded, batches, decode, find_images, progress, usable
+from .images import Decoded, batches, counted, decode, find_images, progress, usable
 
 
 def add_parser(commands: Any) -> None:
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
                 report(path, outcome, args.json, bar)
                 bar.update()
     if failures:
-        print(f"vit predict: {failures} of {len(paths)} could not be used", file=sys.stderr)
+        print(f"vit predict: {failures} of {counted(len(paths), 'image')} could not be used", file=sys.stderr)
     return 1 if failures else 0
 
 
