@@ -53,7 +53,7 @@ class OptimizedViT(ViT):
 
     def read(self, images: Tensor, n: int | None) -> Tensor:
         """Accepted images -> [B, n, D], the first n tokens after the final norm; None: all."""
-        x, packing = self.embed(images), Packing(self.grid_of(images))
+        x, packing = self.tokens(images), Packing(self.grid_of(images))
         if n is None:
             x, _ = self.encode(x, packing)  # [B, T, D]
         else:  # in the last block all other tokens are keys and values only

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vit.attend import Attend
 from vit.attention import sdpa
 from vit.checks import dtype_name, unknown
-from vit.model import ViT
+from vit.model import Attention, ViT
 from vit.registry import choose, get_attention
 
 from . import gpu
@@ -153,6 +153,8 @@ def check_mode(mode: str, dtype: str) -> None:
 
 def check_modules(model: ViT) -> None:
     """ValueError for modules, a forward or hooks that a user has put in, whose work would be lost."""
+    if is_watched(model):
+        raise ValueError("the model has hooks, whose work would be lost: remove them, or leave vit.patch, first")
     with torch.device("meta"):
         expected = dict(ViT(model.config).named_modules())
     for name, module in model.named_modules():
@@ -160,12 +162,17 @@ def check_modules(model: ViT) -> None:
             continue
         found, wanted = describe(module), describe(expected.get(name))
         if found != wanted:
-            cure = "use model.reset_classifier" if name == "head" else "merge it into the model's weights"
+            cure = "merge it into the model's weights, or make the model from a config that says so"
+            if name == "head":
+                cure = "use model.reset_classifier and copy the weights"
             raise ValueError(f"{name or 'the model'} is {found}, expected {wanted}: its work would be lost; {cure}")
-        if getattr(module.forward, "__func__", None) is not type(module).forward:
-            raise ValueError(f"the forward of {name or 'the model'} was replaced: its work would be lost")
-    if is_watched(model):
-        raise ValueError("the model has hooks, whose work would be lost: remove them, or leave vit.patch, first")
+        for key, value in vars(module).items():
+            method = getattr(type(module), key, None)
+            if callable(method) and getattr(value, "__func__", None) is not method:
+                raise ValueError(f"the {key} of {name or 'the model'} was replaced: its work would be lost")
+    for attend in model.attends:
+        if attend.fn is not attend.source and not isinstance(attend.fn, nn.Module):
+            raise ValueError(f"the attention of block {attend.block} was replaced by hand: use model.set_attention")
 
 
 def describe(module: nn.Module | None) -> str:
@@ -173,6 +180,8 @@ def describe(module: nn.Module | None) -> str:
     if module is None:
         return "nothing"
     kind = f"{type(module).__module__}.{type(module).__name__}"
+    if isinstance(module, Attention):
+        return f"{kind}({module.num_heads} heads)"
     return kind if isinstance(module, Attend) else f"{kind}({module.extra_repr()})"
 
 

@@ -87,7 +87,7 @@ def patch(model: ViT, changes: Mapping[str, Change | Tensor]) -> Iterator[ViT]:
             f"blocks.{slot.block}.attention.{part}": slot for slot in _check_model(model).attends for part in _COMPUTED
         }
         for slot in dict.fromkeys(slots[name] for name in changes if name in slots):
-            stack.callback(_recompute(slot))
+            stack.enter_context(_recompute(slot))
         for name, change in changes.items():
             if not isinstance(change, Tensor) and not callable(change):
                 raise ValueError(f"the change of {name} must be a function or a tensor, not {type(change).__name__}")
@@ -126,9 +126,9 @@ def _watch(model: ViT, name: str, see: Change) -> Callable[[], Any]:
     if part in ("heads", "out"):
         place = slot if part == "heads" else modules[owner]
         return place.register_forward_hook(_Hook(_see_output, see)).remove
-    if patched := formula(slot):  # the scores and weights are those that it computes
-        patched.see[part].append(see)
-        return partial(patched.see[part].remove, see)
+    if isinstance(slot.instead, _Formula):  # patched: the scores and weights are those that it computes
+        slot.instead.see[part].append(see)
+        return partial(slot.instead.see[part].remove, see)
     if not slot.exact:
         warn(f"{name} is that of softmax attention, but block {slot.block} attends by another function")
     return slot.register_forward_pre_hook(_Hook(_see_beside, see, part)).remove
@@ -151,6 +151,10 @@ def _see_output(see: Change, module: nn.Module, inputs: tuple, output: Tensor) -
     return see(output)
 
 
+def _see_nothing(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+    pass
+
+
 def _see_input(see: Change, i: int, module: nn.Module, inputs: tuple) -> tuple:
     return (*inputs[:i], see(inputs[i]), *inputs[i + 1 :])
 
@@ -165,25 +169,17 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     return q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # [B, A, T, T]
 
 
-class _Formula(_Hook):
-    """Replaces the output of a slot: `vit.attention.reference` of its q, k and v, with scores and weights shown."""
+class _Formula:
+    """`vit.attention.reference`, called in place of a slot's function, with its scores and weights seen on the way."""
 
-    def __init__(self) -> None:
-        super().__init__(self.replace)
+    def __init__(self, slot: Attend) -> None:
+        self.slot = slot
         self.see: dict[str, list[Change]] = {"scores": [], "weights": []}
 
-    def replace(self, slot: Attend, inputs: tuple, output: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[B, A, T, d]."""
-        if not slot.exact:  # set inside of `patch`
-            raise ValueError(_not_softmax(slot))
-        q, k, v, packing = (*inputs, None)[:4]  # a slot may be called without packing
-        if packing is None or packing.lengths is None:
-            return self.attend(q, k, v)
-        images = zip(*(x.split(packing.lengths, dim=2) for x in (q, k, v)))
-        return torch.cat([self.attend(*image) for image in images], dim=2)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Of one image, or several of one size."""
+        if not self.slot.exact:  # set inside of `patch`
+            raise ValueError(_not_softmax(self.slot))
         scores = _scores(q, k)  # [B, A, T, T]
         for see in self.see["scores"]:
             scores = see(scores)
@@ -193,24 +189,26 @@ class _Formula(_Hook):
         return weights @ v  # [B, A, T, d]
 
 
-def formula(slot: Attend) -> _Formula | None:
-    """What computes this slot's output while its scores or weights are patched; None if they are not."""
-    return next((hook for hook in slot._forward_hooks.values() if isinstance(hook, _Formula)), None)
-
-
-def _recompute(slot: Attend) -> Callable[[], Any]:
-    """Let a `_Formula` give the slot's output. Returns what ends this."""
+@contextmanager
+def _recompute(slot: Attend) -> Iterator[None]:
+    """Let the slot call a `_Formula` meanwhile."""
     if not slot.exact:
-        raise ValueError(_not_softmax(slot))
-    if formula(slot):
+        raise ValueError(f"block {slot.block}: {_not_softmax(slot)}")
+    if slot.instead:
         raise ValueError(f"scores or weights of block {slot.block} are patched already: give one vit.patch all changes")
-    return slot.register_forward_hook(_Formula(), prepend=True).remove  # before what sees the heads
+    slot.instead = _Formula(slot)
+    mark = slot.register_forward_hook(_Hook(_see_nothing))  # refuses copies, and optimized models look for hooks
+    try:
+        yield
+    finally:
+        mark.remove()
+        slot.instead = None
 
 
 def _not_softmax(slot: Attend) -> str:
     return (
-        f"block {slot.block} attends by {slot.choice.called!r}, whose scores and weights cannot be changed:"
-        " call set_attention('sdpa') first, or change its q, k, v or heads"
+        f"attention {slot.choice.called!r} computes no scores and weights that can be changed:"
+        " call set_attention('sdpa') first, or change q, k, v or heads"
     )
 
 

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from .checks import warn
 from .config import ViTConfig
 from .packed import Grid, Packing
-from .registry import DEFAULT, Call, Choice, choose
+from .registry import DEFAULT, Call, Choice, choose, choose_again
 
 
 class Attend(nn.Module):
     """Calls what a block attends with, a function or a module of its own, and checks what it returns."""
 
     fn: Callable[..., Any]
+    instead: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # called in place of `fn` while it is patched
 
     def __init__(self, config: ViTConfig, block: int) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class Attend(nn.Module):
                 device; with `check`, values that are not finite.
         """
         try:
-            if packing is None or packing.lengths is None or "lengths" in self.filled_in:
+            if packing is None or packing.lengths is None or ("lengths" in self.filled_in and not self.instead):
                 return self.call(q, k, v, packing)
             n, grids = packing.lengths, cast("list[Grid]", packing.grid)
             images = zip(zip(q.split(n, dim=2), k.split(n, dim=2), v.split(n, dim=2)), grids)
@@ -81,13 +82,13 @@ class Attend(nn.Module):
     def call(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None) -> Tensor:
         """Call the function and check its result."""
         keywords = self.keywords
-        if "grid" in self.filled_in:
+        if "grid" in self.filled_in and not self.instead:
             if packing is None:
                 raise ValueError(f"attention {self.choice.called!r} needs the grid: give the block a Packing((h, w))")
             keywords = {**keywords, "grid": packing.grid}
         if "lengths" in self.filled_in:
             keywords = {**keywords, "lengths": packing.lengths if packing else None}
-        out = self.fn(q, k, v, **keywords)  # [B, A, T, d]
+        out = self.instead(q, k, v) if self.instead else self.fn(q, k, v, **keywords)  # [B, A, T, d]
         if not isinstance(out, Tensor) or out.shape != q.shape or out.dtype != v.dtype or out.device != v.device:
             raise ValueError(f"attention {self.choice.called!r} returned {describe(out)}, expected {describe(q)}")
         if self.check:
@@ -139,8 +140,12 @@ def describe(out: object) -> str:
 def _from_version_0_1(state: dict[str, Any]) -> dict[str, Any]:
     """The state of an `Attend` that was pickled before `Choice` existed."""
     state = dict(state)
-    choice = choose(state.pop("source", None) or state["name"], state["options"])
+    choice = (
+        choose(state["source"], state["options"])
+        if "source" in state
+        else choose_again(state["name"], state["options"])
+    )
     state["filled_in"] = state.pop("given")
-    for gone in ("name", "options", "exact", "prefix", "patched"):
+    for gone in ("name", "source", "options", "exact", "prefix", "patched"):
         state.pop(gone, None)
     return {**state, "choice": choice}

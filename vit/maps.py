@@ -7,7 +7,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from .activations import formula
 from .checks import as_numbers, warn
 from .model import Block, ViT
 from .packed import Packing
@@ -49,12 +48,12 @@ def attention_maps(
     chosen = as_numbers("heads", "head", heads, model.config.num_heads)
     if not all(model.attends[i].exact for i in numbers):
         warn("these maps are softmax(q k^T / sqrt(d)), but a block here attends by another function")
-    if any(model.attends[i]._forward_pre_hooks or formula(model.attends[i]) for i in numbers):
+    if any(model.attends[i]._forward_pre_hooks or model.attends[i].instead for i in numbers):
         warn("q, k, v, scores or weights of a block are patched, but not in these maps: record 'weights' instead")
     if queries is None or (isinstance(queries, str) and queries not in ("class", "all")):
         raise ValueError(f"queries must be 'class', 'all' or a list of token numbers, not {queries!r}")
     images = model.accept(images, ragged)
-    x = model.embed(images)  # [B, T, D]
+    x = model.tokens(images)  # [B, T, D]
     names = {"class": [0], "all": None}
     rows = as_numbers("queries", "token", names[queries] if isinstance(queries, str) else queries, x.shape[1])
 

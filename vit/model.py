@@ -146,21 +146,16 @@ class ViT(PackedForward, nn.Module):
         init_weights(self)
 
     def forward(self, images: Tensor, ragged: str = "error") -> Tensor:
-        """Classify.
+        """[B, in_chans, H, W] images, normalised as `preprocessing` says -> [B, num_classes] logits (or features).
 
-        Args:
-            images: [B, in_chans, H, W], floating point, normalised as `preprocessing` says; see `vit.inputs`.
-            ragged: what to do when H or W is not a multiple of p: "error", "resize", "crop" or "pad".
-
-        Returns:
-            [B, num_classes] logits, or [B, D] features if the model has no head.
+        `ragged`: what to do if H or W is not a multiple of p, "error", "resize", "crop" or "pad"; see `vit.inputs`.
         """
         return self.forward_head(self.forward_features(images, ragged))  # [B, num_classes]
 
     def forward_features(self, images: Tensor, ragged: str = "error") -> Tensor:
         """[B, in_chans, H, W] images -> [B, T, D] tokens after the final norm: class token, registers, patches."""
         images = self.accept(images, ragged)  # [B, in_chans, h*p, w*p]
-        x = self.embed(images)  # [B, T, D], Eq. 1
+        x = self.tokens(images)  # [B, T, D], Eq. 1
         x, _ = self.encode(x, Packing(self.grid_of(images)))  # [B, T, D], Eq. 2 and 3, L times
         return self.norm(x)  # [B, T, D], Eq. 4 for every token
 
@@ -168,8 +163,12 @@ class ViT(PackedForward, nn.Module):
         """Check a batch of images and make its sides multiples of p; see `vit.inputs`."""
         return inputs.accept(images, self.config, like=self.patch_embed.proj.weight, ragged=ragged)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Eq. 1: accepted images -> [B, T, D] tokens, positions added."""
+    def embed(self, images: Tensor, ragged: str = "error") -> Tensor:
+        """Eq. 1: [B, in_chans, H, W] images -> [B, T, D] tokens, positions added."""
+        return self.tokens(self.accept(images, ragged))
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """`embed` of images that were accepted."""
         x = self.patch_embed(images) + self.positions(self.grid_of(images))  # [B, N, D]
         prefix: Tensor = self.class_token  # [1, 1, D]
         if self.dist_token is not None:
@@ -247,7 +246,7 @@ class ViT(PackedForward, nn.Module):
         images = self.accept(images, ragged)  # [B, in_chans, h*p, w*p]
         grid = self.grid_of(images)
         keep = dict.fromkeys(numbers, self.norm if norm else lambda x: x)  # so only normed tokens stay in memory
-        _, kept = self.encode(self.embed(images), Packing(grid), keep)  # for each block [B, T, D]
+        _, kept = self.encode(self.tokens(images), Packing(grid), keep)  # for each block [B, T, D]
         pairs = [self.split(kept[i], grid) for i in numbers]
         return pairs if return_prefix_tokens else [patches for patches, _ in pairs]
 

@@ -42,7 +42,7 @@ class PackedForward:
     config: ViTConfig
     norm: nn.Module
     accept: Callable[[Tensor, str], Tensor]
-    embed: Callable[[Tensor], Tensor]
+    tokens: Callable[[Tensor], Tensor]
     encode: Callable[..., tuple[Tensor, dict[int, Any]]]
     forward_head: Callable[[Tensor], Tensor]
     grid_of: Callable[[Tensor], Grid]
@@ -118,7 +118,7 @@ class PackedForward:
             while stop < len(accepted) and total + lengths[stop] <= budget:
                 stop, total = stop + 1, total + lengths[stop]
             part = Packing(grids[start:stop], lengths[start:stop])
-            x = torch.cat([self.embed(image) for image in accepted[start:stop]], dim=1)  # [1, T, D]
+            x = torch.cat([self.tokens(image) for image in accepted[start:stop]], dim=1)  # [1, T, D]
             x, kept = self.encode(x, part, keep)
             yield (x if keep is None else kept), grids[start:stop], lengths[start:stop]
             start = stop

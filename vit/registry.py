@@ -119,10 +119,7 @@ class Choice:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "source" not in state:
-            try:
-                now = choose(state["name"], state["options"])
-            except ValueError as error:
-                raise ValueError(f"{error} Register it before unpickling, with vit.register_attention.") from None
+            now = choose_again(state["name"], state["options"])
             if (now.is_factory, now.filled_in) != (state["is_factory"], state["filled_in"]):
                 raise ValueError(
                     f"attention {now.name!r} takes other keywords than the one that was pickled, which the model"
@@ -148,6 +145,14 @@ def choose(name_or_fn: AttentionLike, options: Mapping[str, Any]) -> Choice:
     return Choice(source, name, dict(options), exact, _is_factory(source), filled_in)
 
 
+def choose_again(name: str, options: Mapping[str, Any]) -> Choice:
+    """`choose` for a pickle that holds the name; ValueError if it is not registered here."""
+    try:
+        return choose(name, options)
+    except ValueError as error:
+        raise ValueError(f"{error} Register it before unpickling, with vit.register_attention.") from None
+
+
 def _check_signature(fn: object, name: str, options: Mapping[str, Any] | None = None) -> tuple[str, ...]:
     """The keywords that the model fills in. ValueError if `fn` cannot be called with these options (None: any)."""
     if isinstance(fn, nn.Module):  # all blocks would share its weights, and checkpoints would not have them
@@ -155,15 +160,16 @@ def _check_signature(fn: object, name: str, options: Mapping[str, Any] | None = 
     if not callable(fn):
         raise ValueError(f"attention must be a registered name or a function, not {fn!r}")
     parameters = _parameters(fn)
+    if parameters is None:  # a builtin, such as PyTorch's scaled_dot_product_attention
+        return ()
     factory, filled_in = _is_factory(fn), tuple(keyword for keyword in FILLED_IN if keyword in parameters)
     if taken := [option for option in options or {} if option in _RESERVED]:
         raise ValueError(f"attention {name!r}: the model itself passes {', '.join(taken)}; rename the option")
-    if taken := [parameter for parameter in parameters if parameter in _SETTINGS]:
+    of_module = isinstance(getattr(fn, "__self__", None), nn.Module)  # its keywords are not options
+    if taken := [parameter for parameter in parameters if parameter in _SETTINGS and not of_module]:
         raise ValueError(f"attention {name!r}: set_attention itself takes {', '.join(taken)}; rename the option")
     if inspect.isclass(fn) and not factory:
         raise ValueError(f"attention {name!r} is a class: its first two parameters must be named config and block")
-    if not parameters:  # a builtin without a signature
-        return filled_in
     signature = inspect.signature(fn)
     known = [parameter for parameter in parameters if parameter not in (*_RESERVED, "self")]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
@@ -182,14 +188,14 @@ def _check_signature(fn: object, name: str, options: Mapping[str, Any] | None = 
 
 def _is_factory(fn: Callable[..., Any]) -> bool:
     """A factory is known by its first two parameters, `config` and `block`."""
-    return _parameters(fn)[:2] == ("config", "block")
+    return (_parameters(fn) or ())[:2] == ("config", "block")
 
 
-def _parameters(fn: Callable[..., Any]) -> tuple[str, ...]:
-    """The names of a function's parameters; none for a builtin without a signature."""
+def _parameters(fn: Callable[..., Any]) -> tuple[str, ...] | None:
+    """The names of a function's parameters; None for a builtin without a signature."""
     with suppress(TypeError, ValueError):
         return tuple(inspect.signature(fn).parameters)
-    return ()
+    return None
 
 
 DEFAULT = choose("sdpa", {})  # of every new model

@@ -92,8 +92,8 @@ class CUDAViT(OptimizedViT):
         return images
 
     @torch.compiler.disable(reason=OPAQUE)
-    def embed(self, images: Tensor) -> Tensor:
-        """As `ViT.embed`, in one kernel that writes where the blocks read."""
+    def tokens(self, images: Tensor) -> Tensor:
+        """As `ViT.tokens`, in one kernel that writes where the blocks read."""
         (h, w), P, D = self.grid_of(images), self.config.num_prefix_tokens, self.config.embed_dim
         weight, bias = self._patch_weights(images)
         x = weight.new_empty(len(images), P + h * w, D)  # [B, T, D]

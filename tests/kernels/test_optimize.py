@@ -213,6 +213,21 @@ def with_more(plain: vit.ViT) -> vit.ViT:
     return plain
 
 
+def with_method(plain: vit.ViT, name: str) -> vit.ViT:
+    setattr(plain, name, lambda x: x.mean(dim=1))
+    return plain
+
+
+def with_heads(plain: vit.ViT) -> vit.ViT:
+    plain.blocks[1].attention.num_heads = 1
+    return plain
+
+
+def with_function(plain: vit.ViT) -> vit.ViT:
+    plain.attends[1].fn = lambda q, k, v: v * 2
+    return plain
+
+
 def with_hook(plain: vit.ViT) -> vit.ViT:
     plain.blocks[1].register_forward_hook(lambda module, inputs, out: 2 * out)
     return plain
@@ -242,6 +257,10 @@ def nan(plain: vit.ViT) -> vit.ViT:
         (lambda: with_eps(model()), r"blocks\.2\.norm1 is .*eps=1e-05.*, expected .*eps=1e-06"),
         (lambda: with_tanh(model()), r"blocks\.0\.mlp\.act is .*approximate='tanh'.*, expected .*approximate='none'"),
         (lambda: with_forward(model()), r"the forward of blocks\.1\.mlp was replaced: its work would be lost"),
+        (lambda: with_method(model(), "pool"), "the pool of the model was replaced: its work would be lost"),
+        (lambda: with_method(model(), "embed"), "the embed of the model was replaced: its work would be lost"),
+        (lambda: with_heads(model()), r"blocks\.1\.attention is .*1 heads.*, expected .*2 heads"),
+        (lambda: with_function(model()), r"attention of block 1 was replaced by hand: use model\.set_attention"),
         (lambda: with_stride(model()), r"patch_embed\.proj is .*stride=\(8, 8\).*, expected .*stride=\(16, 16\)"),
         (lambda: with_module(model()), r"blocks\.1\.attention\.attend is .*Identity.*, expected vit\.attend\.Attend"),
         (lambda: with_more(model()), r"blocks\.1\.probe is .*Linear.*, expected nothing"),

@@ -230,7 +230,7 @@ def test_refusals(tiny):
     with pytest.warns(UserWarning, match=r"blocks.1.attention.scores is that of softmax attention"):
         vit.record(tiny, X, ["blocks.1.attention.scores", "blocks.0.attention.scores"])
     refused = vit.patch(tiny, {"blocks.1.attention.weights": torch.zeros_like})
-    with pytest.raises(ValueError, match="block 1 attends by 'uniform', whose scores"), refused:
+    with pytest.raises(ValueError, match="block 1: attention 'uniform' computes no scores"), refused:
         pass
     with vit.patch(tiny, {"blocks.1.attention.heads": torch.zeros_like}):
         tiny(X)
@@ -258,9 +258,7 @@ def test_attention_set_while_patched(tiny):
         tiny.set_attention("reference")
         assert difference(tiny(X), doubled) <= FLOAT32
         tiny.set_attention(uniform)
-        with pytest.raises(
-            ValueError, match="block 0 attends by 'uniform', whose scores and weights cannot be changed"
-        ):
+        with pytest.raises(ValueError, match="block 0: attention 'uniform' computes no scores"):
             tiny(X)
 
 
@@ -356,3 +354,34 @@ def test_copies_and_maps_while_patched(tiny, tmp_path):
     for names in (None, [3]):
         with pytest.raises(ValueError, match="names must be a string or several"):
             vit.record(tiny, x, names)
+
+
+def test_what_changes_its_inputs_in_place_does_not_change_patched_scores(tiny):
+    """The formula is called in place of the attention function, never after it; results are checked as ever."""
+    calls = []
+
+    def scaled(q, k, v, *, bias=None):
+        calls.append(1)
+        return sdpa(q.mul_(2.0), k.mul_(0.5), v, bias=bias)
+
+    vit.register_attention("in place", scaled, exact=True, overwrite=True)
+    try:
+        with torch.no_grad(), vit.patch(tiny, {"blocks.1.attention.scores": lambda x: 2 * x}):
+            expected = tiny(X)
+            tiny.set_attention("in place")
+            assert difference(tiny(X), expected) <= FLOAT32 and len(calls) == 2
+        tiny.set_attention("sdpa", check=True)
+        with (
+            vit.patch(tiny, {"blocks.2.attention.scores": lambda x: x * float("nan")}),
+            pytest.raises(ValueError, match="block 2: .* returned values that are not finite"),
+        ):
+            tiny(X)
+    finally:
+        del vit.registry._registry["in place"]
+
+
+def test_a_patched_slot_is_called_like_any_other(tiny):
+    q, k, v = images(3, 2, 2, 61, 32)
+    with vit.patch(tiny, {"blocks.0.attention.scores": lambda x: x}):
+        assert difference(tiny.attends[0](q, k, v), sdpa(q, k, v)) <= FLOAT32
+        assert difference(tiny.attends[0](q, k, v, packing=None), sdpa(q, k, v)) <= FLOAT32

@@ -263,7 +263,7 @@ def test_copies_and_pickles(tiny, registered):
 
 
 @pytest.mark.parametrize(("name", "options"), [("sdpa", {}), ("by name", {"power": 3.0}), ("scaled", {"start": 0.5})])
-def test_pickles_of_version_1(tiny, registered, name, options):
+def test_pickles_of_version_0_1(tiny, registered, name, options):
     """Slots used to hold what is now a `Choice` in attributes; functions were pickled by name there as well."""
     registered("by name", lambda q, k, v, *, bias=None, block, power: sharp(q, k, v, power=power + block))
     registered("scaled", Scaled)
@@ -277,6 +277,10 @@ def test_pickles_of_version_1(tiny, registered, name, options):
     assert torch.equal(again(q, k, v), slot(q, k, v))
     assert (again.name, again.options, again.exact, again.source) == (name, options, slot.exact, slot.source)
     assert set(vars(again)) - set(vars(slot)) == set()
+    if name != "sdpa":
+        del vit.registry._registry[name]
+        with pytest.raises(ValueError, match="unknown attention .* Register it before unpickling"):
+            Attend.__new__(Attend).__setstate__(state)
 
 
 def test_a_pickle_takes_what_its_name_stands_for_now(tiny, registered):

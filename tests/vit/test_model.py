@@ -336,3 +336,11 @@ NONSENSE = {
 @pytest.mark.parametrize("case", NONSENSE)
 def test_nonsense_is_refused_in_one_line(small, case):
     refused_in_one_line(lambda: NONSENSE[case][0](small), NONSENSE[case][1])
+
+
+def test_embed_accepts_what_forward_accepts(tiny):
+    """Never fewer patches in silence: it checks images, and completes ragged sides."""
+    with pytest.raises(ValueError, match="the nearest size that works is 32 x 32"):
+        tiny.embed(images(1, 3, 33, 31))
+    assert tiny.embed(images(1, 3, 33, 31), "crop").shape == (1, 1 + 8 * 7, 64)
+    assert torch.equal(tiny.embed(images(1, 3, 32, 40)), tiny.tokens(images(1, 3, 32, 40)))

@@ -197,3 +197,30 @@ def test_maps_and_checkpoints_warn_of_another_function(tmp_path):
         vit.attention_maps(model, torch.zeros(1, 3, 32, 32), blocks=[1])
         model.set_attention("reference")
         vit.save_checkpoint(model, tmp_path / "m.safetensors")
+
+
+def test_functions_without_parameters_and_without_signatures(tiny):
+    """A function that takes nothing is refused; a builtin that has no signature is called as it is."""
+    x = images(2, 3, 24, 40)
+    for wrong in (lambda: 1, lambda *, bias=None: 1):
+        with pytest.raises(ValueError, match="has the signature"):
+            tiny.set_attention(wrong)
+        with pytest.raises(ValueError, match="has the signature"):
+            vit.register_attention("nothing", wrong)
+    expected = tiny(x)
+    tiny.set_attention(torch.nn.functional.scaled_dot_product_attention)
+    assert difference(tiny(x), expected) <= FLOAT32
+
+
+def test_keywords_of_a_module_may_have_any_names(tiny):
+    class Checked(nn.Module):
+        def __init__(self, config, block):
+            super().__init__()
+
+        def forward(self, q, k, v, *, bias=None, check=False, blocks=()):
+            return vit.attention.sdpa(q, k, v, bias=bias)
+
+    x = images(2, 3, 24, 40)
+    expected = tiny(x)
+    tiny.set_attention(Checked)
+    assert difference(tiny(x), expected) <= FLOAT32
