@@ -13,13 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from vit.checks import dtype_name
 from vit.config import ViTConfig
 from vit.files import replacing
 from vit.metadata import Preprocessing, Provenance
 from vit.registry import registered
 
 from .base import OptimizedViT
-from .optimize import check_mode, kind, machine, missing
+from .optimize import DTYPES, check_mode, kind, machine, missing
 
 _HEADER = "vit.optimized"
 _PARTS = {"sha256", "dtype", "config", "preprocessing", "categories", "provenance", "attention"}
@@ -94,14 +95,20 @@ def load(path: str | Path, mode: str = "latency") -> OptimizedViT:
         raise ValueError(f"{path} is damaged: its header {_HEADER} is not JSON: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:  # of another version
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is not an optimized model as this version of vit saves it: {what}") from None
 
 
 def assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> OptimizedViT:
     """The model that a file holds."""
     if header.keys() != _PARTS or header["sha256"] != sha256(tensors, header):
         raise ValueError("the file is damaged, or was written by another version: its sha256 does not match")
-    dtype, config = header["dtype"], ViTConfig(**header["config"])
+    dtype, config = dtype_name(header["dtype"], DTYPES), ViTConfig(**header["config"])
     check_mode(mode, dtype)
+    check_categories(header["categories"], config.num_classes)
+    if (count := len(header["attention"])) != config.depth:
+        raise ValueError(f"the header names the attention of {count} blocks, but the model has {config.depth}")
     device = torch.device(machine(dtype))
     if reason := missing(dtype, device):
         raise ValueError(f"this machine cannot run {dtype}: {reason}")

@@ -1,13 +1,18 @@
 """Optimized models in files."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from cpu_cases import model
 from helpers import images
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import vit
+from vit.kernels.files import sha256
 
 
 @torch.inference_mode()
@@ -77,6 +82,46 @@ def test_files_that_are_not_loaded(tmp_path: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(ValueError, match=r"fast\.safetensors.* is damaged"):
             vit.kernels.load(file)
+
+
+def reseal(file: Path, change: Callable[[dict], object]) -> None:
+    """Change the header as another version might write it, with a sha256 that matches."""
+    with safe_open(file, "pt") as opened:
+        header = json.loads(opened.metadata()["vit.optimized"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    change(header)
+    save_file(tensors, file, {"vit.optimized": json.dumps(header | {"sha256": sha256(tensors, header)})})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h["config"].update(new_field=1), r"is not an optimized model as .*argument 'new_field'"),
+        (lambda h: h.update(config=[1]), "is not an optimized model as this version of vit saves it: TypeError"),
+        (
+            lambda h: h.update(preprocessing=None),
+            "is not an optimized model as this version of vit saves it: TypeError",
+        ),
+        (lambda h: h.update(dtype="int4"), "unknown dtype 'int4'.* Known: .*int8"),
+        (lambda h: h.update(attention=["sdpa"] * 5), "attention of 5 blocks, but the model has 3"),
+        (lambda h: h.update(attention=["sdpa"] * 2), "attention of 2 blocks, but the model has 3"),
+        (lambda h: h.update(attention=3), "is not an optimized model as this version of vit saves it: TypeError"),
+        (lambda h: h.update(categories=["one"]), "categories must be 10 strings or None"),
+    ],
+)
+def test_a_header_of_another_version(change: Callable[[dict], object], message: str, tmp_path: Path) -> None:
+    file = vit.kernels.save(vit.kernels.optimize(model()), tmp_path / "fast.safetensors")
+    reseal(file, lambda header: None)
+    vit.kernels.load(file)
+    reseal(file, change)
+    with pytest.raises(ValueError, match=rf"fast\.safetensors.*{message}"):
+        vit.kernels.load(file)
+
+
+def test_a_header_that_is_no_object(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(1)}, tmp_path / "list.safetensors", {"vit.optimized": "[]"})
+    with pytest.raises(ValueError, match=r"list\.safetensors is not an optimized model as .*AttributeError"):
+        vit.kernels.load(tmp_path / "list.safetensors")
 
 
 def test_a_damaged_byte_is_seen(tmp_path: Path) -> None:
