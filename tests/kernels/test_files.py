@@ -39,7 +39,18 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         fast.categories = categories
         with pytest.raises(ValueError, match="categories must be 10 strings or None"):
             vit.kernels.save(fast, tmp_path / "other.safetensors")
+    fast.categories = None
+    fast.preprocessing = vit.Preprocessing(64, (0.5,), (0.5,))
+    with pytest.raises(ValueError, match="preprocessing has 1 channels, the model has 3"):
+        vit.kernels.save(fast, tmp_path / "other.safetensors")
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_categories_in_a_tuple(tmp_path: Path) -> None:
+    fast = vit.kernels.optimize(model())
+    fast.categories = tuple(f"class {i}" for i in range(10))
+    loaded = vit.kernels.load(vit.kernels.save(fast, tmp_path / "fast.safetensors"))
+    assert loaded.categories == [f"class {i}" for i in range(10)]
 
 
 def test_what_is_not_saved(tmp_path: Path) -> None:
@@ -107,6 +118,7 @@ def reseal(file: Path, change: Callable[[dict], object]) -> None:
         (lambda h: h.update(attention=["sdpa"] * 2), "attention of 2 blocks, but the model has 3"),
         (lambda h: h.update(attention=3), "is not an optimized model as this version of vit saves it: TypeError"),
         (lambda h: h.update(categories=["one"]), "categories must be 10 strings or None"),
+        (lambda h: h["preprocessing"].update(mean=[0.5], std=[0.5]), "preprocessing has 1 channels, the model has 3"),
     ],
 )
 def test_a_header_of_another_version(change: Callable[[dict], object], message: str, tmp_path: Path) -> None:
