@@ -49,7 +49,7 @@ def test_what_does_not_fit_the_model_is_not_saved(tmp_path, rectangular):
     original = rectangular.preprocessing
     for change, message in (
         (lambda: setattr(rectangular, "categories", ["a"]), "1 categories for 7 classes"),
-        (lambda: setattr(rectangular, "categories", list(range(7))), "must be a list of texts"),
+        (lambda: setattr(rectangular, "categories", list(range(7))), "must be a list of strings"),
         (
             lambda: setattr(rectangular, "preprocessing", vit.Preprocessing(32, (0.5,), (0.5,))),
             "1 channels, the model has 3",
