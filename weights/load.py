@@ -22,7 +22,8 @@ from .attention import restore_attention
 from .checkpoint import Checkpoint, CheckpointError, NotATensor, read_json
 from .description import IMAGENET, Attributes, Description
 from .formats import read_checkpoint
-from .layouts import timm_config, transformers_config, vit
+from .layouts import timm_config, transformers_config
+from .layouts.vit import read_header
 from .patch import adapt_channels, resample_patch_projection
 from .reading import Ours, skeleton, to_ours
 from .shapes import ASSUMED, known_preprocessing
@@ -171,7 +172,7 @@ def describe(
     With a prefix, the config.json describes the larger model, and its "backbone_config" describes ours.
     """
     if any(key.startswith("vit.") for key in checkpoint.metadata):
-        return vit.read_header(checkpoint.metadata)
+        return read_header(checkpoint.metadata)
     if found.config is None:
         return Description()
     content, where = read_json(found.config), str(found.config)
