@@ -152,7 +152,9 @@ def test_a_damaged_byte_is_seen(tmp_path: Path) -> None:
 def test_checkpoints_and_optimized_models_are_not_mixed_up(tmp_path: Path) -> None:
     file = vit.kernels.save(vit.kernels.optimize(model()), tmp_path / "fast.safetensors")
     for call in (lambda: vit.load_pretrained(file), lambda: vit.load_pretrained(file, num_heads=2)):
-        with pytest.raises(ValueError, match=r"holds an optimized model, no checkpoint: vit\.kernels\.load reads it"):
+        with pytest.raises(
+            ValueError, match=r"this is an optimized model, not a checkpoint: load it with vit\.kernels\.load"
+        ):
             call()
     with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
         vit.kernels.save(vit.kernels.optimize(model()), tmp_path / "nowhere" / "fast.safetensors")

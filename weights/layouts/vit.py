@@ -39,9 +39,10 @@ VIT = Layout(
 
 LAYOUTS = (VIT,)
 
-# The error for a file of `vit.kernels.save`.
+OPTIMIZED_KEY = "vit.optimized"  # in the header of what vit.kernels.save writes
+# The error for such a file.
 OPTIMIZED = (
-    "it holds an optimized model, no checkpoint: vit.kernels.load reads it, and so do vit predict, features,"
+    "this is an optimized model, not a checkpoint: load it with vit.kernels.load, or use it in vit predict, features,"
     " evaluate and bench; convert, inspect and fine-tune the checkpoint that it was made from"
 )
 
@@ -69,7 +70,7 @@ def read_header(metadata: Mapping[str, str]) -> Description:
         CheckpointError: a part that `write_header` does not write so (the error names it), or the header of an
             optimized model.
     """
-    if "vit.optimized" in metadata:
+    if OPTIMIZED_KEY in metadata:
         raise CheckpointError(OPTIMIZED)
     declared, guessed = _part(metadata, "vit.config", dict), _part(metadata, "vit.assumed", _guessed) or {}
     parent = _part(metadata, "vit.provenance", Provenance.from_dict)
