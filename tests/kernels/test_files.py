@@ -114,6 +114,7 @@ def reseal(file: Path, change: Callable[[dict], object]) -> None:
             "is not an optimized model as this version of vit saves it: TypeError",
         ),
         (lambda h: h.update(dtype="int4"), "unknown dtype 'int4'.* Known: .*int8"),
+        (lambda h: h.update(dtype=3), "unknown dtype 3. Known: float32"),
         (lambda h: h.update(attention=["sdpa"] * 5), "attention of 5 blocks, but the model has 3"),
         (lambda h: h.update(attention=["sdpa"] * 2), "attention of 2 blocks, but the model has 3"),
         (lambda h: h.update(attention=3), "is not an optimized model as this version of vit saves it: TypeError"),

@@ -122,6 +122,11 @@ def test_arguments_of_other_kinds(timm_file):
         vit.weights.convert({"blocks.0.attn.qkv.weight": 3})
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "torch.bfloat16"])
+def test_a_dtype_by_name(timm_file, dtype):
+    assert vit.load_pretrained(timm_file, dtype=dtype).class_token.dtype == torch.bfloat16
+
+
 def test_loading_for_another_size_keeps_the_stored_grid(tmp_path):
     model = vit.load_pretrained("vit_digits_patch4_32")
     larger = vit.load_pretrained("vit_digits_patch4_32", size=(48, 64))
