@@ -217,9 +217,9 @@ def _attributes(found: Source, about: Description, ours: Ours, stated: Sequence[
 
 
 def _checked(categories: Sequence[str], num_classes: int) -> list[str]:
-    """The caller's names for the classes; ValueError if they are not texts, one for each class."""
+    """The caller's names for the classes; ValueError if they are not strings, one for each class."""
     if not isinstance(categories, (list, tuple)) or not all(isinstance(name, str) for name in categories):
-        raise ValueError(f"categories must be a list of texts, one for each of the {num_classes} classes")
+        raise ValueError(f"categories must be a list of strings, one for each of the {num_classes} classes")
     if len(categories) != num_classes:
         raise ValueError(f"there are {len(categories)} categories for {num_classes} classes")
     return list(categories)

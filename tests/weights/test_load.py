@@ -85,9 +85,9 @@ def test_categories_of_the_callers(tmp_path, timm_file):
         assert vit.load_pretrained(timm_file, num_classes=2, categories=("a", "b")).categories == ["a", "b"]
     for wrong, message in (
         (names[1:], "there are 999 categories for 1000 classes"),
-        ("abc", "categories must be a list of texts, one for each of the 1000 classes"),
-        ([1] * 1000, "categories must be a list of texts"),
-        (3, "categories must be a list of texts"),
+        ("abc", "categories must be a list of strings, one for each of the 1000 classes"),
+        ([1] * 1000, "categories must be a list of strings"),
+        (3, "categories must be a list of strings"),
     ):
         with pytest.raises(ValueError, match=message):
             vit.load_pretrained(timm_file, categories=wrong)
