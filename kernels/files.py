@@ -13,15 +13,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from vit.checks import dtype_name
 from vit.config import ViTConfig
 from vit.files import replacing
 from vit.metadata import Preprocessing, Provenance
 from vit.registry import registered
 
 from .base import OptimizedViT
-from .optimize import check_mode, kind, machine, missing
+from .optimize import DTYPES, check_mode, kind, machine, missing
 
-_HEADER = "vit.optimized"
+_HEADER = "vit.optimized"  # also vit.weights.layouts.vit.OPTIMIZED_KEY, which refuses such a file
 _PARTS = {"sha256", "dtype", "config", "preprocessing", "categories", "provenance", "attention"}
 
 
@@ -37,8 +38,8 @@ def save(model: OptimizedViT, path: str | Path) -> Path:
 
     Raises:
         ValueError: a model that is not optimized, a path with another suffix, attention that a file cannot name (a
-            function without a registered name, with options, or with weights of its own), `categories` that do
-            not fit the model. The `check` of `set_attention` is not saved.
+            function without a registered name, with options, or with weights of its own), `categories` or
+            `preprocessing` that do not fit the model. The `check` of `set_attention` is not saved.
         FileNotFoundError: the folder does not exist.
     """
     if not isinstance(model, OptimizedViT):
@@ -59,7 +60,7 @@ def save(model: OptimizedViT, path: str | Path) -> Path:
         "provenance": None if model.provenance is None else asdict(model.provenance),
     }  # fmt: skip
     header = json.loads(json.dumps(header))  # as `load` will read it
-    check_categories(model.categories, model.config.num_classes)
+    check_fit(model.config, header["categories"], model.preprocessing)
     metadata = {_HEADER: json.dumps(header | {"sha256": sha256(tensors, header)})}
     with replacing(path) as temporary:
         temporary.write_bytes(to_bytes(tensors, metadata))  # readable by others, unlike what `save_file` writes
@@ -94,20 +95,26 @@ def load(path: str | Path, mode: str = "latency") -> OptimizedViT:
         raise ValueError(f"{path} is damaged: its header {_HEADER} is not JSON: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:  # of another version
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is not an optimized model as this version of vit saves it: {what}") from None
 
 
 def assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> OptimizedViT:
     """The model that a file holds."""
     if header.keys() != _PARTS or header["sha256"] != sha256(tensors, header):
         raise ValueError("the file is damaged, or was written by another version: its sha256 does not match")
-    dtype, config = header["dtype"], ViTConfig(**header["config"])
+    dtype, config = dtype_name(header["dtype"], DTYPES), ViTConfig(**header["config"])
+    preprocessing = Preprocessing(**header["preprocessing"])
     check_mode(mode, dtype)
+    check_fit(config, header["categories"], preprocessing)
+    if (count := len(header["attention"])) != config.depth:
+        raise ValueError(f"the header names the attention of {count} blocks, but the model has {config.depth}")
     device = torch.device(machine(dtype))
     if reason := missing(dtype, device):
         raise ValueError(f"this machine cannot run {dtype}: {reason}")
     model = kind(dtype)(config, dtype, {name: tensor.to(device) for name, tensor in tensors.items()}, mode)
-    model.preprocessing = Preprocessing(**header["preprocessing"])
-    model.categories = header["categories"]
+    model.preprocessing, model.categories = preprocessing, header["categories"]
     model.provenance = None if header["provenance"] is None else Provenance.from_dict(header["provenance"])
     for i, name in enumerate(header["attention"]):
         if name != model.attends[i].name:
@@ -115,12 +122,19 @@ def assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> O
     return model
 
 
-def check_categories(names: object, classes: int) -> None:
-    """ValueError for names of classes that do not fit the model."""
-    if names is None:
+def check_fit(config: ViTConfig, categories: object, preprocessing: Preprocessing) -> None:
+    """ValueError for categories or preprocessing that do not fit the model."""
+    classes, found = config.num_classes, len(preprocessing.mean)
+    if found != config.in_chans:
+        raise ValueError(f"preprocessing has {found} channels, the model has {config.in_chans}")
+    if categories is None:
         return
-    if not isinstance(names, list) or len(names) != classes or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"categories must be {classes} strings or None, not {str(names)[:80]}")
+    if (
+        not isinstance(categories, list)
+        or len(categories) != classes
+        or not all(isinstance(name, str) for name in categories)
+    ):
+        raise ValueError(f"categories must be {classes} strings or None, not {str(categories)[:80]}")
 
 
 def sha256(tensors: dict[str, Tensor], header: dict[str, Any]) -> str:

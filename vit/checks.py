@@ -20,10 +20,10 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
 
 def dtype_name(dtype: object, known: Iterable[str]) -> str:
     """The name, such as "bfloat16", of one of the `known` dtypes, given as a torch.dtype or by name."""
-    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else dtype
     known = list(known)
     if not isinstance(name, str) or name not in known:
-        raise ValueError(unknown("dtype", name if isinstance(name, str) else type(name).__name__, known))
+        raise ValueError(unknown("dtype", type(name).__name__ if isinstance(name, torch.Tensor) else name, known))
     return name
 
 
@@ -67,7 +67,7 @@ def require_float(name: str, value: object, above: float | None = None) -> None:
 
 def as_dtype(dtype: object) -> torch.dtype:
     """A floating dtype, given as torch.bfloat16 or by its name, "bfloat16"."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype must be a floating dtype such as torch.bfloat16 or 'bfloat16', not {dtype!r}")
     return found

@@ -1,4 +1,7 @@
-"""What the files around the weights say of a model, where every part may be missing, and what is assumed of it."""
+"""What a file's header or a config.json says about a model, any part of which may be missing.
+
+It also tells which settings were assumed instead, and where the assumed values come from.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from .attention import restore_attention
 from .checkpoint import Checkpoint, CheckpointError, NotATensor, read_json
 from .description import IMAGENET, Attributes, Description
 from .formats import read_checkpoint
-from .layouts import timm_config, transformers_config, vit
+from .layouts import timm_config, transformers_config
+from .layouts.vit import read_header
 from .patch import adapt_channels, resample_patch_projection
 from .reading import Ours, skeleton, to_ours
 from .shapes import ASSUMED, known_preprocessing
@@ -171,7 +172,7 @@ def describe(
     With a prefix, the config.json describes the larger model, and its "backbone_config" describes ours.
     """
     if any(key.startswith("vit.") for key in checkpoint.metadata):
-        return vit.read_header(checkpoint.metadata)
+        return read_header(checkpoint.metadata)
     if found.config is None:
         return Description()
     content, where = read_json(found.config), str(found.config)
@@ -216,9 +217,9 @@ def _attributes(found: Source, about: Description, ours: Ours, stated: Sequence[
 
 
 def _checked(categories: Sequence[str], num_classes: int) -> list[str]:
-    """The caller's names for the classes; ValueError if they are not texts, one for each class."""
+    """The caller's names for the classes; ValueError if they are not strings, one for each class."""
     if not isinstance(categories, (list, tuple)) or not all(isinstance(name, str) for name in categories):
-        raise ValueError(f"categories must be a list of texts, one for each of the {num_classes} classes")
+        raise ValueError(f"categories must be a list of strings, one for each of the {num_classes} classes")
     if len(categories) != num_classes:
         raise ValueError(f"there are {len(categories)} categories for {num_classes} classes")
     return list(categories)

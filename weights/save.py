@@ -69,7 +69,10 @@ def save_checkpoint(model: ViT, path: str | Path, layout: str = "vit") -> Path:
 
 def target_files(path: str | Path, layout: str) -> list[Path]:
     """The files that are written: the weights, then the JSON files beside them if the layout has any."""
-    files, path = get_layout(layout).files, Path(path)
+    files = get_layout(layout).files
+    if path == "":  # as from an unset variable in a shell; as a path it would be the current folder
+        raise ValueError("expected a file or folder to write, got ''")
+    path = Path(path)
     is_folder = path.is_dir() or path.suffix.lower() not in (
         ".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".npy", ".onnx", ".json", ".jpg", ".png",
     )  # fmt: skip

@@ -36,9 +36,10 @@ def find(source: str | Path, revision: str | None = None) -> Source:
         FileNotFoundError, HubError: no such file, or none that can be downloaded.
         ValueError: not a name; a revision of something that is not on the Hub.
     """
+    # None and "" come from unset environment variables; as a path, "" would be the current folder
+    if not isinstance(source, (str, os.PathLike)) or source == "":
+        raise ValueError(f"expected the name of a model, a file or a folder, got {source!r}")
     path, name = Path(source), str(source)
-    if source == "":  # as from an unset variable in a shell; as a path it would be the current folder
-        raise ValueError("expected the name of a model, a file or a folder, got ''")
     if revision is not None and (path.exists() or bundled_checkpoint(name)):
         raise ValueError(f"revision={revision!r} is for repositories on the Hub, but {name} is a local file or folder")
     if path.is_dir():

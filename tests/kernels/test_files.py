@@ -1,13 +1,18 @@
 """Optimized models in files."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from cpu_cases import model
 from helpers import images
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import vit
+from vit.kernels.files import sha256
 
 
 @torch.inference_mode()
@@ -34,7 +39,18 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         fast.categories = categories
         with pytest.raises(ValueError, match="categories must be 10 strings or None"):
             vit.kernels.save(fast, tmp_path / "other.safetensors")
+    fast.categories = None
+    fast.preprocessing = vit.Preprocessing(64, (0.5,), (0.5,))
+    with pytest.raises(ValueError, match="preprocessing has 1 channels, the model has 3"):
+        vit.kernels.save(fast, tmp_path / "other.safetensors")
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_categories_in_a_tuple(tmp_path: Path) -> None:
+    fast = vit.kernels.optimize(model())
+    fast.categories = tuple(f"class {i}" for i in range(10))
+    loaded = vit.kernels.load(vit.kernels.save(fast, tmp_path / "fast.safetensors"))
+    assert loaded.categories == [f"class {i}" for i in range(10)]
 
 
 def test_what_is_not_saved(tmp_path: Path) -> None:
@@ -79,6 +95,48 @@ def test_files_that_are_not_loaded(tmp_path: Path) -> None:
             vit.kernels.load(file)
 
 
+def reseal(file: Path, change: Callable[[dict], object]) -> None:
+    """Change the header as another version might write it, with a sha256 that matches."""
+    with safe_open(file, "pt") as opened:
+        header = json.loads(opened.metadata()["vit.optimized"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    change(header)
+    save_file(tensors, file, {"vit.optimized": json.dumps(header | {"sha256": sha256(tensors, header)})})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h["config"].update(new_field=1), r"is not an optimized model as .*argument 'new_field'"),
+        (lambda h: h.update(config=[1]), "is not an optimized model as this version of vit saves it: TypeError"),
+        (
+            lambda h: h.update(preprocessing=None),
+            "is not an optimized model as this version of vit saves it: TypeError",
+        ),
+        (lambda h: h.update(dtype="int4"), "unknown dtype 'int4'.* Known: .*int8"),
+        (lambda h: h.update(dtype=3), "unknown dtype 3. Known: float32"),
+        (lambda h: h.update(attention=["sdpa"] * 5), "attention of 5 blocks, but the model has 3"),
+        (lambda h: h.update(attention=["sdpa"] * 2), "attention of 2 blocks, but the model has 3"),
+        (lambda h: h.update(attention=3), "is not an optimized model as this version of vit saves it: TypeError"),
+        (lambda h: h.update(categories=["one"]), "categories must be 10 strings or None"),
+        (lambda h: h["preprocessing"].update(mean=[0.5], std=[0.5]), "preprocessing has 1 channels, the model has 3"),
+    ],
+)
+def test_a_header_of_another_version(change: Callable[[dict], object], message: str, tmp_path: Path) -> None:
+    file = vit.kernels.save(vit.kernels.optimize(model()), tmp_path / "fast.safetensors")
+    reseal(file, lambda header: None)
+    vit.kernels.load(file)
+    reseal(file, change)
+    with pytest.raises(ValueError, match=rf"fast\.safetensors.*{message}"):
+        vit.kernels.load(file)
+
+
+def test_a_header_that_is_no_object(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(1)}, tmp_path / "list.safetensors", {"vit.optimized": "[]"})
+    with pytest.raises(ValueError, match=r"list\.safetensors is not an optimized model as .*AttributeError"):
+        vit.kernels.load(tmp_path / "list.safetensors")
+
+
 def test_a_damaged_byte_is_seen(tmp_path: Path) -> None:
     file = vit.kernels.save(vit.kernels.optimize(model()), tmp_path / "fast.safetensors")
     whole = bytearray(file.read_bytes())
@@ -95,7 +153,9 @@ def test_a_damaged_byte_is_seen(tmp_path: Path) -> None:
 def test_checkpoints_and_optimized_models_are_not_mixed_up(tmp_path: Path) -> None:
     file = vit.kernels.save(vit.kernels.optimize(model()), tmp_path / "fast.safetensors")
     for call in (lambda: vit.load_pretrained(file), lambda: vit.load_pretrained(file, num_heads=2)):
-        with pytest.raises(ValueError, match=r"holds an optimized model, no checkpoint: vit\.kernels\.load reads it"):
+        with pytest.raises(
+            ValueError, match=r"this is an optimized model, not a checkpoint: load it with vit\.kernels\.load"
+        ):
             call()
     with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
         vit.kernels.save(vit.kernels.optimize(model()), tmp_path / "nowhere" / "fast.safetensors")

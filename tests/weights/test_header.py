@@ -44,23 +44,37 @@ BAD_FILES = {
     "depth is declared to be 3, but the weights have 2": lambda path: header(
         path, change_part("vit.config", lambda c: c | {"depth": 3})
     ),
-    "the file's header cannot be used: dictionary update": lambda path: header(path, change_part("vit.config", list)),
-    "the file's header cannot be used: TypeError": lambda path: header(
+    "vit.config in the file's header cannot be used: dictionary update": lambda path: header(
+        path, change_part("vit.config", list)
+    ),
+    "vit.assumed in the file's header cannot be used: TypeError": lambda path: header(
         path, lambda c: c["__metadata__"].update({"vit.assumed": '{"eps": 1}'})
     ),
-    "the file's header cannot be used: Expecting property name": lambda path: header(
+    "vit.config in the file's header cannot be used: Expecting property name": lambda path: header(
         path, lambda c: c["__metadata__"].update({"vit.config": "{"})
     ),
-    "the file's header cannot be used: std must be above 0": lambda path: header(
+    "vit.preprocessing in the file's header cannot be used: std must be above 0": lambda path: header(
         path, change_part("vit.preprocessing", lambda c: c | {"std": [0, 1, 1]})
     ),
-    "the file's header cannot be used: vit.categories must be a list of texts": lambda path: header(
+    "vit.categories in the file's header cannot be used: categories must be a list of strings": lambda path: header(
         path, lambda c: c["__metadata__"].update({"vit.categories": "[1, 2]"})
+    ),
+    "vit.preprocessing in the file's header cannot be used: TypeError: .*'a'": lambda path: header(
+        path, change_part("vit.preprocessing", lambda c: c | {"a": 1})
+    ),
+    "vit.attention in the file's header cannot be used: TypeError: .*'new_field'": lambda path: header(
+        path,
+        lambda c: c["__metadata__"].update(
+            {"vit.attention": json.dumps([{"name": "sdpa", "options": {}, "new_field": 1}] * 2)}
+        ),
+    ),
+    "vit.attention in the file's header cannot be used: TypeError": lambda path: header(
+        path, lambda c: c["__metadata__"].update({"vit.attention": '[{"name": "sdpa", "options": 3}]'})
     ),
     "there are 2 categories for 7 classes": lambda path: header(
         path, lambda c: c["__metadata__"].update({"vit.categories": '["a", "b"]'})
     ),
-    "the file's header cannot be used: provenance must be an object": lambda path: header(
+    "vit.provenance in the file's header cannot be used: provenance must be an object": lambda path: header(
         path, lambda c: c["__metadata__"].update({"vit.provenance": '{"source": 1}'})
     ),
 }

@@ -85,9 +85,9 @@ def test_categories_of_the_callers(tmp_path, timm_file):
         assert vit.load_pretrained(timm_file, num_classes=2, categories=("a", "b")).categories == ["a", "b"]
     for wrong, message in (
         (names[1:], "there are 999 categories for 1000 classes"),
-        ("abc", "categories must be a list of texts, one for each of the 1000 classes"),
-        ([1] * 1000, "categories must be a list of texts"),
-        (3, "categories must be a list of texts"),
+        ("abc", "categories must be a list of strings, one for each of the 1000 classes"),
+        ([1] * 1000, "categories must be a list of strings"),
+        (3, "categories must be a list of strings"),
     ):
         with pytest.raises(ValueError, match=message):
             vit.load_pretrained(timm_file, categories=wrong)
@@ -120,6 +120,11 @@ def test_arguments_of_other_kinds(timm_file):
             vit.load_pretrained(timm_file, **arguments)
     with pytest.raises(CheckpointError, match="is of type int, expected a tensor"):
         vit.weights.convert({"blocks.0.attn.qkv.weight": 3})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "torch.bfloat16"])
+def test_a_dtype_by_name(timm_file, dtype):
+    assert vit.load_pretrained(timm_file, dtype=dtype).class_token.dtype == torch.bfloat16
 
 
 def test_loading_for_another_size_keeps_the_stored_grid(tmp_path):

@@ -10,6 +10,7 @@ from helpers import FLOAT32, difference, images, randomize, timm_twin
 from safetensors.torch import load_file
 
 import vit
+from vit.cli import main
 from vit.weights import CheckpointError
 
 
@@ -48,7 +49,7 @@ def test_what_does_not_fit_the_model_is_not_saved(tmp_path, rectangular):
     original = rectangular.preprocessing
     for change, message in (
         (lambda: setattr(rectangular, "categories", ["a"]), "1 categories for 7 classes"),
-        (lambda: setattr(rectangular, "categories", list(range(7))), "must be a list of texts"),
+        (lambda: setattr(rectangular, "categories", list(range(7))), "must be a list of strings"),
         (
             lambda: setattr(rectangular, "preprocessing", vit.Preprocessing(32, (0.5,), (0.5,))),
             "1 channels, the model has 3",
@@ -67,6 +68,17 @@ def test_what_does_not_fit_the_model_is_not_saved(tmp_path, rectangular):
     with pytest.raises(ValueError, match=r"x.safetensors must be a folder: the timm layout is"):
         vit.save_checkpoint(vit.ViT(CONFIG), tmp_path / "x.safetensors", layout="timm")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path, rectangular, monkeypatch, capsys):
+    source = str(vit.save_checkpoint(rectangular, tmp_path / "m.safetensors"))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match="expected a file or folder to write, got ''"):
+        vit.save_checkpoint(rectangular, "")
+    assert main(["convert", source, "", "--to", "vit"]) == 2
+    assert "expected a file or folder to write, got ''" in capsys.readouterr().err
+    assert not list((tmp_path / "empty").iterdir())
 
 
 def test_tied_weights_are_written_out(tmp_path, rectangular):

@@ -17,8 +17,9 @@ def test_paths_that_lead_nowhere(tmp_path, rectangular):
     ):
         with pytest.raises(kind, match=message):
             vit.load_pretrained(source)
-    with pytest.raises(ValueError, match="expected the name of a model, a file or a folder, got ''"):
-        vit.load_pretrained("")
+    for source in ("", None):  # as from an unset environment variable
+        with pytest.raises(ValueError, match=f"expected the name of a model, a file or a folder, got {source!r}"):
+            vit.load_pretrained(source)
     with pytest.raises(ValueError, match="revision='main' is for repositories on the Hub"):
         vit.load_pretrained(tmp_path / "empty", revision="main")
     with pytest.raises(ValueError, match="already contains a revision"):

@@ -195,7 +195,7 @@ def test_an_optimized_model_is_named_first(tmp_path, capsys):
     source = str(tmp_path / "a.safetensors")
     save_file({"x": torch.ones(1)}, source, {"vit.optimized": "{}"})
     assert main(["convert", source, str(tmp_path / "b.pth"), "--to", "vit"]) == 2
-    assert "a.safetensors: it holds an optimized model, no checkpoint" in capsys.readouterr().err
+    assert "a.safetensors: this is an optimized model, not a checkpoint" in capsys.readouterr().err
 
 
 def test_a_conversion_that_does_not_read_back_changes_nothing(tmp_path, model, monkeypatch):

@@ -11,7 +11,6 @@ from vit.model import ViT
 from . import options
 
 OPTIMIZE = ("float32", "int8", "bfloat16", "float16")
-OPTIMIZED = "vit.optimized"  # in the header of what vit.kernels.save writes
 
 
 def add_optimize(parser: argparse.ArgumentParser) -> None:
@@ -69,10 +68,12 @@ def is_optimized_file(name: str) -> bool:
     """Whether `vit.kernels.save` wrote it."""
     from safetensors import SafetensorError, safe_open
 
+    from vit.weights.layouts.vit import OPTIMIZED_KEY
+
     if not name.endswith(".safetensors") or not Path(name).is_file():
         return False
     with suppress(SafetensorError), safe_open(name, "pt") as file:  # a broken file: load_pretrained says what is wrong
-        return OPTIMIZED in (file.metadata() or {})
+        return OPTIMIZED_KEY in (file.metadata() or {})
     return False
 
 

@@ -275,7 +275,7 @@ class _DryUnpickler(pickle._Unpickler):  # Python's, because C's allocates a mem
         if isinstance(dtype, torch.dtype) and not name.startswith("q"):  # quantized
             return dtype
         raise CheckpointError(
-            f"{self._path} contains {module}.{name}, which is not data: expected dense tensors, numbers, texts and "
+            f"{self._path} contains {module}.{name}, which is not data: expected dense tensors, numbers, strings and "
             "dictionaries of them, as in model.state_dict()"
         )
 

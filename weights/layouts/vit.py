@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from vit.config import ViTConfig
 from vit.metadata import Preprocessing, Provenance
@@ -13,6 +13,8 @@ from vit.metadata import Preprocessing, Provenance
 from ..checkpoint import CheckpointError, usable
 from ..description import IMAGENET, AttentionSetting, Attributes, Description, assumptions, by_header
 from ..keymap import Assumptions, Detection, Entry, Holds, Layout
+
+T = TypeVar("T")
 
 _OURS = (
     "class_token", "dist_token", "register_tokens", "position_embedding",
@@ -37,13 +39,12 @@ VIT = Layout(
 
 LAYOUTS = (VIT,)
 
-# The error for a file of `vit.kernels.save`.
+OPTIMIZED_KEY = "vit.optimized"  # in the header of what vit.kernels.save writes
+# The error for such a file.
 OPTIMIZED = (
-    "it holds an optimized model, no checkpoint: vit.kernels.load reads it, and so do vit predict, features,"
+    "this is an optimized model, not a checkpoint: load it with vit.kernels.load, or use it in vit predict, features,"
     " evaluate and bench; convert, inspect and fine-tune the checkpoint that it was made from"
 )
-
-_PARTS = ("vit.config", "vit.assumed", "vit.preprocessing", "vit.categories", "vit.attention", "vit.provenance")
 
 
 def write_header(config: ViTConfig, attributes: Attributes, provenance: Provenance | None) -> dict[str, str]:
@@ -66,32 +67,46 @@ def read_header(metadata: Mapping[str, str]) -> Description:
     """The inverse of `write_header`; missing parts are left out of the description.
 
     Raises:
-        CheckpointError: a part that `write_header` does not write so, or the header of an optimized model.
+        CheckpointError: a part that `write_header` does not write so (the error names it), or the header of an
+            optimized model.
     """
-    if "vit.optimized" in metadata:
+    if OPTIMIZED_KEY in metadata:
         raise CheckpointError(OPTIMIZED)
-    with usable("the file's header"):
-        parts: dict[str, Any] = {key: json.loads(metadata[key]) for key in _PARTS if key in metadata}
-        guessed = dict(parts.get("vit.assumed", {}))
-        settings = parts.get("vit.preprocessing")
-        parent = parts.get("vit.provenance")
-        categories, attention = parts.get("vit.categories"), parts.get("vit.attention")
-        if attention is not None:
-            attention = [AttentionSetting(one["name"], dict(one["options"])) for one in attention]
-        if not isinstance(categories, list | None) or not all(isinstance(name, str) for name in categories or ()):
-            raise ValueError(f"vit.categories must be a list of texts, not {repr(categories)[:40]}")
-        categories_from = by_header(IMAGENET) if guessed.pop("categories", None) else "from the file's header"
-        return Description(
-            where="the file's header" if "vit.config" in metadata else "",
-            declared=dict(parts.get("vit.config", {})),
-            preprocessing=None if settings is None else Preprocessing(**settings),
-            categories=categories,
-            categories_from=categories_from if "vit.categories" in metadata else "",
-            license=parent["license"] if isinstance(parent, dict) and "license" in parent else None,
-            parent=None if parent is None else Provenance.from_dict(parent),
-            attention=attention,
-            guessed={name: by_header(whose) for name, whose in guessed.items()},
-        )
+    declared, guessed = _part(metadata, "vit.config", dict), _part(metadata, "vit.assumed", _guessed) or {}
+    parent = _part(metadata, "vit.provenance", Provenance.from_dict)
+    categories_from = by_header(IMAGENET) if guessed.pop("categories", None) else "from the file's header"
+    return Description(
+        where="" if declared is None else "the file's header",
+        declared=declared or {},
+        preprocessing=_part(metadata, "vit.preprocessing", lambda settings: Preprocessing(**settings)),
+        categories=_part(metadata, "vit.categories", _categories),
+        categories_from=categories_from if "vit.categories" in metadata else "",
+        license=None if parent is None else parent.license,
+        parent=parent,
+        attention=_part(metadata, "vit.attention", _attention),
+        guessed=guessed,
+    )
+
+
+def _part(metadata: Mapping[str, str], key: str, make: Callable[[Any], T]) -> T | None:
+    """What `make` makes of a part of the header; None if the part is missing or null."""
+    with usable(f"{key} in the file's header"):
+        part = json.loads(metadata.get(key, "null"))
+        return None if part is None else make(part)
+
+
+def _guessed(sources: dict[str, str]) -> dict[str, str]:
+    return {name: by_header(whose) for name, whose in sources.items()}
+
+
+def _categories(names: object) -> list[str]:
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"categories must be a list of strings, not {repr(names)[:40]}")
+    return names
+
+
+def _attention(settings: list[dict[str, Any]]) -> list[AttentionSetting]:
+    return [AttentionSetting(**{**one, "options": dict(one["options"])}) for one in settings]
 
 
 def check_attributes(config: ViTConfig, attributes: Attributes) -> None:
