@@ -110,7 +110,17 @@ def folder(tmp_path: Path, default_checkpoint: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", [name for name in READMES if blocks(name, "python") or commands(name, "vit")])
+SLOW = {"vit/README.md": pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=SLOW.get(name, ()))
+        for name in READMES
+        if blocks(name, "python") or commands(name, "vit")
+    ],
+)
 def test_blocks_run(name, default_hub, folder):
     """One after the other, as a reader would type them, in a folder with that reader's files."""
     (folder / "readme.py").write_text(program(name))
