@@ -22,7 +22,7 @@ from vit.registry import registered
 from .base import OptimizedViT
 from .optimize import DTYPES, check_mode, kind, machine, missing
 
-_HEADER = "vit.optimized"  # also vit.weights.layouts.vit.OPTIMIZED_KEY, which refuses such a file
+_HEADER = "vit.optimized"  # OPTIMIZED_KEY in weights/layouts/vit.py, where such a file is refused, is the same
 _PARTS = {"sha256", "dtype", "config", "preprocessing", "categories", "provenance", "attention"}
 
 

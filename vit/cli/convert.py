@@ -34,12 +34,12 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print the report."""
-    from vit.weights.layouts.vit import OPTIMIZED
+    from vit.weights.layouts.vit import NOT_A_CHECKPOINT
     from vit.weights.save import report_path, target_files
     from vit.weights.verify import convert_file
 
     if loading.is_optimized_file(args.source):
-        raise ValueError(f"{args.source}: {OPTIMIZED}")
+        raise ValueError(f"{args.source}: {NOT_A_CHECKPOINT}")
     files = target_files(args.target, args.to)
     existing = [str(file) for file in files if file.exists()]
     if existing and not args.force:

@@ -41,7 +41,7 @@ LAYOUTS = (VIT,)
 
 OPTIMIZED_KEY = "vit.optimized"  # in the header of what vit.kernels.save writes
 # The error for such a file.
-OPTIMIZED = (
+NOT_A_CHECKPOINT = (
     "this is an optimized model, not a checkpoint: load it with vit.kernels.load, or use it in vit predict, features,"
     " evaluate and bench; convert, inspect and fine-tune the checkpoint that it was made from"
 )
@@ -71,7 +71,7 @@ def read_header(metadata: Mapping[str, str]) -> Description:
             optimized model.
     """
     if OPTIMIZED_KEY in metadata:
-        raise CheckpointError(OPTIMIZED)
+        raise CheckpointError(NOT_A_CHECKPOINT)
     declared, guessed = _part(metadata, "vit.config", dict), _part(metadata, "vit.assumed", _guessed) or {}
     parent = _part(metadata, "vit.provenance", Provenance.from_dict)
     categories_from = by_header(IMAGENET) if guessed.pop("categories", None) else "from the file's header"
