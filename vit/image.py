@@ -47,7 +47,7 @@ class ImageError(ValueError):
     """An image file that cannot be used; the message is one line with the path and the reason."""
 
 
-def load_image(path: str | os.PathLike) -> Image.Image:
+def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Open an image file and decode all of it (the first frame, if there are several).
 
     Args:
@@ -74,7 +74,7 @@ def load_image(path: str | os.PathLike) -> Image.Image:
         raise ImageError(f"cannot use image {str(path)!r}: {_reason(path, error)}") from error
 
 
-def _open(path: str | os.PathLike) -> Image.Image:
+def _open(path: str | os.PathLike[str]) -> Image.Image:
     """Read an image's header without Pillow's warning about large images: `load_image` has a limit of its own."""
     # Warning filters are shared by the whole process, so only one thread at a time may change them.
     with _OPENING, warnings.catch_warnings():
@@ -82,7 +82,7 @@ def _open(path: str | os.PathLike) -> Image.Image:
         return Image.open(path)
 
 
-def _reason(path: str | os.PathLike, error: Exception) -> str:
+def _reason(path: str | os.PathLike[str], error: Exception) -> str:
     """Why a file could not be loaded, on one line."""
     if isinstance(error, Image.DecompressionBombError):
         pixels, *_ = re.findall(r"\d+", str(error)) or ["too many"]  # the exception has the number only in its text
