@@ -18,7 +18,6 @@ RELATIVES = {
     "distillation token": TINY.override(dist_token=True),
     "another width": TINY.override(embed_dim=36, in_chans=1),
 }
-SIZES = [(64, 64), (32, 32), (48, 80), (112, 48), (32, 176), (112, 112)]
 
 
 def make(config: ViTConfig, **options) -> vit.FeaturePyramid:

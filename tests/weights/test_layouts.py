@@ -174,16 +174,6 @@ def test_each_transform_has_its_inverse(layout):
             assert len(parts) == len(entry.theirs) and torch.equal(entry.transform.to_ours(parts, 2), value)
 
 
-REFUSED = {
-    "transformer.layers.0.0.to_qkv.weight": "vit-pytorch",
-    "visual.class_embedding": "CLIP",
-    "vision_model.embeddings.class_embedding": "CLIP",
-    "image_encoder.blocks.0.attn.rel_pos_h": "SAM",
-    "blocks.0.attn.q_bias": "BEiT",
-    "rope_embed.periods": "DINOv3",
-}
-
-
 # --- what shapes cannot show
 
 
