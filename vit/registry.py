@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -42,7 +41,7 @@ def register_attention(
         raise ValueError(f"the name of an attention must be a string, not {name!r}")
     if name in attention_names() and not overwrite:
         raise ValueError(f"attention {name!r} is registered already; pass overwrite=True to replace it")
-    _check_signature(fn, name)
+    _inspect(fn, name)
     _registry[name] = fn
     (_exact.add if exact else _exact.discard)(name)
 
@@ -108,7 +107,7 @@ class Choice:
         if not isinstance(module, nn.Module):
             got = type(module).__name__
             raise ValueError(f"block {block}: factory {self.called!r} returned {got}, expected an nn.Module")
-        filled_in = _check_signature(module.forward, self.called, {})
+        filled_in = _inspect(module.forward, self.called, {}).filled_in
         return Call(module, filled_in, {name: value for name, value in known.items() if name in filled_in})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -140,9 +139,8 @@ def choose(name_or_fn: AttentionLike, options: Mapping[str, Any]) -> Choice:
     else:
         source = name_or_fn
         name = next((name for name, fn in _registry.items() if fn is source), None)
-    filled_in = _check_signature(source, name or str(getattr(source, "__name__", source)), options)
-    exact = is_exact(name) and not options
-    return Choice(source, name, dict(options), exact, _is_factory(source), filled_in)
+    signature = _inspect(source, name or str(getattr(source, "__name__", source)), options)
+    return Choice(source, name, dict(options), is_exact(name) and not options, *signature)
 
 
 def choose_again(name: str, options: Mapping[str, Any]) -> Choice:
@@ -153,49 +151,50 @@ def choose_again(name: str, options: Mapping[str, Any]) -> Choice:
         raise ValueError(f"{error} Register it before unpickling, with vit.register_attention.") from None
 
 
-def _check_signature(fn: object, name: str, options: Mapping[str, Any] | None = None) -> tuple[str, ...]:
-    """The keywords that the model fills in. ValueError if `fn` cannot be called with these options (None: any)."""
+class _Signature(NamedTuple):
+    """What a function or factory takes."""
+
+    is_factory: bool
+    filled_in: tuple[str, ...]  # the keywords that the model fills in
+
+
+def _inspect(fn: object, name: str, options: Mapping[str, Any] | None = None) -> _Signature:
+    """Read a signature, once. ValueError if `fn` cannot be called with these options (None: they are not known yet)."""
     if isinstance(fn, nn.Module):  # all blocks would share its weights, and checkpoints would not have them
         raise ValueError(f"attention {name!r} is a module: pass its class or a factory (config, block) -> nn.Module")
     if not callable(fn):
         raise ValueError(f"attention must be a registered name or a function, not {fn!r}")
-    parameters = _parameters(fn)
-    if parameters is None:  # a builtin, such as PyTorch's scaled_dot_product_attention
-        return ()
-    factory, filled_in = _is_factory(fn), tuple(keyword for keyword in FILLED_IN if keyword in parameters)
-    if taken := [option for option in options or {} if option in _RESERVED]:
-        raise ValueError(f"attention {name!r}: the model itself passes {', '.join(taken)}; rename the option")
-    of_module = isinstance(getattr(fn, "__self__", None), nn.Module)  # its keywords are not options
-    if taken := [parameter for parameter in parameters if parameter in _SETTINGS and not of_module]:
-        raise ValueError(f"attention {name!r}: set_attention itself takes {', '.join(taken)}; rename the option")
-    if inspect.isclass(fn) and not factory:
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # a builtin without a signature, such as F.scaled_dot_product_attention
+        return _Signature(False, ())
+    is_factory = list(signature.parameters)[:2] == ["config", "block"]
+    if inspect.isclass(fn) and not is_factory:
         raise ValueError(f"attention {name!r} is a class: its first two parameters must be named config and block")
-    signature = inspect.signature(fn)
-    known = [parameter for parameter in parameters if parameter not in (*_RESERVED, "self")]
+    of_module = isinstance(getattr(fn, "__self__", None), nn.Module)  # made by a factory: its keywords are not options
+    if taken := [parameter for parameter in signature.parameters if parameter in _SETTINGS and not of_module]:
+        raise ValueError(f"attention {name!r}: set_attention itself takes {', '.join(taken)}; rename the option")
+    _check_options(name, signature, options or {})
+    filled_in = tuple(keyword for keyword in FILLED_IN if keyword in signature.parameters)
+    bind = signature.bind_partial if options is None else signature.bind
+    arguments = {} if is_factory else {"bias": None, **dict.fromkeys(filled_in)}
+    try:
+        bind(*(("config", "block") if is_factory else "qkv"), **{**arguments, **(options or {})})
+    except TypeError as error:
+        expected = "(config, block)" if is_factory else "(q, k, v, *, bias=None) or, for a factory, (config, block)"
+        raise ValueError(f"attention {name!r} has the signature {signature}, expected {expected}: {error}") from None
+    return _Signature(is_factory, filled_in)
+
+
+def _check_options(name: str, signature: inspect.Signature, options: Mapping[str, Any]) -> None:
+    """ValueError for an option that the model passes itself, or that the function does not have."""
+    known = [parameter for parameter in signature.parameters if parameter not in (*_RESERVED, "self")]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
-    for option in options or {}:
+    for option in options:
+        if option in _RESERVED:
+            raise ValueError(f"attention {name!r}: the model itself passes {option}; rename the option")
         if option not in known and not takes_any:
             raise ValueError(f"attention {name!r} has no option {option!r}; its options: {', '.join(known) or 'none'}")
-    bind = signature.bind_partial if options is None else signature.bind  # registering leaves options open
-    arguments = {} if factory else {"bias": None, **dict.fromkeys(filled_in)}
-    try:
-        bind(*(("config", "block") if factory else "qkv"), **{**arguments, **(options or {})})
-    except TypeError as error:
-        expected = "(config, block)" if factory else "(q, k, v, *, bias=None) or, for a factory, (config, block)"
-        raise ValueError(f"attention {name!r} has the signature {signature}, expected {expected}: {error}") from None
-    return filled_in
-
-
-def _is_factory(fn: Callable[..., Any]) -> bool:
-    """A factory is known by its first two parameters, `config` and `block`."""
-    return (_parameters(fn) or ())[:2] == ("config", "block")
-
-
-def _parameters(fn: Callable[..., Any]) -> tuple[str, ...] | None:
-    """The names of a function's parameters; None for a builtin without a signature."""
-    with suppress(TypeError, ValueError):
-        return tuple(inspect.signature(fn).parameters)
-    return None
 
 
 DEFAULT = choose("sdpa", {})  # of every new model
