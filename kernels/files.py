@@ -102,7 +102,7 @@ def load(path: str | Path, mode: str = "latency") -> OptimizedViT:
 
 def assemble(header: dict[str, Any], tensors: dict[str, Tensor], mode: str) -> OptimizedViT:
     """The model that a file holds."""
-    if header.keys() != _PARTS or header["sha256"] != sha256(tensors, header):
+    if not isinstance(header, dict) or header.keys() != _PARTS or header["sha256"] != sha256(tensors, header):
         raise ValueError("the file is damaged, or was written by another version: its sha256 does not match")
     dtype, config = dtype_name(header["dtype"], DTYPES), ViTConfig(**header["config"])
     preprocessing = Preprocessing(**header["preprocessing"])

@@ -152,12 +152,12 @@ def check_mode(mode: str, dtype: str) -> None:
 
 
 def check_modules(model: ViT) -> None:
-    """ValueError for modules, a forward or hooks that a user has put in, whose work would be lost."""
+    """ValueError for modules, methods, attention or hooks that a user has put in or taken out, by hand."""
     if is_watched(model):
         raise ValueError("the model has hooks, whose work would be lost: remove them, or leave vit.patch, first")
     with torch.device("meta"):
         expected = dict(ViT(model.config).named_modules())
-    for name, module in model.named_modules():
+    for name, module in {**dict.fromkeys(expected), **dict(model.named_modules())}.items():
         if ".attend." in name:  # attention's own module, which is kept
             continue
         found, wanted = describe(module), describe(expected.get(name))
@@ -166,12 +166,12 @@ def check_modules(model: ViT) -> None:
             if name == "head":
                 cure = "use model.reset_classifier and copy the weights"
             raise ValueError(f"{name or 'the model'} is {found}, expected {wanted}: its work would be lost; {cure}")
-        for key, value in vars(module).items():
+        for key, value in vars(cast(nn.Module, module)).items():
             method = getattr(type(module), key, None)
             if callable(method) and getattr(value, "__func__", None) is not method:
                 raise ValueError(f"the {key} of {name or 'the model'} was replaced: its work would be lost")
     for attend in model.attends:
-        if attend.fn is not attend.source and not isinstance(attend.fn, nn.Module):
+        if (attend.fn is attend.source) == attend.choice.is_factory:
             raise ValueError(f"the attention of block {attend.block} was replaced by hand: use model.set_attention")
 
 

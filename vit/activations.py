@@ -81,6 +81,8 @@ def patch(model: ViT, changes: Mapping[str, Change | Tensor]) -> Iterator[ViT]:
     """
     if not isinstance(changes, Mapping):
         raise ValueError(f"changes must map names to functions or tensors, not {type(changes).__name__}")
+    if not all(isinstance(name, str) for name in changes):
+        raise ValueError(f"names must be strings, not {list(changes)!r}")
     reached: set[str] = set()
     with ExitStack() as stack:
         slots = {
@@ -105,7 +107,7 @@ def _keep(kept: dict[str, Tensor], name: str, tensor: Tensor) -> Tensor:
 
 def _replace(reached: set[str], name: str, change: Change | Tensor, tensor: Tensor) -> Tensor:
     reached.add(name)
-    new = change.clone() if isinstance(change, Tensor) else change(tensor)  # a clone: it may be changed in place
+    new = change.clone() if isinstance(change, Tensor) else change(tensor.clone())  # which may be changed in place
     found, expected = describe(new), describe(tensor)
     if found != expected:
         raise ValueError(f"{name} is changed to {found}, expected {expected}")
@@ -226,7 +228,7 @@ def _unknown(model: ViT, name: str) -> str:
     nearest = get_close_matches(name, _all_names(model), n=1)
     hint = f"did you mean {nearest[0]!r}? " if nearest else ""
     block = name.split(".")[1] if name.startswith("blocks.") else "0"
-    if not block.isdigit() or int(block) >= len(model.blocks):
+    if not block.isdecimal() or int(block) >= len(model.blocks):
         hint = f"blocks are numbered from 0 to {len(model.blocks) - 1}; "
     return f"unknown activation {name!r}: {hint}vit.record(model, images, '?') lists all names"
 

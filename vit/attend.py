@@ -18,11 +18,12 @@ class Attend(nn.Module):
     """Calls what a block attends with, a function or a module of its own, and checks what it returns."""
 
     fn: Callable[..., Any]
-    instead: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None  # called in place of `fn` while it is patched
+    instead: Callable[[Tensor, Tensor, Tensor], Tensor] | None  # called in place of `fn` while it is patched
 
     def __init__(self, config: ViTConfig, block: int) -> None:
         super().__init__()
         self.block = block
+        self.instead = None
         self.set(DEFAULT, DEFAULT.make(config, block))
 
     def set(self, choice: Choice, call: Call, check: bool = False) -> None:
@@ -81,14 +82,16 @@ class Attend(nn.Module):
 
     def call(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing | None) -> Tensor:
         """Call the function and check its result."""
-        keywords = self.keywords
-        if "grid" in self.filled_in and not self.instead:
+        fn, filled_in, keywords = self.fn, self.filled_in, self.keywords
+        if self.instead:
+            fn, filled_in, keywords = self.instead, (), {}
+        if "grid" in filled_in:
             if packing is None:
                 raise ValueError(f"attention {self.choice.called!r} needs the grid: give the block a Packing((h, w))")
             keywords = {**keywords, "grid": packing.grid}
-        if "lengths" in self.filled_in:
+        if "lengths" in filled_in:
             keywords = {**keywords, "lengths": packing.lengths if packing else None}
-        out = self.instead(q, k, v) if self.instead else self.fn(q, k, v, **keywords)  # [B, A, T, d]
+        out = fn(q, k, v, **keywords)  # [B, A, T, d]
         if not isinstance(out, Tensor) or out.shape != q.shape or out.dtype != v.dtype or out.device != v.device:
             raise ValueError(f"attention {self.choice.called!r} returned {describe(out)}, expected {describe(q)}")
         if self.check:
@@ -115,7 +118,7 @@ class Attend(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state if "choice" in state else _from_version_0_1(state))
+        super().__setstate__({"instead": None, **(state if "choice" in state else _from_version_0_1(state))})
         if "fn" not in self.__dict__ and "fn" not in self._modules:
             self.fn = self.choice.source
 

@@ -64,7 +64,7 @@ class PackedForward:
             ValueError: as `forward`, naming the image; an empty list, several dtypes or devices.
         """
         tokens = self.forward_features_packed(images, ragged, budget)  # each [P + N_i, D]
-        return self.forward_head(torch.stack([summary(x, self.config.num_prefix_tokens) for x in tokens]))
+        return torch.cat([self.forward_head(x[None]) for x in tokens])
 
     def forward_features_packed(
         self, images: Sequence[Tensor], ragged: str = "error", budget: int = BUDGET
@@ -122,11 +122,3 @@ class PackedForward:
             x, kept = self.encode(x, part, keep)
             yield (x if keep is None else kept), grids[start:stop], lengths[start:stop]
             start = stop
-
-
-def summary(tokens: Tensor, P: int) -> Tensor:
-    """[P + N_i, D] tokens -> [P + 1, D], all that a head reads: the prefix, and the mean of the patches.
-
-    To a head these are the tokens of an image of one patch.
-    """
-    return torch.cat([tokens[:P], tokens[P:].mean(dim=0, keepdim=True)])

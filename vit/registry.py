@@ -6,6 +6,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 from torch import nn
@@ -15,7 +16,7 @@ from .checks import unknown
 from .config import ViTConfig
 
 FILLED_IN = ("lengths", "grid", "prefix", "block")  # keywords that the model fills in for a function that names them
-_RESERVED = ("q", "k", "v", "config", *FILLED_IN)  # names that no option can have
+_PASSED = ("q", "k", "v", *FILLED_IN)  # what the model passes to a function
 _SETTINGS = ("name_or_fn", "blocks", "check")  # parameters of `set_attention`
 
 _registry: dict[str, AttentionFunction | AttentionFactory] = {"reference": reference, "sdpa": sdpa}
@@ -107,7 +108,7 @@ class Choice:
         if not isinstance(module, nn.Module):
             got = type(module).__name__
             raise ValueError(f"block {block}: factory {self.called!r} returned {got}, expected an nn.Module")
-        filled_in = _inspect(module.forward, self.called, {}).filled_in
+        filled_in = _inspect(module.forward, self.called, {}, made=True).filled_in
         return Call(module, filled_in, {name: value for name, value in known.items() if name in filled_in})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -158,24 +159,32 @@ class _Signature(NamedTuple):
     filled_in: tuple[str, ...]  # the keywords that the model fills in
 
 
-def _inspect(fn: object, name: str, options: Mapping[str, Any] | None = None) -> _Signature:
-    """Read a signature, once. ValueError if `fn` cannot be called with these options (None: they are not known yet)."""
-    if isinstance(fn, nn.Module):  # all blocks would share its weights, and checkpoints would not have them
+def _inspect(fn: object, name: str, options: Mapping[str, Any] | None = None, made: bool = False) -> _Signature:
+    """Read a signature, once. ValueError if `fn` cannot be called with these options (None: they are not known yet).
+
+    With `made`, `fn` is the forward method of a module that a factory made.
+    """
+    owner = getattr(fn, "__self__", None)
+    if isinstance(fn, nn.Module) or (isinstance(owner, nn.Module) and owner.state_dict() and not made):
+        # all blocks would share its weights, and checkpoints would not have them
         raise ValueError(f"attention {name!r} is a module: pass its class or a factory (config, block) -> nn.Module")
     if not callable(fn):
         raise ValueError(f"attention must be a registered name or a function, not {fn!r}")
     try:
         signature = inspect.signature(fn)
-    except (TypeError, ValueError):  # a builtin without a signature, such as F.scaled_dot_product_attention
-        return _Signature(False, ())
+    except (TypeError, ValueError):
+        if inspect.isclass(fn):
+            raise ValueError(f"attention {name!r} is a class that cannot make attention modules") from None
+        return _Signature(False, ())  # a builtin, such as F.scaled_dot_product_attention; its options are not checked
     is_factory = list(signature.parameters)[:2] == ["config", "block"]
     if inspect.isclass(fn) and not is_factory:
         raise ValueError(f"attention {name!r} is a class: its first two parameters must be named config and block")
-    of_module = isinstance(getattr(fn, "__self__", None), nn.Module)  # made by a factory: its keywords are not options
-    if taken := [parameter for parameter in signature.parameters if parameter in _SETTINGS and not of_module]:
+    if taken := [parameter for parameter in signature.parameters if parameter in _SETTINGS and not made]:
         raise ValueError(f"attention {name!r}: set_attention itself takes {', '.join(taken)}; rename the option")
-    _check_options(name, signature, options or {})
-    filled_in = tuple(keyword for keyword in FILLED_IN if keyword in signature.parameters)
+    _check_options(name, signature, options or {}, ("config", "block") if is_factory else _PASSED)
+    fixed = fn.keywords if isinstance(fn, partial) else {}
+    filled_in = tuple(keyword for keyword in FILLED_IN if keyword in signature.parameters and keyword not in fixed)
+    filled_in = () if is_factory else filled_in
     bind = signature.bind_partial if options is None else signature.bind
     arguments = {} if is_factory else {"bias": None, **dict.fromkeys(filled_in)}
     try:
@@ -186,12 +195,12 @@ def _inspect(fn: object, name: str, options: Mapping[str, Any] | None = None) ->
     return _Signature(is_factory, filled_in)
 
 
-def _check_options(name: str, signature: inspect.Signature, options: Mapping[str, Any]) -> None:
-    """ValueError for an option that the model passes itself, or that the function does not have."""
-    known = [parameter for parameter in signature.parameters if parameter not in (*_RESERVED, "self")]
+def _check_options(name: str, signature: inspect.Signature, options: Mapping[str, Any], passed: tuple) -> None:
+    """ValueError for an option that is `passed` by the model itself, or that the function does not have."""
+    known = [parameter for parameter in signature.parameters if parameter not in passed]
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in signature.parameters.values())
     for option in options:
-        if option in _RESERVED:
+        if option in passed:
             raise ValueError(f"attention {name!r}: the model itself passes {option}; rename the option")
         if option not in known and not takes_any:
             raise ValueError(f"attention {name!r} has no option {option!r}; its options: {', '.join(known) or 'none'}")

@@ -78,7 +78,7 @@ class CPUViT(OptimizedViT):
         if type(last) is not BLOCKS[self.optimized]:
             return False
         attend = cast(Any, last).attention.attend
-        return attend.source in (sdpa, reference, bmm) and not attend.options
+        return attend.fn in (sdpa, reference, bmm) and not attend.options
 
     def set_attention(self, *args: Any, **keywords: Any) -> None:
         """As `ViT.set_attention`; int8 warns of attention that it was not calibrated for."""

@@ -133,7 +133,7 @@ def test_a_header_of_another_version(change: Callable[[dict], object], message: 
 
 def test_a_header_that_is_no_object(tmp_path: Path) -> None:
     save_file({"x": torch.ones(1)}, tmp_path / "list.safetensors", {"vit.optimized": "[]"})
-    with pytest.raises(ValueError, match=r"list\.safetensors is not an optimized model as .*AttributeError"):
+    with pytest.raises(ValueError, match=r"list\.safetensors: the file is damaged, or was written by another version"):
         vit.kernels.load(tmp_path / "list.safetensors")
 
 

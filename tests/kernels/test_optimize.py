@@ -228,6 +228,17 @@ def with_function(plain: vit.ViT) -> vit.ViT:
     return plain
 
 
+def with_attention_module(plain: vit.ViT) -> vit.ViT:
+    del plain.attends[1].fn
+    plain.attends[1].fn = nn.Identity()
+    return plain
+
+
+def truncated(plain: vit.ViT) -> vit.ViT:
+    plain.blocks = plain.blocks[:1]
+    return plain
+
+
 def with_hook(plain: vit.ViT) -> vit.ViT:
     plain.blocks[1].register_forward_hook(lambda module, inputs, out: 2 * out)
     return plain
@@ -261,6 +272,11 @@ def nan(plain: vit.ViT) -> vit.ViT:
         (lambda: with_method(model(), "embed"), "the embed of the model was replaced: its work would be lost"),
         (lambda: with_heads(model()), r"blocks\.1\.attention is .*1 heads.*, expected .*2 heads"),
         (lambda: with_function(model()), r"attention of block 1 was replaced by hand: use model\.set_attention"),
+        (
+            lambda: with_attention_module(model()),
+            r"attention of block 1 was replaced by hand: use model\.set_attention",
+        ),
+        (lambda: truncated(model()), r"blocks\.1 is nothing, expected vit\.model\.Block"),
         (lambda: with_stride(model()), r"patch_embed\.proj is .*stride=\(8, 8\).*, expected .*stride=\(16, 16\)"),
         (lambda: with_module(model()), r"blocks\.1\.attention\.attend is .*Identity.*, expected vit\.attend\.Attend"),
         (lambda: with_more(model()), r"blocks\.1\.probe is .*Linear.*, expected nothing"),

@@ -385,3 +385,33 @@ def test_a_patched_slot_is_called_like_any_other(tiny):
     with vit.patch(tiny, {"blocks.0.attention.scores": lambda x: x}):
         assert difference(tiny.attends[0](q, k, v), sdpa(q, k, v)) <= FLOAT32
         assert difference(tiny.attends[0](q, k, v, packing=None), sdpa(q, k, v)) <= FLOAT32
+
+
+def test_changes_in_place_leave_what_comes_before_alone(tiny):
+    """`residual_attention` passes its input's tensor on where nothing scales it."""
+    plain = randomize(vit.ViT(TINY.override(init_values=None))).eval()
+    name = "blocks.1.attention.out"
+    expected = vit.record(plain, X, name)[name]
+    with torch.no_grad(), vit.patch(plain, {"blocks.1.residual_attention": lambda x: x.mul_(2)}):
+        assert torch.equal(vit.record(plain, X, name)[name], expected)
+
+
+def test_a_compiled_model_is_not_compiled_again_after_patches(tiny):
+    from torch._dynamo.testing import CompileCounter
+
+    torch.compiler.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(tiny, backend=counter, fullgraph=True)
+    compiled(X)
+    for i in range(3):
+        with vit.patch(tiny, {f"blocks.{i}.attention.weights": lambda x: x}):
+            tiny(X)
+        compiled(X)
+    assert counter.frame_count == 1
+
+
+def test_names_of_another_kind(tiny):
+    with pytest.raises(ValueError, match="names must be strings"), vit.patch(tiny, {3: torch.zeros_like}):
+        pass
+    with pytest.raises(ValueError, match="unknown activation 'blocks.\u00b2'"):
+        vit.record(tiny, X, "blocks.\u00b2")

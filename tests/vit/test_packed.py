@@ -426,3 +426,15 @@ def test_ragged_images_are_completed_one_by_one(tiny, policy):
         assert difference(one, tiny.forward_features(other[None], ragged=policy)[0]) <= FLOAT32
     for one, other in zip(tiny.forward_intermediates_packed(x, [-1], ragged=policy)[0], x, strict=True):
         assert difference(one, tiny.forward_intermediates(other[None], [-1], ragged=policy)[0][0]) <= FLOAT32
+
+
+def test_another_pooling_is_that_of_forward():
+    """Whatever `pool` a subclass has: the head sees all tokens of an image, packed or alone."""
+
+    class Largest(vit.ViT):
+        def pool(self, tokens):
+            return tokens[:, 1:].amax(dim=1)
+
+    model = randomize(Largest(TINY)).eval()
+    x = listed([(3, 2), (1, 9), (6, 6)])
+    assert difference(model.forward_packed(x), torch.cat([model(one[None]) for one in x])) <= FLOAT32

@@ -1,6 +1,7 @@
 """What `set_attention` accepts, and attention by name."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -224,3 +225,35 @@ def test_keywords_of_a_module_may_have_any_names(tiny):
     expected = tiny(x)
     tiny.set_attention(Checked)
     assert difference(tiny(x), expected) <= FLOAT32
+
+
+def test_what_would_lose_weights_or_overwrite_values(tiny):
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="is a module: pass its class or a factory"):
+        tiny.set_attention(layer.forward)
+    for wrong in (int, dict, type):
+        with pytest.raises(ValueError, match="is a class"):
+            tiny.set_attention(wrong)
+
+    seen = []
+
+    def fn(q, k, v, *, bias=None, prefix):
+        seen.append(prefix)
+        return sdpa(q, k, v)
+
+    tiny.set_attention(partial(fn, prefix=77))
+    tiny(images(1, 3, 24, 40))
+    assert set(seen) == {77}
+
+
+def test_a_factory_may_name_its_options_as_the_model_does(tiny):
+    class Windows(nn.Module):
+        def __init__(self, config, block, grid=None):
+            super().__init__()
+            self.grid = grid
+
+        def forward(self, q, k, v, *, bias=None):
+            return sdpa(q, k, v)
+
+    tiny.set_attention(Windows, grid=3)
+    assert [slot.fn.grid for slot in tiny.attends] == [3] * len(tiny.blocks)
