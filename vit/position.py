@@ -31,14 +31,14 @@ def resample_position_embedding(
     Returns:
         [1, h'*w', D] in `embedding`'s dtype; `embedding` itself if the grids are the same.
     """
-    # An exported graph serves many grids, so it must not branch on the example's grid: `_unless_stored` puts the
-    # condition into the graph instead.
-    exporting = torch.compiler.is_exporting()
-    if not exporting and wanted == stored:
+    # An exported or traced graph serves many grids, so it must not branch on the example's grid: `_unless_stored` puts
+    # the condition into the graph instead.
+    in_graph = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    if not in_graph and wanted == stored:
         return embedding
     with without_autocast(embedding.device.type):
         matrices = [RULES[rule](*sizes, embedding.device) for sizes in zip(stored, wanted)]
-        rows, columns = _unless_stored(matrices, stored, wanted) if exporting else matrices  # [h', h], [w', w]
+        rows, columns = _unless_stored(matrices, stored, wanted) if in_graph else matrices  # [h', h], [w', w]
         grid = embedding[0].float()  # [h*w, D]
         grid = rows @ grid.reshape(stored[0], -1)  # [h', w*D]
         grid = columns @ grid.reshape(wanted[0], stored[1], -1)  # [h', w', D]

@@ -6,7 +6,7 @@ import pytest
 import scipy.ndimage
 import torch
 import transformers
-from helpers import FLOAT32, GRADIENT, difference, images
+from helpers import FLOAT32, GRADIENT, difference, images, randomize
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 from torch.nn.functional import interpolate
@@ -250,3 +250,22 @@ def test_models_export_with_their_rule(rule, strict):
     for size in ((28, 20), (28, 40), (12, 64)):
         x = images(1, 3, *size)
         assert difference(exported(x), model(x)) <= FLOAT32, size
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:FutureWarning")
+@torch.no_grad()
+def test_a_traced_model_is_right_at_every_size(rule, monkeypatch):
+    """Traced at its own size, as OpenVINO's `convert_model` does it; a branch on the grid would become a constant."""
+    config = vit.ViTConfig(
+        img_size=(28, 20), patch_size=4, embed_dim=8, num_heads=2, depth=1, num_classes=3, position_rule=rule
+    )
+    model = randomize(vit.ViT(config)).eval()
+    traced = torch.jit.trace(model, images(1, 3, 28, 20))
+    for size in ((28, 20), (20, 28), (28, 40), (12, 64), (4, 4), (8, 52)):
+        x = images(2, 3, *size)
+        assert difference(traced(x), model(x)) <= FLOAT32, size
+    monkeypatch.setattr(torch.jit, "is_tracing", lambda: False)  # the control: positions as outside of a trace
+    wrong = torch.jit.trace(model, images(1, 3, 28, 20))
+    x = images(2, 3, 20, 28)  # as many patches, another grid
+    assert difference(wrong(x), model(x)) > 1e-3
