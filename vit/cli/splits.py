@@ -10,7 +10,10 @@ from pathlib import Path
 from .datasets import DIGITS, Sample, find_samples
 from .images import counted
 
-TRAIN, VAL, TEST = ("train",), ("val", "valid", "validation"), ("test",)  # names of folders, in capitals too
+Names = tuple[str, ...]
+TRAIN: Names = ("train",)  # names of folders, in capitals too
+VAL: Names = ("val", "valid", "validation")
+TEST: Names = ("test",)
 HEADERS = ("path", "file", "filename", "image")  # a CSV file's first cell, if its first line is a header
 
 
@@ -58,7 +61,7 @@ def find_splits(data: str, holdout: float, seed: int) -> Splits:
     return Splits(train, val, test, how)
 
 
-def split_folders(root: Path) -> dict[tuple[str, ...], Path]:
+def split_folders(root: Path) -> dict[Names, Path]:
     """The folders of TRAIN, VAL and TEST; none if the folders of `root` are classes.
 
     Classes may be called "train" (beside "bus") or "valid" (beside "invalid"): such a folder is a part of the data if
@@ -68,7 +71,7 @@ def split_folders(root: Path) -> dict[tuple[str, ...], Path]:
         return {}
     below = sorted(entry for entry in root.iterdir() if entry.is_dir())
     found = {kind: [folder for folder in below if folder.name.lower() in kind] for kind in (TRAIN, VAL, TEST)}
-    parts = {kind: folders[0] for kind, folders in found.items() if folders}
+    parts: dict[Names, Path] = {kind: folders[0] for kind, folders in found.items() if folders}
     nested = [folder for folder in parts.values() if any(map(is_class, folder.iterdir()))]
     if TRAIN not in parts and nested:
         raise ValueError(f"{root} has {nested[0].name}/ and no train/: expected both, or one folder per class")
