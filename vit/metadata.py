@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from .checks import as_pair, require_float, unknown
 
@@ -68,10 +69,16 @@ class Provenance:
     commit: str | None = None  # of the Hub's repository
     license: str | None = None
     parent: Provenance | None = None
+    recipe: str | None = None  # how they were trained since: a `vit.training.Recipe`, as JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data. Without a recipe it has no such entry, as in files written before there were recipes."""
+        values = {**vars(self), "parent": None if self.parent is None else self.parent.to_dict()}
+        return {name: value for name, value in values.items() if name != "recipe" or value is not None}
 
     @classmethod
     def from_dict(cls, values: dict) -> Provenance:
-        """The inverse of `dataclasses.asdict`.
+        """The inverse of `to_dict`.
 
         Raises:
             ValueError: an unknown or missing field, or one that is not text.

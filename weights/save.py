@@ -36,7 +36,8 @@ def save_checkpoint(model: ViT, path: str | Path, layout: str = "vit") -> Path:
     """Write a model's weights, with all that `load_pretrained` needs to load the same model.
 
     Args:
-        model: the model, on any device and in any floating dtype; weights and dtype are kept bit for bit.
+        model: the model, on any device and in any floating dtype; weights and dtype are kept bit for bit. If it is
+            sharded (FSDP2), all processes must call this; the first one writes.
         path: a `.safetensors` file, or a folder in which `model.safetensors` is written. "timm", "deit" and
             transformers' layouts need a folder, because their `config.json` describes the folder's weights.
             Google's layouts also take an `.npz` file.
@@ -59,12 +60,24 @@ def save_checkpoint(model: ViT, path: str | Path, layout: str = "vit") -> Path:
     license = None if model.provenance is None else model.provenance.license
     attributes = Attributes(model.preprocessing, model.categories, license, attention=settings_of(model))
     # checked as the weights of a file are; the config still says who stated what
-    ours = to_ours(model.state_dict(), VIT.name, {"the model": model.config.to_dict()})
+    tensors, writes = _gathered(model)
+    if not writes:
+        return file
+    ours = to_ours(tensors, VIT.name, {"the model": model.config.to_dict()})
     ours = replace(ours, config=replace(ours.config, sources={**ours.config.sources, **model.config.sources}))
     converted = write(ours, attributes, file, layout, lambda: model.provenance)
     for name, value in converted.report.unsaid.items():
         warnings.warn(f"{file} cannot hold {name}: readers will assume {value!r}", stacklevel=2)
     return file
+
+
+def _gathered(model: ViT) -> tuple[dict[str, Tensor], bool]:
+    """The weights without shards, and whether this process writes them: of a sharded model, only the first does."""
+    state = model.state_dict()
+    if not any(hasattr(tensor, "full_tensor") for tensor in state.values()):  # a DTensor, whose import takes a second
+        return state, True
+    whole = {key: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for key, tensor in state.items()}
+    return whole, torch.distributed.get_rank() == 0
 
 
 def target_files(path: str | Path, layout: str) -> list[Path]:

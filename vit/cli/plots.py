@@ -74,6 +74,26 @@ def accuracy(rows: Sequence[dict[str, Any]], patch_size: int, prefix_tokens: int
     return add_legend(figure)
 
 
+def curves(rows: Sequence[dict[str, Any]]) -> Any:
+    """The log of a fine-tuning run: the loss of each step and of each validation, and the accuracy, against steps."""
+    steps, checks = [row for row in rows if "loss" in row], [row for row in rows if "accuracy" in row]
+    figure = figure_class()(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([row["step"] for row in steps], [row["loss"] for row in steps], color="0.7", label="training loss")
+    at = [row["step"] for row in checks]
+    axes.plot(at, [row["val_loss"] for row in checks], "s--", color="C1", label="validation loss")
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    shares = axes.twinx()
+    shares.plot(at, [100 * row["accuracy"] for row in checks], "o-", color="C0", label="accuracy")
+    shares.plot(at, [100 * row["balanced_accuracy"] for row in checks], "^:", color="C2", label="balanced accuracy")
+    shares.set_ylabel("validation accuracy in %")
+    shares.set_ylim(0, 100)
+    return add_legend(figure)
+
+
 def add_legend(figure: Any) -> Any:
     """Put the legend below the axes and make the figure higher by as much, so that it covers no line."""
     columns = 2

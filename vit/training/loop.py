@@ -1,0 +1,214 @@
+"""Fine-tuning in one loop, to be read from top to bottom, copied and changed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .data import STEP, Images, Item, batches, loader, own_generators, seed_from, shares
+from .distributed import rank_and_world, summing, total, whole, wrap
+from .recipes import Recipe, learning_rate, make_optimizer, prepare, set_rates
+from .run import Folder
+from .setup import check, default_transforms, not_finite, same_when_resumed
+from .state import State, restore, save, write_model
+
+
+def train(
+    model: nn.Module,
+    data: Sequence[Any],
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    validation: Sequence[Any] = (),
+    augment: Callable[[Any], Tensor] | None = None,
+    transform: Callable[[Any], Tensor] | None = None,
+    class_weights: Tensor | None = None,
+    device: str | torch.device = "cpu",
+    strategy: str = "none",
+    workers: int = 0,
+    validate_every: int | None = None,
+    save_every: int | None = None,
+    max_bad: int = 0,
+    facts: Mapping[str, Any] | None = None,
+    log: Callable[[dict[str, Any]], None] | None = None,
+) -> nn.Module:
+    """Fine-tune a model. The same call goes on with a run that was interrupted, and ends with the same bits.
+
+    Args:
+        model: any module from images [B, C, H, W] to logits [B, classes], in float32. It is trained in place.
+        data: the training images; `data[i]` is (image, label) or {"image": ..., "label": ...}, see `data.Images`.
+        recipe: the numbers of the run.
+        out: the run's folder, in which `vit.training.README` lists the files.
+        validation: the same for images that choose the best weights and are not trained on.
+        augment: from an image to a tensor [C, H, W], in training; default, for a ViT: `data.RandomCrop`.
+        transform: the same for validation; default, for a ViT: `vit.create_transform(model)`.
+        class_weights: [classes], how much an image of each class counts, as from `data.balanced`.
+        device: where the model is trained.
+        strategy: "none", or over the processes that torchrun has started "ddp" or "fsdp", see `distributed.wrap`.
+        workers: processes that prepare images; they change no result.
+        validate_every: steps between validations; default: an epoch.
+        save_every: steps between states; default: `validate_every`.
+        max_bad: unreadable images that are left out before the run stops.
+        facts: what else must be the same when the run is resumed, as plain data.
+        log: called with each line of the log, in the first process.
+
+    Returns:
+        The trained model, or the average of its weights if the recipe has one, in eval mode.
+
+    Raises:
+        ValueError: arguments that do not fit each other; a run of another recipe in `out`; a label that the model has
+            no class for; more unreadable images than `max_bad`; a loss that is not finite, with the step and its
+            images. The last state stays on disk.
+        OSError: a file cannot be written.
+    """
+    rank, world = rank_and_world()
+    check(model, recipe, len(data), world)
+    augment, transform = default_transforms(model, recipe, augment, transform)
+    facts = same_when_resumed(model, recipe, data, validation, augment, transform, class_weights, facts)
+    validate_every = validate_every or len(data) // recipe.batch_size
+    save_every = save_every or validate_every
+    device = torch.device(device)
+
+    prepare(model, recipe)  # drop path, and what is trained
+    model.to(device).train()
+    average = copy.deepcopy(model).requires_grad_(False) if recipe.model_ema_decay else None
+    called = wrap(model, strategy, recipe.amp)
+    judged = called if average is None else average if strategy != "fsdp" else wrap(average, strategy, recipe.amp)
+    optimizer = make_optimizer(model, recipe)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "float16")
+    context = precision(recipe, device, strategy)
+    state = State(model, optimizer, scaler, average)
+
+    with Folder(Path(out), max_bad, log) as folder, own_generators(device):
+        restore(folder.states, state, facts)
+        folder.resume(state.step)
+        train_images, val_images = Images(data, augment, recipe.seed), Images(validation, transform, recipe.seed)
+        keys = batches(len(data), recipe.batch_size, state.step, recipe.steps, recipe.seed, rank, world)
+        for batch in loader(train_images, keys, workers, device):
+            folder.report(batch.error)
+            set_rates(optimizer, learning_rate(state.step, recipe.steps, recipe.warmup_steps))
+            optimizer.zero_grad()
+            loss = backward(called, batch, recipe, state.step, class_weights, scaler, context)
+            scaler.unscale_(optimizer)
+            norm = whole(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)).item()
+            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                raise ValueError(not_finite(loss, norm, state.step, train_images, recipe))
+            scaler.step(optimizer)
+            scaler.update()
+            state.step += 1
+            if average is not None:
+                update_average(average, model, min(recipe.model_ema_decay, (1 + state.step) / (10 + state.step)))
+            folder.log(step=state.step, loss=loss, norm=norm, lr=optimizer.param_groups[-1]["lr"])
+
+            last = state.step == recipe.steps
+            if len(validation) and (last or state.step % validate_every == 0):
+                found, errors = evaluate(judged, val_images, recipe, workers, context)
+                folder.report(errors)
+                folder.log(step=state.step, **found)
+                if found["accuracy"] > state.best:
+                    state.best = found["accuracy"]
+                    write_model(average or model, folder.path / "model_best.safetensors", recipe)
+            if last or state.step % save_every == 0:
+                write_model(average or model, folder.path / "model.safetensors", recipe)
+                save(folder.states, state, facts)
+    return (average or model).eval()
+
+
+def backward(
+    called: nn.Module,
+    batch: Item,
+    recipe: Recipe,
+    step: int,
+    class_weights: Tensor | None,
+    scaler: torch.amp.GradScaler,
+    context: Callable[[], AbstractContextManager],
+) -> float:
+    """Add the gradients of a step's images, computed in parts; returns the mean loss over all processes."""
+    rank, world = rank_and_world()
+    device = next(called.parameters()).device
+    counts = batch.weight.float() if class_weights is None else batch.weight.float() * class_weights[batch.label]  # [B]
+    total_count = total(counts.sum().to(device)).clamp(min=1e-12)
+    loss = torch.zeros((), device=device)
+    parts = [tensor.to(device, non_blocking=True).chunk(recipe.grad_accum_steps) for tensor in (*batch[:2], counts)]
+    for i, (x, y, w) in enumerate(zip(*parts)):  # [b, C, H, W], [b], [b]
+        torch.manual_seed(seed_from(recipe.seed, STEP, step, rank, i))  # for mixup, drop path and dropout
+        x, targets = mixup(x, y, w, recipe.mixup)
+        with summing(called, last=i + 1 == recipe.grad_accum_steps):
+            with context():
+                logits = called(x)  # [b, classes]
+            losses = [(w * cross_entropy(logits, y, recipe.smoothing)).sum() for y, w in targets]
+            part = torch.stack(losses).sum() / total_count
+            scaler.scale(part * world).backward()  # PyTorch takes the mean of the processes' gradients; this is a sum
+        loss += part.detach()
+    return total(loss).item()
+
+
+def mixup(x: Tensor, y: Tensor, w: Tensor, alpha: float) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Blend each image with its neighbour (arXiv:1710.09412): the images, and pairs of labels and their weights."""
+    if alpha == 0.0:
+        return x, [(y, w)]
+    share = float(torch.distributions.Beta(alpha, alpha).sample())
+    return x.lerp(x.roll(1, 0), 1 - share), [(y, share * w), (y.roll(1), (1 - share) * w.roll(1))]
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """[b] losses, in float32; ValueError for a label that the model has no class for."""
+    if (most := int(labels.max())) >= logits.shape[1]:
+        raise ValueError(f"there is an image with label {most}, and the model has {logits.shape[1]} classes")
+    return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
+
+
+def precision(recipe: Recipe, device: torch.device, strategy: str) -> Callable[[], AbstractContextManager]:
+    """Autocast to the recipe's dtype; under "fsdp" the layers cast by themselves."""
+    if not recipe.amp or strategy == "fsdp":
+        return nullcontext
+    return lambda: torch.autocast(device.type, getattr(torch, recipe.amp))
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """average = decay * average + (1 - decay) * model; other tensors, such as BatchNorm's, are copied."""
+    for mean, parameter in zip(average.parameters(), model.parameters()):
+        mean.lerp_(parameter, 1 - decay)
+    for mean, buffer in zip(average.buffers(), model.buffers()):
+        mean.copy_(buffer)
+
+
+@torch.no_grad()
+def evaluate(
+    called: nn.Module, images: Images, recipe: Recipe, workers: int, context: Callable[[], AbstractContextManager]
+) -> tuple[dict[str, float], list[str]]:
+    """Judge a model on labelled images: the mean loss, the accuracy and the mean of the classes' accuracies.
+
+    Returns:
+        The figures, and the errors of images that could not be read, which do not count.
+    """
+    device = next(called.parameters()).device
+    was_training = called.training
+    called.eval()
+    counts, loss, errors = torch.zeros(0), torch.zeros((), device=device), []
+    for batch in loader(images, shares(len(images), recipe.batch_size, *rank_and_world()), workers, device):
+        x, y, w = (tensor.to(device) for tensor in (*batch[:2], batch.weight.float()))
+        with context():
+            logits = called(x)  # [b, classes]
+        loss += (w * cross_entropy(logits, y)).sum()
+        right = w * (logits.argmax(dim=1) == y)
+        counts = counts if len(counts) else torch.zeros(2, logits.shape[1], device=device)
+        counts.index_add_(1, y, torch.stack([right, w]))  # [2, classes]: right, all
+        errors += batch.error
+    called.train(was_training)
+    right, seen = total(counts)
+    classes = seen > 0
+    return {
+        "val_loss": (total(loss) / seen.sum()).item(),
+        "accuracy": (right.sum() / seen.sum()).item(),
+        "balanced_accuracy": (right[classes] / seen[classes]).mean().item(),
+    }, errors

@@ -1,0 +1,170 @@
+"""The state of a run on disk: complete or not there, and refused if it is another run's."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import vit
+from vit.files import replacing, write_json
+from vit.metadata import Provenance
+from vit.model import ViT
+
+from .distributed import barrier, rank_and_world
+from .recipes import Recipe
+
+
+@dataclass
+class State:
+    """All that a run changes, besides the files that it has written."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: nn.Module | None = None
+    step: int = 0  # updates done
+    best: float = -1.0  # the best accuracy on the validation images
+
+    def tensors(self) -> dict[str, Any]:
+        """What `torch.distributed.checkpoint` writes and reads in place; rates follow from the recipe and the step."""
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
+
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        parts = {"model": model, "optimizer": optimizer["state"]}
+        if self.average is not None:
+            parts["average"] = get_model_state_dict(self.average)
+        return parts
+
+
+def save(folder: Path, state: State, facts: Mapping[str, Any]) -> None:
+    """Write the state to `folder`/step-N, which gets its name when it is complete; then older ones are removed.
+
+    All processes must call it.
+
+    Args:
+        folder: where the run keeps its states.
+        state: what to write.
+        facts: what must be the same when the run is resumed, as plain data.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk. The older state is then still there.
+    """
+    import torch.distributed.checkpoint as dcp  # here and below, since it takes a second
+
+    done = folder / f"step-{state.step:07}"
+    part = done.with_suffix(".part")
+    rank, world = rank_and_world()
+    if rank == 0:
+        for left in folder.glob("*.part"):  # of a run that was killed
+            shutil.rmtree(left)
+        part.mkdir(parents=True)
+    barrier()
+    try:
+        with _quiet():
+            dcp.save(state.tensors(), checkpoint_id=part, no_dist=world == 1)
+        if rank == 0:
+            scaler = state.scaler.state_dict()
+            write_json(part / "run.json", {"step": state.step, "best": state.best, "scaler": scaler, "facts": facts})
+    except Exception as error:  # PyTorch wraps the system's error in its own
+        if rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise OSError(
+            errno.EIO, f"the state of step {state.step} cannot be saved ({_reason(error)})", str(done)
+        ) from error
+    if rank == 0:
+        os.replace(part, done)
+        for old in folder.glob("step-*"):
+            if old != done:
+                shutil.rmtree(old)
+    barrier()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PyTorch's warning that there is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _reason(error: BaseException) -> str:
+    found: BaseException | None = error
+    while found is not None and not (isinstance(found, OSError) and found.strerror):
+        found = found.__cause__ or found.__context__
+    return found.strerror if isinstance(found, OSError) and found.strerror else str(error).splitlines()[0]
+
+
+def restore(folder: Path, state: State, facts: Mapping[str, Any]) -> None:
+    """Read the newest complete state into `state`; leave it as it is if there is none.
+
+    The number of processes and their strategy may differ from those that wrote it.
+
+    Raises:
+        ValueError: the state is of a run with other facts; the error names them.
+    """
+    found = sorted(path for path in folder.glob("step-*") if path.suffix != ".part")
+    if not found:
+        return
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_model_state_dict,
+        set_state_dict,
+    )
+
+    from .trusted import Reader, TensorsOnly
+
+    run = json.loads((found[-1] / "run.json").read_text(encoding="utf-8"))
+    check_same(folder.parent, run["facts"], facts)
+    parts = state.tensors()
+    try:
+        with _quiet():
+            dcp.load(parts, storage_reader=Reader(found[-1]), planner=TensorsOnly(), no_dist=rank_and_world()[1] == 1)
+    except Exception as error:  # PyTorch wraps the reason
+        raise ValueError(f"cannot read {found[-1]}: {_reason(error)}; remove it to begin anew") from error
+    optimizer = {
+        "state": parts["optimizer"],
+        "param_groups": get_optimizer_state_dict(state.model, state.optimizer)["param_groups"],
+    }
+    set_state_dict(state.model, state.optimizer, model_state_dict=parts["model"], optim_state_dict=optimizer)
+    if state.average is not None:
+        set_model_state_dict(state.average, parts["average"])
+    state.scaler.load_state_dict(run["scaler"])
+    state.step, state.best = run["step"], run["best"]
+
+
+def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """ValueError that names each fact of a run that differs from those of the run in `folder`."""
+    now = json.loads(json.dumps(now))  # as it was written: tuples are lists
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if names:
+        changes = ", ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)
+        raise ValueError(
+            f"{folder} holds another run ({changes}): repeat the command that began it, or choose another folder"
+        )
+
+
+def write_model(model: nn.Module, path: Path, recipe: Recipe) -> None:
+    """Write a model's weights: a ViT's as `vit.save_checkpoint` does, another module's as a plain state dict."""
+    if isinstance(model, ViT):
+        origin = model.provenance or Provenance("random weights", "", "vit")
+        before, model.provenance = model.provenance, replace(origin, recipe=json.dumps(asdict(recipe)))
+        try:
+            vit.save_checkpoint(model, path)
+        finally:
+            model.provenance = before
+    elif rank_and_world()[0] == 0:
+        with replacing(path) as temporary:
+            save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
