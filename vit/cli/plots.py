@@ -90,7 +90,7 @@ def curves(rows: Sequence[dict[str, Any]]) -> Any:
     shares.plot(at, [100 * row["accuracy"] for row in checks], "o-", color="C0", label="accuracy")
     shares.plot(at, [100 * row["balanced_accuracy"] for row in checks], "^:", color="C2", label="balanced accuracy")
     shares.set_ylabel("validation accuracy in %")
-    shares.set_ylim(0, 100)
+    shares.set_ylim(0, 102)  # room for markers at 100
     return add_legend(figure)
 
 

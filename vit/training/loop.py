@@ -110,7 +110,7 @@ def train(
 
             last = state.step == recipe.steps
             if len(validation) and (last or state.step % validate_every == 0):
-                found, errors = evaluate(judged, val_images, recipe, workers, context)
+                found, errors = evaluate(judged, val_images, recipe.batch_size, workers, context)
                 folder.report(errors)
                 folder.log(step=state.step, **found)
                 if found["accuracy"] > state.best:
@@ -161,8 +161,9 @@ def mixup(x: Tensor, y: Tensor, w: Tensor, alpha: float) -> tuple[Tensor, list[t
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """[b] losses, in float32; ValueError for a label that the model has no class for."""
-    if (most := int(labels.max())) >= logits.shape[1]:
-        raise ValueError(f"there is an image with label {most}, and the model has {logits.shape[1]} classes")
+    for label in (int(labels.min()), int(labels.max())):
+        if not 0 <= label < logits.shape[1]:
+            raise ValueError(f"there is an image with label {label}, and the model has {logits.shape[1]} classes")
     return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
 
 
@@ -184,7 +185,11 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
 
 @torch.no_grad()
 def evaluate(
-    called: nn.Module, images: Images, recipe: Recipe, workers: int, context: Callable[[], AbstractContextManager]
+    called: nn.Module,
+    images: Images,
+    batch_size: int = 32,
+    workers: int = 0,
+    context: Callable[[], AbstractContextManager] = nullcontext,
 ) -> tuple[dict[str, float], list[str]]:
     """Judge a model on labelled images: the mean loss, the accuracy and the mean of the classes' accuracies.
 
@@ -195,7 +200,7 @@ def evaluate(
     was_training = called.training
     called.eval()
     counts, loss, errors = torch.zeros(0), torch.zeros((), device=device), []
-    for batch in loader(images, shares(len(images), recipe.batch_size, *rank_and_world()), workers, device):
+    for batch in loader(images, shares(len(images), batch_size, *rank_and_world()), workers, device):
         x, y, w = (tensor.to(device) for tensor in (*batch[:2], batch.weight.float()))
         with context():
             logits = called(x)  # [b, classes]

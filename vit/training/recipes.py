@@ -60,7 +60,9 @@ class Recipe:
         if self.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps must be below steps, {self.steps}, not {self.warmup_steps}")
         if self.batch_size % self.grad_accum_steps:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of grad_accum_steps")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of grad_accum_steps {self.grad_accum_steps}"
+            )
 
 
 _LEAST = {"steps": 1, "warmup_steps": 0, "batch_size": 1, "grad_accum_steps": 1, "freeze": -1, "seed": 0}
