@@ -12,7 +12,8 @@ from vit.image import Transform
 from vit.model import ViT
 from vit.training import Images, RandomCrop, Recipe
 from vit.training.data import batches, loader
-from vit.training.loop import backward, precision
+from vit.training.distributed import precision
+from vit.training.loop import backward
 from vit.training.recipes import make_optimizer, prepare
 from vit.training.setup import check, default_transforms
 
@@ -43,7 +44,7 @@ def overfit(model: ViT, data: list[Any], recipe: Recipe, folder: Path, device: t
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()
-        losses.append(backward(model, batch, recipe, 0, None, scaler, precision(recipe, device, "none")))
+        losses.append(backward(model, batch, recipe, 0, None, scaler, precision(recipe.amp, device, "none")))
         scaler.step(optimizer)
         scaler.update()
     learned = math.isfinite(losses[-1]) and losses[-1] < losses[0] / 2

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -72,6 +72,13 @@ def wrap(model: nn.Module, strategy: str, amp: str = "") -> nn.Module:
     for name in _OTHER_FORWARDS if isinstance(model, ViT) else ():
         register_fsdp_forward_method(model, name)
     return model
+
+
+def precision(amp: str, device: torch.device, strategy: str) -> Callable[[], AbstractContextManager]:
+    """Autocast to a dtype such as "bfloat16"; under "fsdp" the layers cast by themselves."""
+    if not amp or strategy == "fsdp":
+        return nullcontext
+    return lambda: torch.autocast(device.type, getattr(torch, amp))
 
 
 @contextmanager

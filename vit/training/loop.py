@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .data import STEP, Images, Item, batches, loader, own_generators, seed_from, shares
-from .distributed import rank_and_world, summing, total, whole, wrap
+from .distributed import precision, rank_and_world, summing, total, whole, wrap
+from .loss import cross_entropy, mixup
 from .recipes import Recipe, learning_rate, make_optimizer, prepare, set_rates
 from .run import Folder
 from .setup import check, default_transforms, not_finite, same_when_resumed
@@ -84,7 +84,7 @@ def train(
     judged = called if average is None else average if strategy != "fsdp" else wrap(average, strategy, recipe.amp)
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "float16")
-    context = precision(recipe, device, strategy)
+    context = precision(recipe.amp, device, strategy)
     state = State(model, optimizer, scaler, average)
 
     with Folder(Path(out), max_bad, log) as folder, own_generators(device):
@@ -149,29 +149,6 @@ def backward(
             scaler.scale(part * world).backward()  # PyTorch takes the mean of the processes' gradients; this is a sum
         loss += part.detach()
     return total(loss).item()
-
-
-def mixup(x: Tensor, y: Tensor, w: Tensor, alpha: float) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Blend each image with its neighbour (arXiv:1710.09412): the images, and pairs of labels and their weights."""
-    if alpha == 0.0:
-        return x, [(y, w)]
-    share = float(torch.distributions.Beta(alpha, alpha).sample())
-    return x.lerp(x.roll(1, 0), 1 - share), [(y, share * w), (y.roll(1), (1 - share) * w.roll(1))]
-
-
-def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """[b] losses, in float32; ValueError for a label that the model has no class for."""
-    for label in (int(labels.min()), int(labels.max())):
-        if not 0 <= label < logits.shape[1]:
-            raise ValueError(f"there is an image with label {label}, and the model has {logits.shape[1]} classes")
-    return F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=smoothing)
-
-
-def precision(recipe: Recipe, device: torch.device, strategy: str) -> Callable[[], AbstractContextManager]:
-    """Autocast to the recipe's dtype; under "fsdp" the layers cast by themselves."""
-    if not recipe.amp or strategy == "fsdp":
-        return nullcontext
-    return lambda: torch.autocast(device.type, getattr(torch, recipe.amp))
 
 
 @torch.no_grad()

@@ -62,6 +62,7 @@ def save(folder: Path, state: State, facts: Mapping[str, Any]) -> None:
         OSError: it cannot be written, as on a full disk. The older state is then still there.
     """
     import torch.distributed.checkpoint as dcp  # here and below, since it takes a second
+    from torch.distributed.checkpoint import CheckpointException
 
     done = folder / f"step-{state.step:07}"
     part = done.with_suffix(".part")
@@ -77,7 +78,7 @@ def save(folder: Path, state: State, facts: Mapping[str, Any]) -> None:
         if rank == 0:
             scaler = state.scaler.state_dict()
             write_json(part / "run.json", {"step": state.step, "best": state.best, "scaler": scaler, "facts": facts})
-    except Exception as error:  # PyTorch wraps the system's error in its own
+    except (Exception, CheckpointException) as error:  # PyTorch wraps the system's error
         if rank == 0:
             shutil.rmtree(part, ignore_errors=True)
         raise OSError(
@@ -100,10 +101,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    found: BaseException | None = error
-    while found is not None and not (isinstance(found, OSError) and found.strerror):
-        found = found.__cause__ or found.__context__
-    return found.strerror if isinstance(found, OSError) and found.strerror else str(error).splitlines()[0]
+    """The system's own words if a file could not be written or read; PyTorch keeps errors by process."""
+    for failure, _ in getattr(error, "failures", {}).values():
+        error = failure
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    system = [one.strerror for one in chain if isinstance(one, OSError) and one.strerror]
+    return system[0] if system else str(error).splitlines()[0]
 
 
 def restore(folder: Path, state: State, facts: Mapping[str, Any]) -> None:
@@ -118,21 +123,24 @@ def restore(folder: Path, state: State, facts: Mapping[str, Any]) -> None:
     if not found:
         return
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import CheckpointException
     from torch.distributed.checkpoint.state_dict import (
         get_optimizer_state_dict,
         set_model_state_dict,
         set_state_dict,
     )
 
-    from .trusted import Reader, TensorsOnly
+    from .trusted import Reader
 
     run = json.loads((found[-1] / "run.json").read_text(encoding="utf-8"))
     check_same(folder.parent, run["facts"], facts)
     parts = state.tensors()
     try:
+        reader = Reader(found[-1])
+        reader.read_metadata()  # an error here is said in fewer words than PyTorch's
         with _quiet():
-            dcp.load(parts, storage_reader=Reader(found[-1]), planner=TensorsOnly(), no_dist=rank_and_world()[1] == 1)
-    except Exception as error:  # PyTorch wraps the reason
+            dcp.load(parts, storage_reader=reader, no_dist=rank_and_world()[1] == 1)
+    except (Exception, CheckpointException) as error:  # PyTorch wraps the reason
         raise ValueError(f"cannot read {found[-1]}: {_reason(error)}; remove it to begin anew") from error
     optimizer = {
         "state": parts["optimizer"],

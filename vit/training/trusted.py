@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads a state's index with only the classes that it needs."""
+    """Reads a state's index with only the classes that tensors need; for any other value PyTorch would unpickle it."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
@@ -42,10 +41,3 @@ class Reader(dcp.FileSystemReader):
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
-
-
-class TensorsOnly(dcp.DefaultLoadPlanner):
-    """Refuses whatever is not a tensor: PyTorch would unpickle it."""
-
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        raise ValueError(f"{read_item.dest_index.fqn} is not a tensor")

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 import vit
 from vit.training import Images, Recipe, evaluate, train
 from vit.training.data import Item
-from vit.training.loop import backward, mixup, precision, update_average
+from vit.training.distributed import precision
+from vit.training.loop import backward, update_average
+from vit.training.loss import mixup
 from vit.training.run import read_log
 
 CONFIG = vit.ViTConfig(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3)
@@ -41,7 +43,7 @@ def batch(count: int = 4, seed: int = 1) -> Item:
 
 def gradients(ours: nn.Module, given: Item, recipe: Recipe, weights=None) -> tuple[float, dict[str, torch.Tensor]]:
     ours.zero_grad()
-    loss = backward(ours, given, recipe, 0, weights, OFF, precision(recipe, CPU, "none"))
+    loss = backward(ours, given, recipe, 0, weights, OFF, precision(recipe.amp, CPU, "none"))
     return loss, {name: parameter.grad.clone() for name, parameter in ours.named_parameters()}
 
 
