@@ -68,6 +68,7 @@ class Provenance:
     commit: str | None = None  # of the Hub's repository
     license: str | None = None
     parent: Provenance | None = None
+    part: str | None = None  # what precedes the weights' names, if the file held other models too ("teacher.")
 
     @classmethod
     def from_dict(cls, values: dict) -> Provenance:

@@ -48,7 +48,7 @@ class Loaded:
         """Where the weights came from. Waits for the file's hash."""
         return Provenance(
             self.found.name, self.checkpoint.sha256, self.ours.layout.name, self.found.commit,
-            self.attributes.license, self.about.parent,
+            self.attributes.license, self.about.parent, self.ours.part,
         )  # fmt: skip
 
 
@@ -105,6 +105,8 @@ def load_pretrained(
             require_int(name, value, least)
     dtype = None if dtype is None else as_dtype(dtype)
     loaded = load(find(source, revision), layout, prefix, sha256, overrides)
+    for note in loaded.ours.notes:
+        warnings.warn(note, stacklevel=2)
     if prefix and loaded.ours.left:
         warnings.warn(f"left behind: {_summary(loaded.ours.left)}", stacklevel=2)
     model = build(loaded, in_chans, patch_size)
