@@ -57,7 +57,7 @@ def save(model: OptimizedViT, path: str | Path) -> Path:
         "dtype": model.optimized, "config": model.config.to_dict(),
         "preprocessing": asdict(model.preprocessing), "categories": model.categories,
         "attention": [attend.name for attend in model.attends],
-        "provenance": None if model.provenance is None else asdict(model.provenance),
+        "provenance": None if model.provenance is None else model.provenance.to_dict(),
     }  # fmt: skip
     header = json.loads(json.dumps(header))  # as `load` will read it
     check_fit(model.config, header["categories"], model.preprocessing)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from .checks import as_pair, require_float, unknown
 
@@ -70,9 +71,13 @@ class Provenance:
     parent: Provenance | None = None
     part: str | None = None  # what precedes the weights' names, if the file held other models too ("teacher.")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON. What is not known is left out, so that earlier versions can read the rest."""
+        return asdict(self, dict_factory=lambda items: {name: value for name, value in items if value is not None})
+
     @classmethod
     def from_dict(cls, values: dict) -> Provenance:
-        """The inverse of `dataclasses.asdict`.
+        """The inverse of `to_dict`.
 
         Raises:
             ValueError: an unknown or missing field, or one that is not text.

@@ -70,6 +70,7 @@ def test_the_choice_is_a_warning_and_in_the_provenance(tmp_path):
     assert torch.equal(model.class_token, both["model"]["teacher"]["backbone"]["cls_token"])
     again = vit.load_pretrained(vit.save_checkpoint(model, tmp_path / "m.safetensors"))
     assert again.provenance.part is None and again.provenance.parent == model.provenance
+    assert "part" not in again.provenance.to_dict()  # which earlier versions could not read
     with pytest.warns(UserWarning, match="left behind: model"):
         chosen = vit.load_pretrained(tmp_path / "c.pth", prefix="model.student.")
     assert chosen.provenance.part == "model.student.backbone."

@@ -59,7 +59,7 @@ def read_config(content: dict[str, Any], where: str) -> Description:
         hint = "" if kind is not None else ": state it there, or move the file away if it is not about these weights"
         raise CheckpointError(f"{where}: model_type {kind!r}, expected one of {', '.join(_KINDS)}{hint}")
     with usable(where):
-        return _read_values(_COMMON | _KINDS[kind] | content, where)
+        return _read_values(_COMMON | _KINDS[content["model_type"]] | content, where)
 
 
 def _read_values(values: dict[str, Any], where: str) -> Description:

@@ -58,7 +58,7 @@ def write_header(config: ViTConfig, attributes: Attributes, provenance: Provenan
         "vit.preprocessing": asdict(attributes.preprocessing),
         "vit.categories": attributes.categories,
         "vit.attention": None if attributes.attention is None else [asdict(one) for one in attributes.attention],
-        "vit.provenance": None if provenance is None else asdict(provenance),
+        "vit.provenance": None if provenance is None else provenance.to_dict(),
     }
     return {key: json.dumps(part) for key, part in parts.items() if part is not None}
 
