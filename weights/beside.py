@@ -14,9 +14,10 @@ from .source import Source
 
 # Where transformers' configs of larger models describe the ViT in them.
 _PARTS = ("backbone_config", "vision_config", "encoder")
-# Keys that tell transformers' config.json and timm's from anything else of that name, as the log of a training.
+# What tells transformers' config.json and timm's from anything else of that name, as the log of a training.
 _TRANSFORMERS = {"architectures", "transformers_version", "hidden_size", "backbone_config", "vision_config"}
-_TIMM = {"pretrained_cfg", "model_args", "num_features"}
+_TIMM = {"pretrained_cfg", "model_args"}
+_TIMM_NAME = re.compile("[a-z_]+[0-9][a-z0-9_.]*")  # vit_small_patch16_224, but not vit_small or ViT-S/16
 
 
 def describe(
@@ -59,7 +60,7 @@ def _whose(content: dict[str, Any]) -> str | None:
     kind, architecture = content.get("model_type"), content.get("architecture")
     if kind != "timm_wrapper" and (transformers_config.is_known(kind) or content.keys() & _TRANSFORMERS):
         return "transformers"
-    named = isinstance(architecture, str) and re.fullmatch("[a-z0-9_.]+", architecture)
+    named = isinstance(architecture, str) and _TIMM_NAME.fullmatch(architecture)
     return "timm" if named or content.keys() & _TIMM else None
 
 

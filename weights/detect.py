@@ -196,6 +196,8 @@ def _choose(places: list[Place], index: list[str], shapes: Mapping[str, Any], pr
         best = {place.wrapper for place in found if place.rank == first.rank}
         if not all(place.known for place in found) or len(best) > 1:
             why = ", and their names do not tell which one is meant"
+        elif any(wrapper.startswith(first.container) for wrapper in wrappers if wrapper != first.wrapper):
+            why = ", one among the weights of another"
         else:
             why = "" if _are_alike([_shapes(place, index, shapes) for place in found]) else " of different shapes"
         if why:

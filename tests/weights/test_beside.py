@@ -138,6 +138,7 @@ LOGS = [
     {},
     {"lr": 1e-3, "epochs": 300, "model": "vit_small", "args": {"seed": 0}},
     {"architecture": "ViT-S/16", "batch_size": 64},
+    {"architecture": "vit_small", "num_features": 384},
     {"model_type": "vit_small", "optimizer": {"name": "adamw"}},
     {"encoder": {"depth": 12}, "_wandb": {"desc": None, "value": {}}},
 ]

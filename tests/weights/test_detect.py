@@ -104,6 +104,14 @@ def test_several_models_are_refused_with_the_choices(case):
         assert torch.equal(convert(both, prefix=prefix).state_dict["class_token"], state["cls_token"])
 
 
+def test_a_model_within_another_is_refused_with_the_choices():
+    for outer, inner in (("", "teacher."), ("model.", "model.ema."), ("state_dict.backbone.", "state_dict.model.")):
+        both = under(outer, timm_state()) | under(inner, timm_state())
+        with pytest.raises(CheckpointError, match=f"2 models, one among .* another: state one, .*prefix={inner!r}"):
+            convert(both)
+        assert convert(both, prefix=inner).report.prefix == inner
+
+
 def test_choices_within_a_stated_prefix_are_whole():
     both = (
         under("old.", timm_state()) | under("net.student.", timm_state()) | under("net.teacher.", timm_state(depth=1))
