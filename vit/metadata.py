@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from .checks import as_pair, require_float, unknown
@@ -69,12 +69,12 @@ class Provenance:
     commit: str | None = None  # of the Hub's repository
     license: str | None = None
     parent: Provenance | None = None
+    part: str | None = None  # what precedes the weights' names, if the file held other models too ("teacher.")
     recipe: str | None = None  # how they were trained since: a `vit.training.Recipe`, as JSON
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data. Without a recipe it has no such entry, as in files written before there were recipes."""
-        values = {**vars(self), "parent": None if self.parent is None else self.parent.to_dict()}
-        return {name: value for name, value in values.items() if name != "recipe" or value is not None}
+        """As plain data, for JSON. What is not known is left out, so that earlier versions can read the rest."""
+        return asdict(self, dict_factory=lambda items: {name: value for name, value in items if value is not None})
 
     @classmethod
     def from_dict(cls, values: dict) -> Provenance:

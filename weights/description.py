@@ -63,6 +63,7 @@ class Description:
     parent: Provenance | None = None
     attention: list[AttentionSetting] | None = None  # of each block; None: the default
     guessed: dict[str, str] = field(default_factory=dict)  # declared fields that were assumed -> their source
+    notes: tuple[str, ...] = ()  # on files beside the weights that were not used
 
 
 @dataclass(frozen=True)

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
 
 from .checkpoint import CheckpointError
 from .keymap import Layout, sort_keys
 from .layouts import LAYOUTS, get_layout
 from .layouts.timm import without_chunk
 
-# What training scripts put around a model's weights. If several of them hold a model, the first one here is read.
-_CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "teacher", "student", "encoder", "target")
+# What training scripts put around a model's weights. Of several models of the same shapes the one is read whose
+# container is the first of these, where their containers differ: moving averages and teachers before what is trained.
+_CONTAINERS = (
+    "state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema", "swa_model", "teacher",
+    "state_dict", "model", "current_model_state", "student", "encoder", "target",
+)  # fmt: skip
 _FLAX_CONTAINERS = ("opt/target/params/", "opt/target/", "params/img/", "params/")
-# What PyTorch's wrappers put before every name.
-_STRIPPED = ("module", "_orig_mod", "backbone")
+# What wrappers of PyTorch, timm and transformers put before every name.
+_STRIPPED = ("module", "_orig_mod", "backbone", "timm_model")
+# What wrappers hold beside the model -> why it is left out.
+BESIDE = {"n_averaged": "how many models torch.optim.swa_utils.AveragedModel has averaged"}
 _WRAPPER = re.compile(rf"((?:{'|'.join((*_CONTAINERS, *_STRIPPED))})\.)*|{'|'.join(_FLAX_CONTAINERS)}")
+
+# An optimizer's moments have the names and shapes of the weights.
+_OPTIMIZER = re.compile(r"(.*[./])?(opt|optim|optimizers?)(_states?)?[./].*")
 
 _MOST = 100  # models of one layout in one file; a file with more is damaged or hostile
 
@@ -61,7 +72,7 @@ class Place:
     wrapper: str  # what precedes the layout's own names
     prefixed: bool  # these names begin with the layout's own prefix
     lacks: tuple[str, ...] | None = None  # missing marker keys of a layout that the caller stated; None: detected
-    others: tuple[str, ...] = ()  # wrappers of other models in the file, which are not read
+    others: tuple[str, ...] = ()  # wrappers of other models of the same shapes in the file, which are not read
 
     @property
     def container(self) -> str:
@@ -77,20 +88,37 @@ class Place:
         """What precedes all names except the classifier's."""
         return self.wrapper + (self.layout.naming.prefix if self.prefixed else "")
 
+    @property
+    def known(self) -> bool:
+        """Whether the wrapper consists of known parts only."""
+        return _WRAPPER.fullmatch(self.wrapper) is not None
+
+    @property
+    def rank(self) -> tuple[int, ...]:
+        """The positions of its parts in `_CONTAINERS`: compared from the left, the first difference decides."""
+        return tuple(_CONTAINERS.index(part) for part in self.wrapper.split(".") if part in _CONTAINERS)
+
+    @property
+    def fronts(self) -> set[str]:
+        """What may precede a key of the same model: the container, and each longer beginning of `front`."""
+        ends = [i + 1 for i, c in enumerate(self.wrapper) if c == "." and i >= len(self.container)]
+        return {self.container, self.front, self.wrapper, *(self.wrapper[:end] for end in ends)}
+
 
 def detect_layout(state_dict: Iterable[str], prefix: str | None = None) -> Detected:
     """The layout of a state dict (or of its keys); `.why` says what decided.
 
     Args:
-        state_dict: the keys.
+        state_dict: the weights; of keys alone, models of different shapes cannot be told apart.
         prefix: look only at keys that begin with it.
 
     Raises:
-        CheckpointError: it has the marker keys of no layout or of several, or is a model that cannot be loaded.
+        CheckpointError: it has the marker keys of no layout or of several, or is a model that cannot be loaded, or
+            holds several models of which none is known to be meant.
     """
-    keys = list(state_dict)
-    prefix = whole_prefix(keys, prefix) if prefix else ""
-    place = locate([key[len(prefix) :] for key in keys if key.startswith(prefix)])
+    state = state_dict if isinstance(state_dict, Mapping) else dict.fromkeys(state_dict)
+    prefix = whole_prefix(state, prefix) if prefix else ""
+    place = locate({key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}, None, prefix)
     detected = Detected(place.layout.name)
     detected.why, detected.prefix = explain(place), prefix + place.wrapper
     return detected
@@ -126,53 +154,106 @@ def explain(place: Place) -> str:
     return f"it has {' and '.join(place.layout.detection.markers)}{under}{absent}"
 
 
-def locate(keys: Iterable[str], layout: str | None = None) -> Place:
-    """The layout of some keys, and where among them it is; `layout` states it, so that only the place is looked for."""
-    index = sorted({without_chunk(key) for key in keys})
+def choices(prefixes: Iterable[str]) -> str:
+    """What to state in order to take one of several models: `prefix='student.' or ...`, for a message."""
+    known = sorted(prefix for prefix in prefixes if prefix)
+    several = f" or one of {len(known) - 8} more" * (len(known) > 8)
+    return " or ".join(f"prefix={prefix!r}" for prefix in known[:8]) + several + " (--prefix on the command line)"
+
+
+def locate(state: Mapping[str, Any], layout: str | None = None, prefix: str = "") -> Place:
+    """The layout of a state dict, and where in it the model is.
+
+    Args:
+        state: the weights, by key; their shapes tell models apart, values without a shape do not.
+        layout: states the layout, so that only the place is looked for.
+        prefix: what precedes these keys in the file, for messages.
+    """
+    shapes = {without_chunk(key): getattr(value, "shape", None) for key, value in state.items()}
+    index = sorted(shapes)
     _refuse(index)
-    place = _locate(index, layout)
+    asked = list(LAYOUTS.values()) if layout is None else [get_layout(layout)]
+    places = [place for one in asked for place in _places(one, index)]
+    if layout is not None and not places:
+        places = _places_without_markers(asked[0], index)
+    if not places and layout is None:
+        raise CheckpointError(_nearest(index))
+    place = _choose(places, index, shapes, prefix) if places else _nowhere(asked[0], index)
     return place if layout is None else replace(place, lacks=_missing_markers(place, index))
 
 
-def _locate(index: list[str], layout: str | None) -> Place:
-    asked = list(LAYOUTS.values()) if layout is None else [get_layout(layout)]
-    places = [place for one in asked for place in _places(one, index)]
-    known = [place for place in places if _WRAPPER.fullmatch(place.wrapper)]
-    if known:
-        wrappers = {place.wrapper for place in known}
-        best = min(map(_container_rank, known))
-        known = [place for place in known if _container_rank(place) == best]
-        names = sorted({place.layout.name for place in known})
-        if len(names) > 1:
-            raise CheckpointError(f"the keys fit several layouts: {', '.join(names)}; state which one it is")
-        place = min(known, key=lambda place: (len(place.wrapper), place.wrapper))
-        return replace(place, others=tuple(sorted(wrappers - {place.wrapper})))
-    if layout is not None:  # stated by the caller; missing keys are listed later
-        return _stated_place(asked[0], index)
-    if places:
-        where = sorted({place.wrapper for place in places})
-        several = f" and {len(where) - 3} more" * (len(where) > 3)
-        found = f"there is a model in the {places[0].layout.name} layout under {' and '.join(map(repr, where[:3]))}"
-        raise CheckpointError(f"{found}{several}: state it, prefix={where[0]!r}")
-    raise CheckpointError(_nearest(index))
+def _choose(places: list[Place], index: list[str], shapes: Mapping[str, Any], prefix: str) -> Place:
+    """The model to read: the only one, or of several with the same shapes the one whose containers rank first."""
+    whole = [place for place in places if _is_whole(place, index) and (place.known or not _is_moments(place))]
+    found = whole or [place for place in places if place.known] or places
+    wrappers = sorted({place.wrapper for place in found})
+    where = [prefix + wrapper for wrapper in wrappers]
+    if len(wrappers) == 1 and not found[0].known:
+        name = found[0].layout.name
+        raise CheckpointError(f"there is a model in the {name} layout under {where[0]!r}: state it, {choices(where)}")
+    first = min(found, key=lambda place: place.rank)
+    if len(wrappers) > 1:
+        best = {place.wrapper for place in found if place.rank == first.rank}
+        if not all(place.known for place in found) or len(best) > 1:
+            why = ", and their names do not tell which one is meant"
+        elif any(wrapper.startswith(first.container) for wrapper in wrappers if wrapper != first.wrapper):
+            why = ", one among the weights of another"
+        else:
+            why = "" if _are_alike([_shapes(place, index, shapes) for place in found]) else " of different shapes"
+        if why:
+            raise CheckpointError(f"there are {len(wrappers)} models{why}: state one, {choices(where)}")
+    names = sorted({place.layout.name for place in found if place.wrapper == first.wrapper})
+    if len(names) > 1:
+        raise CheckpointError(f"the keys fit several layouts: {', '.join(names)}; state which one it is")
+    return replace(first, others=tuple(wrapper for wrapper in wrappers if wrapper != first.wrapper))
 
 
-def _stated_place(layout: Layout, index: list[str]) -> Place:
-    """The place of a layout that lacks some marker keys, by any known wrapper before its class token."""
+def _is_whole(place: Place, index: list[str]) -> bool:
+    """Whether there is a ViT and not just something with blocks alike, as a decoder or the tower of a text."""
+    theirs = {entry.ours: entry.theirs[0] for entry in place.layout.entries}
+    parts = ("class_token", "position_embedding", "patch_embed.proj.weight")
+    return all(_begins(index, place.front + theirs[ours], True) for ours in parts)
+
+
+def _is_moments(place: Place) -> bool:
+    return _OPTIMIZER.fullmatch(place.wrapper) is not None
+
+
+def _shapes(place: Place, index: list[str], shapes: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The shapes of a model's weights, by our names."""
+    start = bisect_left(index, place.wrapper)
+    keys = [key[len(place.wrapper) :] for key in takewhile(lambda key: key.startswith(place.wrapper), index[start:])]
+    groups = sort_keys(place.layout, keys, place.prefixed).groups
+    return {ours: [shapes.get(place.wrapper + key) for key in group] for ours, (_, group) in groups.items()}
+
+
+def _are_alike(models: list[dict[str, list[Any]]]) -> bool:
+    """Whether all have the same weights in the same shapes. Some may lack a classifier."""
+    first = models[0]
+    return all(
+        first.get(name) == model.get(name)
+        for model in models[1:]
+        for name in first.keys() | model.keys()
+        if not name.startswith("head") or (name in first and name in model)
+    )
+
+
+def _places_without_markers(layout: Layout, index: list[str]) -> list[Place]:
+    """The known places of a layout that lacks some marker keys: wherever its class token is."""
     (token,) = (entry.theirs[0] for entry in layout.entries if entry.ours == "class_token")
     prefix = layout.naming.prefix
     for prefixed in (True, False) if prefix else (False,):
         end = prefix * prefixed + token
-        wrappers = [key.removesuffix(end) for key in index if key.endswith(end)]
-        places = [Place(layout, wrapper, prefixed) for wrapper in wrappers if _WRAPPER.fullmatch(wrapper)]
-        if places:
-            return min(places, key=lambda place: (_container_rank(place), len(place.wrapper)))
+        places = [Place(layout, key.removesuffix(end), prefixed) for key in index if key.endswith(end)]
+        if known := [place for place in places if place.known]:
+            return known
+    return []
+
+
+def _nowhere(layout: Layout, index: list[str]) -> Place:
+    """The whole state dict, for an error that lists what a stated layout lacks."""
+    prefix = layout.naming.prefix
     return Place(layout, "", bool(prefix) and any(key.startswith(prefix) for key in index))
-
-
-def _container_rank(place: Place) -> int:
-    """The position of its container in `_CONTAINERS`; -1 without one."""
-    return min((_CONTAINERS.index(part) for part in place.wrapper.split(".") if part in _CONTAINERS), default=-1)
 
 
 def _places(layout: Layout, index: list[str]) -> list[Place]:
@@ -185,9 +266,8 @@ def _places(layout: Layout, index: list[str]) -> list[Place]:
         place = Place(layout, before.removesuffix(prefix) if prefixed else before, prefixed)
         if place.wrapper and place.wrapper[-1] not in "./":
             continue  # "myblocks.0..."
-        fronts = {place.wrapper, place.container, place.front}
         complete = all(_begins(index, place.wrapper + o, True) or _begins(index, place.front + o, True) for o in others)
-        if complete and not any(_begins(index, front + other) for other in absent for front in fronts):
+        if complete and not any(_begins(index, front + other) for other in absent for front in place.fronts):
             found.append(place)
         if len(found) > _MOST:
             raise CheckpointError(f"there are more than {_MOST} models in the {layout.name} layout: state a prefix")

@@ -19,11 +19,10 @@ from vit.model import ViT
 from vit.resources import imagenet_categories
 
 from .attention import restore_attention
-from .checkpoint import Checkpoint, CheckpointError, NotATensor, read_json
+from .beside import describe
+from .checkpoint import Checkpoint, CheckpointError, NotATensor
 from .description import IMAGENET, Attributes, Description
 from .formats import read_checkpoint
-from .layouts import timm_config, transformers_config
-from .layouts.vit import read_header
 from .patch import adapt_channels, resample_patch_projection
 from .reading import Ours, skeleton, to_ours
 from .shapes import ASSUMED, known_preprocessing
@@ -48,7 +47,7 @@ class Loaded:
         """Where the weights came from. Waits for the file's hash."""
         return Provenance(
             self.found.name, self.checkpoint.sha256, self.ours.layout.name, self.found.commit,
-            self.attributes.license, self.about.parent,
+            self.attributes.license, self.about.parent, self.ours.part,
         )  # fmt: skip
 
 
@@ -80,7 +79,7 @@ def load_pretrained(
             arXiv:2212.08013). The stored grid stays, so the model's own image size changes with it.
         layout: how the file names its weights; None detects it.
         prefix: take only the weights whose names begin with it, out of a larger model ("backbone."); a warning lists
-            the others.
+            the others. A config.json beside them is used where it describes this part; if not, a warning says so.
         sha256: the file's expected hash, in hexadecimal.
         revision: a branch, tag or commit of the Hub's repository.
         device: where the model goes.
@@ -105,6 +104,8 @@ def load_pretrained(
             require_int(name, value, least)
     dtype = None if dtype is None else as_dtype(dtype)
     loaded = load(find(source, revision), layout, prefix, sha256, overrides)
+    for note in loaded.ours.notes:
+        warnings.warn(note, stacklevel=2)
     if prefix and loaded.ours.left:
         warnings.warn(f"left behind: {_summary(loaded.ours.left)}", stacklevel=2)
     model = build(loaded, in_chans, patch_size)
@@ -135,10 +136,9 @@ def load(
     checkpoint = read(found, sha256)
     try:
         about = describe(found, checkpoint, "num_heads" in overrides, prefix)
-        claims = {"the caller": overrides, about.where: about.declared, ASSUMED: about.assumed}
         # values that are not tensors are passed on, so that they are refused under the model's own keys
         state = checkpoint.tensors | {name: NotATensor(kind) for name, kind in checkpoint.others.items()}
-        ours = _remember(to_ours(state, layout, claims, prefix), about)
+        about, ours = _convert(state, layout, prefix, overrides, about)
         attributes = _attributes(found, about, ours, categories)
     except ValueError as error:
         raise CheckpointError(f"{found.weights}: {error}") from None
@@ -164,36 +164,26 @@ def read(found: Source, sha256: str | None = None) -> Checkpoint:
     return checkpoint
 
 
-def describe(
-    found: Source, checkpoint: Checkpoint, known_heads: bool = False, prefix: str | None = None
-) -> Description:
-    """What the checkpoint's header says of the model, or else the config.json beside it.
-
-    With a prefix, the config.json describes the larger model, and its "backbone_config" describes ours.
-    """
-    if any(key.startswith("vit.") for key in checkpoint.metadata):
-        return read_header(checkpoint.metadata)
-    if found.config is None:
-        return Description()
-    content, where = read_json(found.config), str(found.config)
-    if prefix:
-        content = content.get("backbone_config") or {}
-        if not isinstance(content, dict) or not content:
-            return Description()
-    if "model_type" not in content:
-        return timm_config.read_config(content, where, known_heads)
-    about = transformers_config.read_config(content, where)
-    if found.preprocessor is None:
-        return about
-    settings = transformers_config.read_preprocessing(read_json(found.preprocessor), str(found.preprocessor))
-    return replace(about, preprocessing=settings)
+def _convert(
+    state: Mapping[str, Any], layout: str | None, prefix: str | None, stated: Mapping[str, Any], about: Description
+) -> tuple[Description, Ours]:
+    """The weights in our names, and what is known of them: nothing by a config.json that contradicts a stated part."""
+    try:
+        claims = {"the caller": stated, about.where: about.declared, ASSUMED: about.assumed}
+        return about, _remember(to_ours(state, layout, claims, prefix), about)
+    except CheckpointError as error:
+        if not prefix or about.where != "config.json":
+            raise
+        ours = to_ours(state, layout, {"the caller": stated}, prefix)
+        about = Description(notes=(*about.notes, f"config.json does not describe {prefix!r} and was not used: {error}"))
+        return about, _remember(ours, about)
 
 
 def _remember(ours: Ours, about: Description) -> Ours:
-    """Note in `config.sources` which of the settings in a header were assumed when it was written."""
+    """Add what the files say of themselves: which settings in a header were assumed, which files were not used."""
     sources = dict(ours.config.sources)
     sources |= {name: whose for name, whose in about.guessed.items() if sources.get(name) == about.where}
-    return replace(ours, config=replace(ours.config, sources=sources))
+    return replace(ours, config=replace(ours.config, sources=sources), notes=[*about.notes, *ours.notes])
 
 
 def _attributes(found: Source, about: Description, ours: Ours, stated: Sequence[str] | None) -> Attributes:
@@ -202,7 +192,7 @@ def _attributes(found: Source, about: Description, ours: Ours, stated: Sequence[
     categories, whence = (about.categories, about.categories_from) if config.num_classes else (None, "")
     if stated is not None:
         categories, whence = _checked(stated, config.num_classes), "from the caller"
-    elif categories is None and about == Description() and config.num_classes == 1000:
+    elif categories is None and config.num_classes == 1000 and _says_nothing(about):
         categories, whence = imagenet_categories(), IMAGENET  # as timm assumes for 1,000 classes
     if categories is not None and len(categories) != config.num_classes:
         raise CheckpointError(f"there are {len(categories)} categories for {config.num_classes} classes")
@@ -214,6 +204,11 @@ def _attributes(found: Source, about: Description, ours: Ours, stated: Sequence[
     if about.attention is not None and (count := len(about.attention)) != config.depth:
         raise CheckpointError(f"the header names the attention of {count} blocks, but the model has {config.depth}")
     return Attributes(preprocessing, categories, about.license or found.license, whence, about.attention)
+
+
+def _says_nothing(about: Description) -> bool:
+    """Whether no file describes the model, at most how its images are prepared."""
+    return replace(about, notes=(), preprocessing=None) == Description()
 
 
 def _checked(categories: Sequence[str], num_classes: int) -> list[str]:

@@ -15,7 +15,7 @@ from vit.model import ViT
 
 from .attention import is_attention_key
 from .checkpoint import CheckpointError, NotATensor
-from .detect import Place, explain, locate, whole_prefix
+from .detect import BESIDE, Place, choices, explain, locate, whole_prefix
 from .keymap import SAME, Entry, Layout, sort_keys
 from .shapes import SHAPE_SOURCES, Claims, config_from_shapes, required_names
 
@@ -34,6 +34,7 @@ class Ours:
     groups: dict[str, tuple[Entry, list[str]]]  # our name -> entry, source keys
     dropped: dict[str, str]  # source key -> why it was left out
     left: list[str]  # source keys outside the model
+    part: str | None = None  # `prefix`, if the file held several models or the caller stated a part of it
     notes: list[str] = field(default_factory=list)
     attention: Mapping[str, Tensor] = field(default_factory=dict)  # weights of attention modules, in our names
 
@@ -54,7 +55,7 @@ def to_ours(state_dict: Mapping[str, Any], source: str | None, claims: Claims, p
     prefix = whole_prefix(state_dict, prefix) if prefix else ""
     inside = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
     outside = [key for key in state_dict if not key.startswith(prefix)]
-    place = locate(inside, source)
+    place = locate(inside, source, prefix)
     naming, assumptions = place.layout.naming, place.layout.assumptions
     state, dropped, left, odd = _unwrap(inside, place)
     attention = _take_attention(state) if place.layout.holds.attention else {}
@@ -72,14 +73,19 @@ def to_ours(state_dict: Mapping[str, Any], source: str | None, claims: Claims, p
             raise
         hint = f"--prefix {prefix + place.wrapper!r} takes the model that lies there and leaves these behind"
         raise CheckpointError(f"{error}; {hint}") from None
-    notes = [
-        f"took {prefix + place.wrapper}; {prefix + other} is there too: --prefix {prefix + other} takes that"
-        for other in place.others
-    ]
+    notes = [_chosen(prefix, place)] if place.others else []
+    part = prefix + place.wrapper if prefix or place.others else None
     return Ours(
         tensors, config, place.layout, explain(place), prefix + place.wrapper, sorted_keys.groups,
-        dropped | sorted_keys.dropped, outside + left, notes, attention,
+        dropped | sorted_keys.dropped, outside + left, part, notes, attention,
     )  # fmt: skip
+
+
+def _chosen(prefix: str, place: Place) -> str:
+    """Which of several models was read, and how to read another."""
+    others = choices(prefix + other for other in place.others)
+    taken = f"took {prefix + place.wrapper!r}, one of {1 + len(place.others)} models of the same shapes in the file"
+    return f"{taken}; {others} takes another"
 
 
 def _unwrap(state: Mapping[str, Any], place: Place) -> tuple[dict[str, Any], dict[str, str], list[str], list[str]]:
@@ -92,7 +98,7 @@ def _unwrap(state: Mapping[str, Any], place: Place) -> tuple[dict[str, Any], dic
             left.append(key)
         else:  # beside the model within its container, as DINO's projection head beside its backbone
             rest = key[len(place.container) :]
-            drops = place.layout.naming.drops
+            drops = {**place.layout.naming.drops, **BESIDE}
             why = next((why for beginning, why in drops.items() if rest.startswith(beginning)), None)
             dropped.update({key: why} if why else {})
             odd.extend([] if why else [key])

@@ -27,19 +27,133 @@ def test_layouts_are_told_apart(layout):
             assert detect_layout(wrapped) == layout and detect_layout(wrapped).prefix == "state_dict.module."
 
 
-def test_of_two_models_the_better_known_container_counts():
+# What is read of two models of the same shapes, and what is not: averages and teachers first, at any depth.
+PAIRS = [
+    ("state_dict_ema.", "state_dict."),
+    ("model_ema.", "model."),
+    ("ema.", "model."),
+    ("ema_model.module.", "model."),
+    ("teacher.", "student."),
+    ("teacher.backbone.", "student.module.backbone."),
+    ("model.teacher.backbone.", "model.student.backbone."),
+    ("state_dict.model.teacher.backbone.", "state_dict.model.student.backbone."),
+    ("state_dict.teacher.", "state_dict.model.student."),
+    ("state_dict.teacher._orig_mod.", "state_dict.student._orig_mod."),
+    ("model_ema.module.student.", "model.teacher."),  # the containers are compared from the outside
+    ("state_dict.", "current_model_state."),  # Lightning's WeightAveraging
+]
+
+
+@pytest.mark.parametrize(("better", "worse"), PAIRS)
+@pytest.mark.parametrize("layout", [None, "timm"])
+def test_of_two_models_the_average_or_the_teacher_is_read(better, worse, layout):
     first, second = timm_state(), {key: tensor + 1 for key, tensor in timm_state().items()}
-    for better, worse in (("state_dict_ema.", "state_dict."), ("model_ema.", "model."), ("teacher.", "student.")):
-        both = under(worse, second) | under(better, first) | {"epoch": torch.ones(1)}
-        converted = convert(both)
-        assert torch.equal(converted.state_dict["class_token"], first["cls_token"])
-        assert converted.report.prefix == better and "epoch" in converted.report.left
-        assert f"{worse}cls_token" in converted.report.left
-        note = f"took {better}; {worse} is there too: --prefix {worse} takes that"
-        assert converted.report.notes == [note]
-        chosen = convert(both, prefix=worse)
-        assert chosen.report.notes == []
-        assert torch.equal(chosen.state_dict["class_token"], second["cls_token"])
+    both = under(worse, second) | under(better, first) | {"epoch": torch.ones(1)}
+    assert detect_layout(both).prefix == detect_layout(list(both)).prefix == better
+    converted = convert(both, layout)
+    assert torch.equal(converted.state_dict["class_token"], first["cls_token"])
+    assert converted.report.prefix == better and {"epoch", f"{worse}cls_token"} <= set(converted.report.left)
+    taken = f"took {better!r}, one of 2 models of the same shapes in the file"
+    assert converted.report.notes == [f"{taken}; prefix={worse!r} (--prefix on the command line) takes another"]
+    chosen = convert(both, layout, prefix=worse)
+    assert chosen.report.notes == []
+    assert torch.equal(chosen.state_dict["class_token"], second["cls_token"])
+
+
+def test_the_choice_is_a_warning_and_in_the_provenance(tmp_path):
+    both = {"model": {"student": {"backbone": timm_state()}, "teacher": {"backbone": timm_state()}}}
+    both["model"]["teacher"]["backbone"]["cls_token"] += 1
+    torch.save(both, tmp_path / "c.pth")
+    with pytest.warns(UserWarning, match="took 'model.teacher.backbone.', one of 2 .* prefix='model.student") as caught:
+        model = vit.load_pretrained(tmp_path / "c.pth")
+    assert len(caught) == 1 and model.provenance.part == "model.teacher.backbone."
+    assert torch.equal(model.class_token, both["model"]["teacher"]["backbone"]["cls_token"])
+    again = vit.load_pretrained(vit.save_checkpoint(model, tmp_path / "m.safetensors"))
+    assert again.provenance.part is None and again.provenance.parent == model.provenance
+    assert "part" not in again.provenance.to_dict()  # which earlier versions could not read
+    with pytest.warns(UserWarning, match="left behind: model"):
+        chosen = vit.load_pretrained(tmp_path / "c.pth", prefix="model.student.")
+    assert chosen.provenance.part == "model.student.backbone."
+    assert torch.equal(chosen.class_token, both["model"]["student"]["backbone"]["cls_token"])
+
+
+WIDER = {"embed_dim": 192, "num_heads": 3}
+REFUSED_PAIRS = {
+    # why, the choices -> the models
+    ("of different shapes", "student.", "teacher."): ({}, WIDER),  # distillation
+    ("of different shapes", "model.student.", "model.teacher."): ({}, {"depth": 3}),
+    ("of different shapes", "state_dict.", "teacher."): ({}, {"patch_size": 16}),
+    ("of different shapes", "student.", "teacher.module."): ({}, {"num_classes": 7}),
+    ("and their names do not tell", "encoder.module.", "target_encoder.module."): ({}, {}),  # I-JEPA
+    ("and their names do not tell", "model.", "target_network."): ({}, {}),  # BYOL
+    ("and their names do not tell", "encoder_k.", "encoder_q."): ({}, {}),
+    ("and their names do not tell", "students.0.", "students.1."): ({}, {}),
+    ("and their names do not tell", "discriminator.", "generator."): ({}, WIDER),
+    ("and their names do not tell", "backbone.", "module."): ({}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED_PAIRS)
+def test_several_models_are_refused_with_the_choices(case):
+    why, a, b = case
+    one, two = (timm_state(**changes) for changes in REFUSED_PAIRS[case])
+    both = under(a, one) | under(b, two)
+    with pytest.raises(CheckpointError, match=f"there are 2 models.* {why}.*: state one, prefix={a!r} or prefix={b!r}"):
+        convert(both)
+    for prefix, state in ((a, one), (b, two)):
+        assert torch.equal(convert(both, prefix=prefix).state_dict["class_token"], state["cls_token"])
+
+
+def test_a_model_within_another_is_refused_with_the_choices():
+    for outer, inner in (("", "teacher."), ("model.", "model.ema."), ("state_dict.backbone.", "state_dict.model.")):
+        both = under(outer, timm_state()) | under(inner, timm_state())
+        with pytest.raises(CheckpointError, match=f"2 models, one among .* another: state one, .*prefix={inner!r}"):
+            convert(both)
+        assert convert(both, prefix=inner).report.prefix == inner
+
+
+def test_choices_within_a_stated_prefix_are_whole():
+    both = (
+        under("old.", timm_state()) | under("net.student.", timm_state()) | under("net.teacher.", timm_state(depth=1))
+    )
+    with pytest.raises(CheckpointError, match="prefix='net.student.' or prefix='net.teacher.' "):
+        convert(both, prefix="net.")
+
+
+def test_what_only_resembles_a_second_model_is_no_choice():
+    """A decoder, a text tower, the moments of an optimizer, a teacher that lacks only the classifier."""
+    state = timm_state()
+    blocks = {key: tensor for key, tensor in state.items() if key.startswith("blocks.")}
+    for beside in (
+        under("decoder.", blocks),
+        under("optimizer.state.exp_avg.", state),
+        under("text.", blocks | {"pos_embed": torch.ones(1, 77, 128)}),
+    ):
+        converted = convert(under("model.", state) | beside)
+        assert converted.report.notes == [] and converted.report.prefix == "model."
+    moments = convert(vit.ViT(TINY).state_dict(), "vit", "big_vision", TINY).state_dict
+    assert convert(under("params/", moments) | under("opt/0/mu/", moments)).report.prefix == "params/"
+    bare = {key: tensor for key, tensor in state.items() if not key.startswith("head")}
+    assert convert(under("student.", state) | under("teacher.backbone.", bare)).report.prefix == "teacher.backbone."
+
+
+def test_an_averaged_model_counts_its_averages():
+    """torch.optim.swa_utils.AveragedModel, by itself and beside the model."""
+    network = vit.ViT(TINY)
+    averaged = torch.optim.swa_utils.AveragedModel(network).state_dict()
+    converted = convert(averaged, config=TINY)
+    assert list(converted.report.dropped) == ["n_averaged"] and converted.report.prefix == "module."
+    both = under("swa_model.", averaged) | under("model.", network.state_dict())
+    assert convert(both, config=TINY).report.prefix == "swa_model.module."
+
+
+def test_the_heads_of_dino_and_ibot_are_beside_the_backbone():
+    backbone, head = timm_state(num_classes=0), {"mlp.0.weight": torch.ones(2), "last_layer.weight_v": torch.ones(2)}
+    student = under("student.module.", under("backbone.", backbone) | under("head.", head))
+    assert convert(student).report.source == "dino"
+    teacher = under("teacher.", under("backbone.", backbone) | under("head.", head))
+    converted = convert(student | teacher).report
+    assert converted.source == "dino" and converted.prefix == "teacher." and len(converted.dropped) == 2
 
 
 @pytest.mark.parametrize("prefix", ["opt/target/", "params/", "params/img/"])
@@ -145,7 +259,7 @@ def test_models_that_this_one_cannot_be_are_refused_by_name(key):
 
 def test_many_models_in_one_file_are_refused_quickly():
     start = time.perf_counter()
-    for count, message in ((90, "under 'm0.' and 'm1.' and 'm10.' and 87 more"), (30_000, "more than 100 models")):
+    for count, message in ((90, "there are 90 models.* or prefix='m15.' or one of 82 more"), (30_000, "more than 100")):
         with pytest.raises(CheckpointError, match=message):
             detect_layout([f"m{i}.blocks.0.attn.qkv.weight" for i in range(count)])
     assert time.perf_counter() - start < 10

@@ -68,7 +68,7 @@ def test_what_timm_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
 BAD_CONFIGS = {
     "is not JSON": "{",
     "holds list, expected an object": "[]",
-    "is not timm's config.json: it has no 'architecture'": "{}",
+    "is not timm's config.json: it has no 'architecture'": '{"pretrained_cfg": {}}',
     "unknown architecture 'resnet50'.*state its number of heads": '{"architecture": "resnet50"}',
     "timm's argument qk_norm=True is not supported": '{"architecture": "X", "model_args": {"qk_norm": true}}',
     "crop_mode 'border', expected 'center'": (

@@ -136,7 +136,7 @@ def test_bad_configs_of_transformers(model, tmp_path, message):
 @pytest.mark.parametrize(
     "change",
     [
-        {"do_normalize": False},
+        {"do_normalize": 0},
         {"do_resize": False},
         {"rescale_factor": 1 / 127.5},
         {"resample": 9},
@@ -148,7 +148,12 @@ def test_bad_configs_of_transformers(model, tmp_path, message):
 def test_bad_preprocessors(model, tmp_path, change):
     vit.save_checkpoint(model, tmp_path, layout="transformers")
     file = tmp_path / "preprocessor_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change | {"do_center_crop": False}))
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "do_normalize": False}))
+    assert vit.load_pretrained(tmp_path).preprocessing.std == (1.0, 1.0, 1.0)
+    file.write_text(json.dumps({**settings, "size": 32, "do_center_crop": False}))
+    vit.load_pretrained(tmp_path)  # sound before the change
+    file.write_text(json.dumps({**settings, "size": 32, "do_center_crop": False, **change}))
     with pytest.raises(CheckpointError, match="preprocessor_config.json(: do_| cannot be used)"):
         vit.load_pretrained(tmp_path)
 

@@ -13,6 +13,10 @@ from .transformers_config import FILES
 _IMAGENET = Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_pct=0.875)
 _POOLER = "the pooler of a model without a classifier, whose output no classifier reads"
 _MASK = {"embeddings.mask_token": "the token that replaces hidden patches, which is for training only"}
+_DECODERS = {
+    **dict.fromkeys(("decoder.decoder_", "decoder.mask_token"), "MAE's decoder, which is for training only"),
+    "decoder.0.": "the decoder of ViTForMaskedImageModeling, which is for training only",
+}
 
 _VIT_BODY = (
     *same("class_token", "embeddings.cls_token"),
@@ -67,7 +71,7 @@ TRANSFORMERS = Layout(
     "transformers' ViT",
     (*_VIT_BODY, *pair("head", "classifier")),
     Detection(_VIT_MARKERS, absent=("embeddings.distillation_token",)),
-    Naming(prefix="vit.", drops={"pooler.": _POOLER, **_MASK}),
+    Naming(prefix="vit.", drops={"pooler.": _POOLER, **_MASK, **_DECODERS}),
     Assumptions(
         head_width=64,
         defaults={"eps": 1e-12, "position_rule": "transformers"},
@@ -89,7 +93,7 @@ DEIT = replace(
         *pair("head_dist", "distillation_classifier"),
     ),
     detection=Detection((*_VIT_MARKERS, "embeddings.distillation_token"), absent=("classifier.",)),
-    naming=Naming(prefix="deit.", drops={"pooler.": _POOLER, **_MASK}),
+    naming=Naming(prefix="deit.", drops={"pooler.": _POOLER, **_MASK, **_DECODERS}),
     assumptions=Assumptions(
         head_width=64,
         defaults={"eps": 1e-12, "position_rule": "transformers", "dist_token": True, "global_pool": "dist"},

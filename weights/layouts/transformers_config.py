@@ -33,12 +33,19 @@ _WITHOUT_EFFECT = {"qkv_bias": True, "use_swiglu_ffn": False, "apply_layernorm":
 _KINDS: dict[str, dict[str, Any]] = {
     "vit": {"layer_norm_eps": 1e-12, "patch_size": 16, "image_size": 224, "intermediate_size": 3072},
     "deit": {"layer_norm_eps": 1e-12, "patch_size": 16, "image_size": 224, "intermediate_size": 3072},
+    "vit_mae": {"layer_norm_eps": 1e-12, "patch_size": 16, "image_size": 224, "intermediate_size": 3072},
+    "vit_msn": {"layer_norm_eps": 1e-6, "patch_size": 16, "image_size": 224, "intermediate_size": 3072},
     "dinov2": {"layer_norm_eps": 1e-6, "patch_size": 14, "image_size": 224, "mlp_ratio": 4},
     "dinov2_with_registers": {
         "layer_norm_eps": 1e-6, "patch_size": 16, "image_size": 224, "mlp_ratio": 4, "num_register_tokens": 4
     },
 }  # fmt: skip
 _COMMON = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_channels": 3}
+
+
+def is_known(kind: Any) -> bool:
+    """Whether this is a model_type that `read_config` reads."""
+    return kind in list(_KINDS)
 
 
 def read_config(content: dict[str, Any], where: str) -> Description:
@@ -48,13 +55,14 @@ def read_config(content: dict[str, Any], where: str) -> Description:
         CheckpointError: another kind of model, or a setting that this model lacks.
     """
     kind = content.get("model_type")
-    if kind not in list(_KINDS):
-        raise CheckpointError(f"{where}: model_type {kind!r}, expected one of {', '.join(_KINDS)}")
+    if not is_known(kind):
+        hint = "" if kind is not None else ": state it there, or move the file away if it is not about these weights"
+        raise CheckpointError(f"{where}: model_type {kind!r}, expected one of {', '.join(_KINDS)}{hint}")
     with usable(where):
-        return _read_values(_COMMON | _KINDS[kind] | content, kind, where)
+        return _read_values(_COMMON | _KINDS[content["model_type"]] | content, where)
 
 
-def _read_values(values: dict[str, Any], kind: str, where: str) -> Description:
+def _read_values(values: dict[str, Any], where: str) -> Description:
     for name, harmless in _WITHOUT_EFFECT.items():
         if values.get(name, harmless) != harmless:
             raise CheckpointError(f"{where}: transformers' setting {name}={values[name]!r} is not supported")
@@ -64,8 +72,8 @@ def _read_values(values: dict[str, Any], kind: str, where: str) -> Description:
     declared = {ours: values[theirs] for theirs, ours in _SAME.items() if theirs in values}
     size = values["image_size"]
     declared |= {"gelu": _GELUS[act], "img_size": tuple(size) if isinstance(size, list) else size}
-    hidden = values.get("intermediate_size") if kind in ("vit", "deit") else None
-    declared["mlp_ratio"] = values["mlp_ratio"] if hidden is None else hidden / values["hidden_size"]
+    by_ratio = "mlp_ratio" in _KINDS[values["model_type"]]
+    declared["mlp_ratio"] = values["mlp_ratio"] if by_ratio else values["intermediate_size"] / values["hidden_size"]
     categories = _categories(values.get("id2label"), where)
     return Description("config.json", declared, categories=categories, categories_from="from config.json")
 
@@ -84,18 +92,22 @@ def _categories(labels: dict[str, str] | None, where: str) -> list[str] | None:
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
-def read_preprocessing(content: dict[str, Any], where: str) -> Preprocessing:
+def read_preprocessing(content: dict[str, Any], where: str, channels: int = 3) -> Preprocessing:
     """Read transformers' `preprocessor_config.json`.
 
     transformers squashes an image for DeiT before it crops the middle. Here the short side is resized, as in the
-    paper's code, and a warning says so.
+    paper's code, and a warning says so. Without normalization (do_normalize false), mean is 0 and std 1 in each of
+    the `channels`.
 
     Raises:
         CheckpointError: an unsupported way to prepare images.
     """
-    for step in ("do_resize", "do_rescale", "do_normalize"):
+    for step in ("do_resize", "do_rescale"):
         if content.get(step, True) is not True:
             raise CheckpointError(f"{where}: {step}={content[step]!r}, expected true")
+    normalize = content.get("do_normalize", True)
+    if not isinstance(normalize, bool):
+        raise CheckpointError(f"{where}: do_normalize={normalize!r}, expected true or false")
     crop, size = content.get("crop_size"), content.get("size", 224)
     cropped = bool(content.get("do_center_crop", crop is not None))
     with usable(where):
@@ -111,8 +123,8 @@ def read_preprocessing(content: dict[str, Any], where: str) -> Preprocessing:
             warnings.warn(f"{where} squashes images before it crops them; here the short side is resized", stacklevel=2)
         return Preprocessing(
             (height, width),
-            content.get("image_mean", (0.5, 0.5, 0.5)),
-            content.get("image_std", (0.5, 0.5, 0.5)),
+            content.get("image_mean", (0.5, 0.5, 0.5)) if normalize else (0.0,) * channels,
+            content.get("image_std", (0.5, 0.5, 0.5)) if normalize else (1.0,) * channels,
             _FILTERS[content.get("resample", 2)],
             crop_pct=_crop_pct(min(height, width), resized) if cropped else 1.0,
             mode="crop" if cropped else "squash",

@@ -36,7 +36,9 @@ config = vit.ViTConfig(img_size=16, patch_size=8, embed_dim=16, depth=3, num_hea
 model = vit.ViT(config)
 pixels = np.random.default_rng(0).integers(0, 256, (21, 20, 24, 3), dtype=np.uint8)
 data = [(Image.fromarray(one), i % 3) for i, one in enumerate(pixels)]
-recipe = Recipe(opt="sgd", lr=0.05, steps=8, warmup_steps=2, batch_size=8, grad_accum_steps=2, model_ema_decay=0.7, amp=amp)
+recipe = Recipe(
+    opt="sgd", lr=0.05, steps=8, warmup_steps=2, batch_size=8, grad_accum_steps=2, model_ema_decay=0.7, amp=amp
+)
 
 weights = balanced([label for _, label in data[:19]], 3)
 
