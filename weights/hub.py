@@ -91,11 +91,8 @@ def download(
         promises = [_promised_sha256(_fetch(repo, shard, *where)) for shard in _shards(index)]
         return HubFiles(repo, commit, index, config, preprocessor, _joint_sha256(promises))
     weights = weights or _fetch_if_there(repo, "pytorch_model.bin", *where)
-    if weights is None:
-        raise HubError(
-            f"hf-hub:{repo} has none of {', '.join(WEIGHT_FILES)} at commit {commit}; look for another file at "
-            f"{(endpoint or _endpoint()).rstrip('/')}/{repo}/tree/{commit}, {_OTHERWISE}"
-        )
+    if weights is None:  # which fails, and says so of the usual file
+        weights = _fetch(repo, "model.safetensors", *where)
     return HubFiles(repo, commit, weights, config, preprocessor, _promised_sha256(weights))
 
 
