@@ -1,4 +1,4 @@
-"""File formats: from a path to the tensors in it. Nothing is unpickled except what `weights_only=True` allows."""
+"""File formats: from a path to the tensors in it. No code in a file is ever run."""
 
 from collections.abc import Callable
 from pathlib import Path
