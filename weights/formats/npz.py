@@ -146,7 +146,8 @@ def reading(path: Path, expected: str) -> Iterator[io.BufferedReader]:
             raise
         except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
-            raise CheckpointError(f"{path} is not {expected}: {type(error).__name__}: {reason}") from None
+            again = "; it was cut off or damaged: get it again" if isinstance(error, zipfile.BadZipFile) else ""
+            raise CheckpointError(f"{path} is not {expected}: {type(error).__name__}: {reason}{again}") from None
         after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise CheckpointError(f"{path} changed while it was read")

@@ -252,7 +252,9 @@ class _Bounded:
         return line
 
     def _refuse(self) -> None:
-        raise CheckpointError(f"{self._path} is damaged: its pickle does not end within {self._end} bytes")
+        raise CheckpointError(
+            f"{self._path} is damaged: its pickle does not end within {self._end} bytes: get it again"
+        )
 
 
 @dataclass(frozen=True)
