@@ -43,7 +43,7 @@ class Checkpoint:
 
     @property
     def sha256(self) -> str:
-        """Of the whole file; for shards, of their hashes in hexadecimal, one per line, ordered by file name."""
+        """Of the whole file; of several, of their hashes in hexadecimal, one per line, ordered by file name."""
         return self.hash if isinstance(self.hash, str) else self.hash.hexdigest()
 
 
