@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .content import mistaken
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used. The text, one line, names the file or key and what was expected."""
@@ -41,7 +43,7 @@ class Checkpoint:
 
     @property
     def sha256(self) -> str:
-        """Of the whole file; for shards, of their hashes in hexadecimal, one per line, ordered by file name."""
+        """Of the whole file; of several, of their hashes in hexadecimal, one per line, ordered by file name."""
         return self.hash if isinstance(self.hash, str) else self.hash.hexdigest()
 
 
@@ -142,7 +144,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too long a number, nested too deep
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
+        raise CheckpointError(mistaken(Path(path), ".json") or f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds {type(content).__name__}, expected an object")
     return content

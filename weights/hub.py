@@ -65,8 +65,8 @@ def download(
 ) -> HubFiles:
     """Download a repository's config.json and weights, or find them in the cache.
 
-    The weights are model.safetensors; in transformers' repositories they may also be the files that
-    model.safetensors.index.json names, or pytorch_model.bin. Files in the cache are not downloaded again, and are used
+    The weights are, as in a folder, model.safetensors, the files that model.safetensors.index.json names, or
+    pytorch_model.bin, whichever the repository has first. Files in the cache are not downloaded again, and are used
     if the Hub cannot be reached or HF_HUB_OFFLINE is set. An interrupted download continues where it stopped. The
     weights are not checked here: compare their sha256.
 
@@ -83,16 +83,15 @@ def download(
     commit = config.parent.name  # .../snapshots/<commit>/config.json
     # by commit, because a branch may move between the requests
     where = (commit, endpoint, cache_dir)
-    transformers = _is_transformers(config)
-    preprocessor = _fetch_if_there(repo, "preprocessor_config.json", *where) if transformers else None
-    weights = _fetch_if_there(repo, "model.safetensors", *where) if transformers else None
-    if weights is None and transformers:
-        index = _fetch_if_there(repo, "model.safetensors.index.json", *where)
-        if index is not None:
-            promises = [_promised_sha256(_fetch(repo, shard, *where)) for shard in _shards(index)]
-            return HubFiles(repo, commit, index, config, preprocessor, _joint_sha256(promises))
-        weights = _fetch_if_there(repo, "pytorch_model.bin", *where)
-    if weights is None:
+    preprocessor = None
+    if _is_transformers(config):
+        preprocessor = _fetch_if_there(repo, "preprocessor_config.json", *where)
+    weights = _fetch_if_there(repo, "model.safetensors", *where)
+    if weights is None and (index := _fetch_if_there(repo, "model.safetensors.index.json", *where)):
+        promises = [_promised_sha256(_fetch(repo, shard, *where)) for shard in _shards(index)]
+        return HubFiles(repo, commit, index, config, preprocessor, _joint_sha256(promises))
+    weights = weights or _fetch_if_there(repo, "pytorch_model.bin", *where)
+    if weights is None:  # which fails, and says so of the usual file
         weights = _fetch(repo, "model.safetensors", *where)
     return HubFiles(repo, commit, weights, config, preprocessor, _promised_sha256(weights))
 

@@ -46,6 +46,9 @@ def find(source: str | Path, revision: str | None = None) -> Source:
         return _in_folder(path, name)
     if path.is_file():
         return _with_configs(name, path)
+    if path.is_symlink():
+        annex = "; run `git annex get` on it" if ".git/annex" in os.readlink(path) else ""
+        raise FileNotFoundError(f"{name} is a link to {os.readlink(path)}, which does not exist{annex}")
     if bundled := bundled_checkpoint(name):
         return _in_folder(bundled, name)
     if name in NAMED_MODELS:
@@ -71,7 +74,25 @@ def _in_folder(folder: Path, name: str) -> Source:
     for file in WEIGHT_FILES:
         if (folder / file).is_file():
             return _with_configs(name, folder / file)
-    raise FileNotFoundError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}")
+    raise FileNotFoundError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}; {_instead(folder)}")
+
+
+# Files by which a folder tells what wrote it, and what to do.
+_FOLDERS = {
+    ".metadata": "it is a distributed checkpoint: run "
+    "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER model.pth`",
+    "data.pkl": "it is an unpacked file of torch.save: pack it again, or get the file itself",
+    "saved_model.pb": "it is a TensorFlow model: save its weights as safetensors",
+}
+
+
+def _instead(folder: Path) -> str:
+    """What to load instead of a folder without the usual names."""
+    for file, advice in _FOLDERS.items():
+        if (folder / file).is_file():
+            return advice
+    files = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in FILE_SUFFIXES - {".json"})
+    return f"name one of its files: {', '.join(files[:5])}" if files else "name a file, or another folder"
 
 
 def _with_configs(name: str, weights: Path) -> Source:

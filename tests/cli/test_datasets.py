@@ -4,8 +4,9 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
+import vit
 from vit.cli import datasets
-from vit.cli.datasets import draw_samples, find_samples, match_classes
+from vit.cli.datasets import draw_samples, find_samples, in_order, match_classes
 from vit.image import create_transform
 from vit.resources import digit_images, imagenet_categories, imagenet_synsets
 
@@ -74,6 +75,67 @@ def test_refused_classes(names, categories, message):
     with pytest.raises(ValueError, match=message) as error:
         match_classes(sorted(names), categories, count)
     assert "\n" not in str(error.value)
+
+
+def test_numbers_that_two_orders_count_differently(tmp_path, rows, place):
+    """The outputs are ImageFolder's: "10" and "11" before "2". A model that knows nothing of its classes is asked."""
+    model = vit.load_pretrained(DIGITS)
+    weight, bias = model.head.weight.detach(), model.head.bias.detach()
+    model.reset_classifier(12)
+    names = [str(i) for i in range(12)]
+    place(tmp_path / "data", digit_images()[0][:60], [str(label.item()) for label in digit_images()[1][:60]])
+    for name in ("10", "11"):
+        place(tmp_path / "data", digit_images()[0][:1], [name])
+    with torch.no_grad():
+        model.head.bias.fill_(-100)
+        for digit in range(10):
+            output = ImageFolder(tmp_path / "data").class_to_idx[str(digit)]
+            model.head.weight[output], model.head.bias[output] = weight[digit], bias[digit]
+    file = vit.save_checkpoint(model, tmp_path / "m.safetensors")
+    args = (tmp_path / "data", "--model", file, "--mode", "squash")
+    code, found, err = rows(*args)
+    assert code == 2 and not found and len(err) == 1
+    assert "by number, '10' is output 10, but by text" in err[0] and "output 2: say which order" in err[0]
+    assert "--class-order numeric or --class-order text" in err[0]
+    _, (row,), _ = rows(*args, "--class-order", "text")
+    assert row["top1"] > 0.9 and row["classes"] == "the sub-folders' text order"
+    _, (row,), _ = rows(*args, "--class-order", "numeric")
+    assert row["top1"] < 0.5
+    model.categories = names[:2] + names[10:] + names[2:10]
+    _, (row,), _ = rows(*args[:2], vit.save_checkpoint(model, tmp_path / "named.safetensors"), *args[3:])
+    assert row["top1"] > 0.9 and "categories" in row["classes"]
+
+
+@pytest.mark.parametrize(
+    ("names", "count", "numeric", "text"),
+    [
+        (["1", "2", "10"], 3, [0, 1, 2], [0, 2, 1]),  # any three numbers
+        (["-1", "0", "1", "-10"], 4, [1, 2, 3, 0], [0, 2, 3, 1]),
+        (["3", "10"], 12, [3, 10], [5, 2]),  # the others are missing
+        (["10", "11"], 12, [10, 11], [2, 3]),
+        (["00", "03", "11"], 12, [0, 3, 11], [0, 3, 11]),
+        (["0", "1"], 12, [0, 1], [0, 1]),
+        ([str(i) for i in range(10)], 10, list(range(10)), list(range(10))),
+    ],
+)
+def test_orders(names, count, numeric, text):
+    assert list(in_order(names, "numeric", count).values()) == numeric
+    assert list(in_order(names, "text", count).values()) == text
+    if numeric != text:
+        with pytest.raises(ValueError, match="say which order the model was trained with"):
+            match_classes(sorted(names), None, count)
+    else:
+        assert list(match_classes(names, None, count)[0].values()) == numeric
+    assert match_classes(["3", "10"], ["cat"] * 12, 12)[0] == {"3": 3, "10": 10}  # the categories have their order
+
+
+def test_orders_that_cannot_be(digits):
+    with pytest.raises(ValueError, match="2 of 3 .*'a', 'b'; expected whole numbers, because of --class-order numeric"):
+        in_order(["1", "a", "b"], "numeric", 3)
+    with pytest.raises(ValueError, match="1 of 2 .*'12'; expected exactly 12 sub-folders, or numbers from 0 to 11"):
+        in_order(["1", "12"], "text", 12)
+    with pytest.raises(ValueError, match="'3'; expected whole numbers from 0 to 2, or --class-order to count"):
+        match_classes(["1", "2", "3"], None, 3)
 
 
 def test_a_subset_of_imagenet(tmp_path, imagenet, rows, place):

@@ -126,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body) - start))
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        if file.endswith(".safetensors"):  # in LFS: a file of its own behind a pointer that git knows
+        if file.endswith((".safetensors", ".bin")):  # in LFS: a file of its own behind a pointer that git knows
             self.send_header("ETag", '"pointer"')
             self.send_header("X-Linked-Etag", f'"{hashlib.sha256(content).hexdigest()}"')
             self.send_header("X-Linked-Size", str(len(content)))

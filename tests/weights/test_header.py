@@ -32,8 +32,8 @@ def change_part(key, change):
 
 BAD_FILES = {
     "not a complete safetensors file": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "not a complete safetensors file: .*": lambda path: path.write_bytes(b""),
-    "not a complete safetensors file: .*[hH]eader": lambda path: torch.save({"a": torch.ones(3)}, path),
+    "is empty: copy or download it again": lambda path: path.write_bytes(b""),
+    "is a file of torch.save: rename it to end in .pth": lambda path: torch.save({"a": torch.ones(3)}, path),
     "not a complete safetensors file:": lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]),
     "unknown config field 'num_headz'": lambda path: header(
         path, change_part("vit.config", lambda c: c | {"num_headz": 3})

@@ -118,6 +118,25 @@ def test_an_exported_model_loads(name: str, layout: str, exporter: str, tmp_path
     assert difference(out, expected) <= FLOAT32
 
 
+def test_the_exporters_default_file(tmp_path: Path) -> None:
+    """torch.onnx.export(model, ..., "model.onnx") writes the weights to model.onnx.data."""
+    model = randomize(timm_vit())
+    path = export(model, tmp_path / "model.onnx", "dynamo 18", external_data=True)
+    assert {file.name for file in tmp_path.iterdir()} == {"model.onnx", "model.onnx.data"}
+    one = export(model, tmp_path / "one.onnx", "dynamo 18")
+    checkpoint = read_onnx(path)
+    assert_equal(checkpoint.tensors, model.state_dict())
+    assert_equal(checkpoint.tensors, read_onnx(one).tensors)
+    ours, single = vit.load_pretrained(path, num_heads=2), vit.load_pretrained(one, num_heads=2)
+    x = images(2, 3, 32, 32)
+    assert torch.equal(ours(x), single(x)) and difference(ours(x), model(x)) <= FLOAT32
+    vit.load_pretrained(path, num_heads=2, sha256=checkpoint.sha256)
+    data = tmp_path / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="it is another model's or was cut off, get it again"):
+        vit.load_pretrained(path, num_heads=2)
+
+
 def test_torchscript_resizes_positions_in_the_graph(tmp_path: Path) -> None:
     model = randomize(transformers_model("Dinov2Model"))
     axes = {"x": {0: "images", 2: "height", 3: "width"}}
@@ -362,15 +381,92 @@ def test_scaled_weights_are_left(tmp_path: Path) -> None:
     assert checkpoint.tensors.keys() == {"a.bias"}
 
 
-def test_external_data_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.onnx.data").write_bytes(bytes(8))
-    proto = onnx.TensorProto(name="norm.weight", data_type=FLOAT, dims=[2], data_location=1)
-    proto.external_data.add(key="location", value="model.onnx.data")
-    with pytest.raises(CheckpointError, match=r"model\.onnx: norm\.weight is in another file"):
-        read_onnx(write(tmp_path / "model.onnx", [], [proto]))
-    proto.ClearField("data_location")  # without which onnx itself would read it as empty
-    with pytest.raises(CheckpointError, match=r"model\.onnx: norm\.weight is in another file"):
-        read_onnx(write(tmp_path / "model.onnx", [], [proto]))
+def external(name: str = "a.weight", dims: Any = (2,), **place: Any) -> Any:
+    proto = onnx.TensorProto(name=name, data_type=FLOAT, dims=dims, data_location=1)
+    for key, value in ({"location": "m.data"} | place).items():
+        proto.external_data.add(key=key, value=str(value))
+    return proto
+
+
+def test_weights_in_another_file(tmp_path: Path) -> None:
+    numbers = np.arange(8, dtype=np.float32)
+    (tmp_path / "m.data").write_bytes(numbers.tobytes())
+    (tmp_path / "n.data").write_bytes(numbers[:3].tobytes())
+    protos = [external(offset=4, length=8), external("b", (3,), location="n.data"), external("c", (1,), offset=28)]
+    path = write(tmp_path / "model.onnx", [node("Identity", "c", "d")], protos)
+    checkpoint = read_onnx(path)
+    found = {name: tensor.tolist() for name, tensor in checkpoint.tensors.items()}
+    assert found == {"a.weight": [1, 2], "b": [0, 1, 2], "c": [7], "d": [7]}
+    digests = [
+        hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in ("m.data", "model.onnx", "n.data")
+    ]
+    assert checkpoint.sha256 == hashlib.sha256("".join(f"{digest}\n" for digest in digests).encode()).hexdigest()
+    (tmp_path / "m.data").write_bytes(bytes(32))
+    assert checkpoint.tensors["c"].tolist() == [7]  # in its own memory
+    assert read_onnx(path).sha256 != checkpoint.sha256
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ({"location": "../m.data"}, r"a.weight is in '../m.data', expected the name of a file beside it"),
+        ({"location": "/etc/passwd"}, "expected the name of a file beside it"),
+        ({"location": "..\\m.data"}, "expected the name of a file beside it"),
+        ({"location": ".."}, "expected the name of a file beside it"),
+        ({"location": ""}, "expected the name of a file beside it"),
+        ({"location": "m\0.data"}, "expected the name of a file beside it"),
+        ({"location": "link.data"}, "link.data is a link to .*secret, expected a file beside model.onnx"),
+        ({"offset": 28, "length": 8}, "m.data has 32 bytes, but a.weight ends at 36: it is another model's"),
+        ({"offset": 2**70, "length": 8}, "is damaged: a.weight lies at"),
+        ({"offset": -8, "length": 8}, "is damaged: a.weight lies at"),
+        ({"length": 12}, "a.weight has 12 bytes of data, expected 8"),
+        ({"offset": 8}, "a.weight has 24 bytes of data, expected 8"),
+    ],
+)  # fmt: skip
+def test_other_places_are_refused(place: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    for file in (tmp_path / "secret", tmp_path / "m.data", folder / "m.data"):
+        file.write_bytes(bytes(32))
+    (folder / "link.data").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=message):
+        read_onnx(write(folder / "model.onnx", [], [external(**place)]))
+
+
+def test_links_as_in_the_hubs_cache(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "blobs" / "1").write_bytes(np.ones(2, np.float32).tobytes())
+    write(tmp_path / "blobs" / "2", [], [external()])
+    (tmp_path / "snapshot" / "m.data").symlink_to("../blobs/1")
+    (tmp_path / "snapshot" / "model.onnx").symlink_to("../blobs/2")
+    assert read_onnx(tmp_path / "snapshot" / "model.onnx").tensors["a.weight"].tolist() == [1, 1]
+
+
+def test_a_missing_data_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.onnx", [], [external()])
+    with pytest.raises(FileNotFoundError, match="m.data does not exist, but holds the weights of model.onnx: copy it"):
+        read_onnx(path)
+
+
+def test_unclear_places_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.data").write_bytes(bytes(8))
+    for change in ("raw_data", "data_location", "external_data"):
+        proto = external()
+        proto.raw_data = b"" if change != "raw_data" else bytes(8)
+        if change != "raw_data":
+            proto.ClearField("raw_data")
+            proto.ClearField(change)  # without data_location, onnx itself would read it as empty
+        with pytest.raises(CheckpointError, match=r"model.onnx is damaged: it does not say clearly where a.weight is"):
+            read_onnx(write(tmp_path / "model.onnx", [], [proto]))
+
+
+def test_one_place_under_a_thousand_names_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.data").write_bytes(bytes(8))
+    for nodes, count in (([], 3), ([node("Identity", "a0", name) for name in "bc"], 1)):
+        path = write(tmp_path / "model.onnx", nodes, [external(f"a{i}") for i in range(count)])
+        with pytest.raises(CheckpointError, match="repeats its weights until they outgrow its files"):
+            read_onnx(path)
 
 
 def test_one_weight_under_a_thousand_names_is_refused(tmp_path: Path) -> None:

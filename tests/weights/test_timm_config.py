@@ -7,11 +7,13 @@ import timm
 import torch
 from checkpoints import CONFIG, TINY, same
 from helpers import FLOAT32, difference, images, randomize
+from hub_server import COMMIT, HubServer
 
 import vit
 from vit.presets import NAMED_MODELS
 from vit.resources import imagenet_categories
 from vit.weights import CheckpointError
+from vit.weights.hub import download
 
 
 def test_a_timm_repository_as_timm_writes_it(tmp_path):
@@ -26,6 +28,22 @@ def test_a_timm_repository_as_timm_writes_it(tmp_path):
     with torch.no_grad():
         x = images(1, 3, 224, 224)
         assert difference(model(x), twin(x)) < 1e-5
+
+
+def test_a_timm_repository_with_only_a_pickle(tmp_path, monkeypatch):
+    """As timm before safetensors wrote them: on the Hub, the same as in a folder."""
+    twin = randomize(timm.create_model("vit_small_patch32_224", num_classes=11, depth=1))
+    timm.models.save_for_hf(twin, tmp_path / "a", safe_serialization=False, model_args={"depth": 1})
+    content = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}
+    assert content.keys() == {"config.json", "pytorch_model.bin"}
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with HubServer("org/vit", {COMMIT: content}, {"main": COMMIT}) as hub:
+        files = download("org/vit", endpoint=hub.endpoint, cache_dir=tmp_path / "cache")
+    assert files.weights.name == "pytorch_model.bin" and files.sha256 is not None
+    monkeypatch.setattr("vit.weights.source.download", lambda repo, revision: files)
+    model, local = vit.load_pretrained("hf-hub:org/vit"), vit.load_pretrained(tmp_path / "a")
+    assert same(model, local) and model.config == local.config and model.preprocessing == local.preprocessing
+    assert torch.equal(model.head.weight, twin.head.weight)
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_a_hub_repository_in_transformers_format(weights, tmp_path, monkeypatch)
     monkeypatch.setattr("vit.weights.source.download", lambda repo, revision: files)
     model = vit.load_pretrained("hf-hub:org/vit")
     assert torch.equal(model.head.weight, theirs.classifier.weight) and model.preprocessing.mode == "squash"
-    assert (files.sha256 is None) == (weights == "pytorch_model.bin")  # which this Hub has no hash of
+    assert files.sha256 == model.provenance.sha256
     if weights == "shards":
         shard = next(files.weights.parent.glob("model-00002*"))
         blob = shard.resolve()

@@ -48,8 +48,15 @@ def draw_samples(samples: list[Sample], limit: int | None, seed: int) -> list[Sa
     return [samples[i] for i in sorted(random.Random(seed).sample(range(len(samples)), limit))]
 
 
-def match(samples: Sequence[Sample], model: ViT, data: str, class_map: Path | None) -> tuple[dict[str, int], str]:
-    """The model's output for each class of the data, and the rule that found it."""
+def match(
+    samples: Sequence[Sample], model: ViT, data: str, class_map: Path | None, order: str | None = None
+) -> tuple[dict[str, int], str]:
+    """The model's output for each class of the data, and the rule that found it.
+
+    Args:
+        class_map: a file that says it.
+        order: "numeric" or "text", of folders whose names are numbers; None: as `match_classes` finds.
+    """
     names = sorted({name for _, name in samples})
     if data == DIGITS and model.config.num_classes != len(names):
         raise ValueError(
@@ -58,6 +65,8 @@ def match(samples: Sequence[Sample], model: ViT, data: str, class_map: Path | No
         )
     if class_map is not None:
         return apply_class_map(names, class_map, model.config.num_classes), f"the class map {class_map}"
+    if order is not None:
+        return in_order(names, order, model.config.num_classes), f"the sub-folders' {order} order"
     return match_classes(names, model.categories, model.config.num_classes)
 
 
@@ -75,8 +84,11 @@ def match_classes(names: list[str], categories: list[str] | None, num_classes: i
         {name: output}, and the rule in words.
 
     Raises:
-        ValueError: no rule matches, or a rule matches only some of the names.
+        ValueError: no rule matches, or a rule matches only some of the names; or the model has no categories, and the
+            sub-folders are numbers whose order as numbers is not their order as text, by which ImageFolder counts.
     """
+    if categories is None:
+        refuse_two_orders(names, num_classes)
     rules: list[tuple[str, dict[str, int]]] = []
     if categories is not None and categories == imagenet_categories():
         rules += [("ImageNet's synsets (n01440764 ...)", number(imagenet_synsets()))]
@@ -87,12 +99,54 @@ def match_classes(names: list[str], categories: list[str] | None, num_classes: i
     for rule, known in rules:
         if found := {name: known[name] for name in names if name in known}:
             if len(found) < len(names):  # the others would count as wrong answers
-                raise ValueError(unmatched([name for name in names if name not in found], len(names), rule))
+                hint = ", or --class-order to count the sub-folders" if all(map(is_number, names)) else ""
+                raise ValueError(unmatched([name for name in names if name not in found], len(names), rule + hint))
             return found, rule
     if len(names) == num_classes:
         return number(sorted(names)), f"the sorted order of the {num_classes} sub-folders, as torchvision's ImageFolder"
     expected = ", or ".join(rule for rule, _ in rules) + f", or exactly {num_classes} sub-folders in their sorted order"
     raise ValueError(unmatched(names, len(names), expected))
+
+
+def refuse_two_orders(names: list[str], num_classes: int) -> None:
+    """ValueError if both orders of numbered sub-folders give an output for each, and they differ."""
+    if not all(map(is_number, names)):
+        return
+    try:
+        numeric, text = (in_order(names, order, num_classes) for order in ("numeric", "text"))
+    except ValueError:
+        return
+    if odd := next((name for name in names if numeric[name] != text[name]), None):
+        raise ValueError(
+            f"the model has no categories, and the sub-folders are numbers: by number, {odd!r} is output"
+            f" {numeric[odd]}, but by text, as torchvision's ImageFolder counts, output {text[odd]}: say which order"
+            " the model was trained with, --class-order numeric or --class-order text"
+        )
+
+
+def in_order(names: list[str], order: str, num_classes: int) -> dict[str, int]:
+    """The output of each sub-folder by its place in the "numeric" or "text" order of all classes.
+
+    If some classes are missing, all of them are taken to be 0, 1 ... num_classes - 1, with as many leading zeros as the
+    sub-folders have.
+
+    Raises:
+        ValueError: names that are not numbers in numeric order, or that are not among all classes.
+    """
+    if order == "numeric" and (odd := [name for name in names if not is_number(name)]):
+        raise ValueError(unmatched(odd, len(names), "whole numbers, because of --class-order numeric"))
+    width = max(map(len, names)) if any(re.match("0[0-9]", name) for name in names) else 0
+    classes = names if len(names) == num_classes else [f"{i:0{width}}" for i in range(num_classes)]
+    places = number(sorted(classes, key=int) if order == "numeric" else sorted(classes))
+    if missing := [name for name in names if name not in places]:
+        expected = f"exactly {num_classes} sub-folders, or numbers from {classes[0]} to {classes[-1]}"
+        raise ValueError(unmatched(missing, len(names), expected))
+    return {name: places[name] for name in names}
+
+
+def is_number(name: str) -> bool:
+    """Whether a name is a whole number in ASCII digits."""
+    return re.fullmatch("-?[0-9]+", name) is not None
 
 
 def number(names: Iterable[str]) -> dict[str, int]:

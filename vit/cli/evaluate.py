@@ -39,9 +39,14 @@ def add_parser(commands: Any) -> None:
     options.add_model(parser)
     options.add_reading(parser)
     add_sizes(parser)
-    parser.add_argument(
+    classes = parser.add_mutually_exclusive_group()
+    classes.add_argument(
         "--class-map", type=Path, metavar="FILE",
         help="a text file of sub-folders, one a line, in the order of the model's outputs; or lines of 'name index'",
+    )  # fmt: skip
+    classes.add_argument(
+        "--class-order", choices=("numeric", "text"),
+        help="the order of sub-folders that are numbers: 2 before 10, or 10 before 2 as torchvision's ImageFolder",
     )  # fmt: skip
     parser.add_argument("--limit", type=options.positive, metavar="N", help="use N images, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="random seed of that draw; default: %(default)s")
@@ -82,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     if model.config.num_classes == 0:
         raise ValueError(f"{args.model} has no classifier, so there is nothing to evaluate")
     transforms = make_transforms(model, args)
-    outputs, rule = match(samples, model, args.data, args.class_map)
+    outputs, rule = match(samples, model, args.data, args.class_map, args.class_order)
     samples = draw_samples(samples, args.limit, args.seed)
     truth = torch.tensor([outputs[name] for _, name in samples])  # [images]
 

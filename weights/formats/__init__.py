@@ -1,9 +1,10 @@
-"""File formats: from a path to the tensors in it. Nothing is unpickled except what `weights_only=True` allows."""
+"""File formats: from a path to the tensors in it. No code in a file is ever run."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, CheckpointError
+from ..content import describe, mistaken, recognise, unfinished
 from .npz import read_npz
 from .onnx import read_onnx
 from .pickled import read_pickled
@@ -27,5 +28,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     for ending, read in READERS.items():
         if path.name.lower().endswith(ending):
+            if text := mistaken(path, ending):
+                raise CheckpointError(text)
             return read(path)
-    raise CheckpointError(f"{path} must end in one of {', '.join(READERS)}")
+    if unfinished(path):
+        raise CheckpointError(f"{path} is an unfinished download: start it again, or remove the ending if it is whole")
+    raise CheckpointError(f"{path} must end in one of {', '.join(READERS)}; it is {describe(recognise(path))}")

@@ -67,7 +67,7 @@ def read_npz(path: Path) -> Checkpoint:
             tensors, checks = {}, []
             for entry in entries:
                 where = f"{path}: {entry.filename}"
-                memory = _unpack(where, file, archive, entry)
+                memory = unpack(where, file, archive, entry)
                 checks.append(threads.submit(_check_crc, where, memory, entry.CRC))
                 tensors[entry.filename[: -len(".npy")]] = _as_array(where, memory)
             for check in checks:
@@ -93,7 +93,7 @@ def _as_array(where: str, memory: Tensor) -> Tensor:
     return tensor.reshape(shape)
 
 
-def _unpack(where: str, file: io.BufferedReader, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
+def unpack(where: str, file: io.BufferedReader, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Tensor:
     """The bytes of a member, not yet checked."""
     memory = torch.empty(entry.file_size, dtype=torch.uint8, device="cpu")  # whatever the default device is
     values, end = memory.numpy().data, 0
@@ -146,7 +146,8 @@ def reading(path: Path, expected: str) -> Iterator[io.BufferedReader]:
             raise
         except Exception as error:
             reason = (str(error).splitlines() or [""])[0]
-            raise CheckpointError(f"{path} is not {expected}: {type(error).__name__}: {reason}") from None
+            again = "; it was cut off or damaged: get it again" if isinstance(error, zipfile.BadZipFile) else ""
+            raise CheckpointError(f"{path} is not {expected}: {type(error).__name__}: {reason}{again}") from None
         after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise CheckpointError(f"{path} changed while it was read")

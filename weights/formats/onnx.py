@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import Checkpoint, CheckpointError
+from ..checkpoint import Checkpoint, CheckpointError, joint_sha256
+from .onnx_data import DataFiles
 
 # By TensorProto.DataType: our dtype, the field of the values if they are not in raw_data, and their type there.
 _DTYPES = {
@@ -38,7 +39,6 @@ _DTYPES = {
     11: (torch.float64, "double_data", "<f8"),
     16: (torch.bfloat16, "int32_data", "<u2"),
 }
-_EXTERNAL = 1  # TensorProto.DataLocation
 
 _FOLDED = "pkg.onnxscript.optimizer.folded_from"  # "['blocks.0.attn.qkv.weight']", beside the constant val_12
 
@@ -46,12 +46,16 @@ _FOLDED = "pkg.onnxscript.optimizer.folded_from"  # "['blocks.0.attn.qkv.weight'
 def read_onnx(path: Path) -> Checkpoint:
     """Read an ONNX file's weights, each into its own memory, with its name and layout in PyTorch.
 
+    The weights may lie in other files of the same folder, as torch.onnx.export puts them into model.onnx.data; the
+    hash is then that of all the files' hashes.
+
     Weights of linear layers become [out, in], position embeddings [1, 1 + N, D]. `metadata` lists constants without a
     name ("float32 [384, 384]") and those that are not weights ("int64 constant").
 
     Raises:
+        FileNotFoundError: a file that holds its weights is missing.
         CheckpointError: the package onnx is missing; not an ONNX file, a damaged or inconsistent one, one with weights
-            in another file, or names that contradict each other.
+            in another folder, or names that contradict each other.
     """
     try:
         import onnx
@@ -65,10 +69,13 @@ def read_onnx(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is not a complete ONNX file: {error}") from None
     del data  # the graph has a copy
     _check_names(path, graph)
-    reader = _Reader(path, graph, size)
-    return Checkpoint(
-        path, reader.tensors(), {f"constant {name}": kind for name, kind in reader.unnamed().items()}, sha256
-    )
+    with DataFiles(path) as beside:
+        reader = _Reader(path, graph, size, beside)
+        tensors = reader.tensors()
+        others = beside.sha256s()
+    if others:
+        sha256 = joint_sha256(digest for _, digest in sorted([(path.name, sha256), *others.items()]))
+    return Checkpoint(path, tensors, {f"constant {name}": kind for name, kind in reader.unnamed().items()}, sha256)
 
 
 def _check_names(path: Path, graph: Any) -> None:
@@ -89,8 +96,9 @@ def _check_names(path: Path, graph: Any) -> None:
 class _Reader:
     """A graph's constants by name, and the names of those that lost theirs, from the graph's nodes."""
 
-    def __init__(self, path: Path, graph: Any, size: int) -> None:
+    def __init__(self, path: Path, graph: Any, size: int, beside: DataFiles) -> None:
         self.path = path
+        self.beside = beside
         self.nodes = list(graph.node)
         self.maker = {output: node for node in self.nodes for output in node.output}
         self.users: dict[str, list[Any]] = defaultdict(list)
@@ -109,8 +117,8 @@ class _Reader:
     def _take_constants(self, graph: Any, size: int) -> None:
         """Fill `constants`. The exporter keeps equal weights once; Identity nodes give them their other names."""
         for proto in graph.initializer:
-            if proto.data_location == _EXTERNAL or proto.external_data:
-                raise CheckpointError(f"{self.path}: {proto.name} is in another file, expected all weights in this one")
+            if self.beside.holds(proto):
+                self.beside.count(proto)
             self._take_constant(proto.name, proto)
         for node in self.nodes:
             is_copy = node.op_type == "Identity" and node.input and node.input[0] in self.constants
@@ -119,6 +127,8 @@ class _Reader:
                 size -= proto.ByteSize()  # a small file must not repeat one large weight a thousand times
                 if size < 0:
                     raise CheckpointError(f"{self.path} repeats its weights until they outgrow the file: {proto.name}")
+                if self.beside.holds(proto):
+                    self.beside.count(proto)
                 self._take_constant(name, proto)
 
     def _take_constant(self, name: str, proto: Any) -> None:
@@ -281,15 +291,21 @@ class _Reader:
             raise CheckpointError(f"{self.path}: {name} has ONNX data type {proto.data_type}, which is unsupported")
         dtype, _, _ = _DTYPES[proto.data_type]
         shape = list(proto.dims)
-        data = proto.raw_data if proto.HasField("raw_data") else self._packed(name, proto)
-        if any(side < 0 for side in shape) or math.prod(shape) * dtype.itemsize != len(data):
-            raise CheckpointError(f"{self.path}: {name} holds {len(data)} bytes, which does not fit {dtype} {shape}")
-        if not data:
+        nbytes = -1 if any(side < 0 for side in shape) else math.prod(shape) * dtype.itemsize
+        if nbytes == 0:  # and perhaps other sides too large for any memory
             raise CheckpointError(f"{self.path}: {name} has shape {shape}: it has no values")
-        if dtype == torch.bool and max(data) > 1:
-            raise CheckpointError(f"{self.path}: {name} holds {max(data)}, expected 0 or 1")
-        tensor = torch.empty(shape, dtype=dtype)
-        tensor.reshape(-1).view(torch.uint8).numpy().data[:] = data
+        if self.beside.holds(proto):
+            tensor = self.beside.read(proto, shape, dtype, nbytes)
+        else:
+            data = proto.raw_data if proto.HasField("raw_data") else self._packed(name, proto)
+            if nbytes != len(data):
+                raise CheckpointError(
+                    f"{self.path}: {name} holds {len(data)} bytes, which does not fit {dtype} {shape}"
+                )
+            tensor = torch.empty(shape, dtype=dtype, device="cpu")
+            tensor.reshape(-1).view(torch.uint8).numpy().data[:] = data
+        if dtype == torch.bool and (largest := tensor.view(torch.uint8).max()) > 1:
+            raise CheckpointError(f"{self.path}: {name} holds {largest}, expected 0 or 1")
         return tensor
 
     def _packed(self, name: str, proto: Any) -> bytes:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, CheckpointError, Hash, JointHash, joint_sha256, read_json
+from ..content import mistaken
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -43,7 +44,7 @@ def read_safetensors(path: Path) -> Checkpoint:
         with safetensors.safe_open(path, "pt"):  # checks the header: lengths, overlaps, offsets within the file
             pass
     except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from None
+        raise CheckpointError(f"{path} is not a complete safetensors file: {error}: get it again") from None
     with path.open("rb") as file:
         start = file.read(8)
         text = file.read(struct.unpack("<Q", start)[0])
@@ -116,6 +117,8 @@ def read_sharded(index: Path) -> Checkpoint:
             raise CheckpointError(f"{index} names {name!r}, expected .safetensors files beside it")
         if not (index.parent / name).is_file():
             raise FileNotFoundError(f"{index.parent / name} does not exist, but {index.name} names it")
+        if text := mistaken(index.parent / name, ".safetensors"):
+            raise CheckpointError(text)
         shard = read_safetensors(index.parent / name)
         promised = {key for key, file in where.items() if file == name}
         if promised != shard.tensors.keys():
