@@ -1,4 +1,4 @@
-"""The command line: `vit demo | predict | features | evaluate | bench | attention | inspect | convert`."""
+"""The command line: `vit demo | predict | probe | features | evaluate | bench | attention | inspect | convert`."""
 
 import argparse
 import io
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from . import attention, bench, convert, demo, evaluate, features, inspect, predict
+from . import attention, bench, convert, demo, evaluate, features, inspect, predict, probe
 
 EXAMPLES = """\
 vit demo                                      classify bundled digits and draw attention; needs no network
@@ -87,6 +87,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _TopParser(prog="vit", description="A Vision Transformer Small in plain PyTorch.")
     parser.add_argument("--version", action="version", version=version("vit-small"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for module in (demo, predict, features, evaluate, bench, attention, inspect, convert):
+    for module in (demo, predict, probe, features, evaluate, bench, attention, inspect, convert):
         module.add_parser(commands)
     return parser
