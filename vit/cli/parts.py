@@ -74,7 +74,7 @@ def compute(model: ViT, transform: Transform, samples: list[Sample], batch_size:
         inputs = usable(batch, model)
         if inputs:
             rows += extract(model, inputs if transform.mode == "native" else torch.stack(inputs)).float().cpu()
-        for sample, (path, outcome) in zip(samples[seen:], batch):
+        for sample, (path, outcome) in zip(samples[seen : seen + len(batch)], batch):
             if isinstance(outcome, ImageError):
                 bar.write(f"vit probe: {outcome}", file=sys.stderr)
                 continue
@@ -135,6 +135,10 @@ def load_same(stored: Stored, args: argparse.Namespace) -> tuple[ViT, Transform]
     sha256 = None if model.provenance is None else model.provenance.sha256
     if str(sha256) != stored.settings["model_sha256"]:
         raise ValueError(f"{stored.file} holds features of another model, {stored.settings['model']}, not {args.model}")
+    if args.output is not None and (stored.settings["computed"], stored.settings["optimize"]) != ("float32", "None"):
+        raise ValueError(
+            f"the features of {stored.file} were not computed by the model in float32, which --output saves"
+        )
     if repr(transform) != stored.settings["transform"]:
         raise ValueError(
             f"the features of {stored.file} were computed with {stored.settings['transform']}, not {transform}:"
