@@ -18,7 +18,7 @@ from .accuracy import read
 from .datasets import DIGITS, Sample
 from .images import batches, counted, progress, usable
 from .splits import check_classes, find_splits, hold_out
-from .stored import Stored, check_same, read_features
+from .stored import Stored, check_same, is_stored, read_features
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ def check_parts(data: str, asked: Sequence[list[Sample]], parts: Sequence[Part])
 
 def from_features(args: argparse.Namespace) -> tuple[ViT | None, Transform | None, Data]:
     """The features of one file, or of two; the model only if --model or --output asks for it."""
+    if args.test is not None and not is_stored(args.test):
+        raise ValueError(f"--test takes a .safetensors file of vit features, as DATA is one, got {args.test}")
     stored = [read_features(name) for name in (args.data, args.test) if name is not None]
     for other in stored[1:]:
         check_same(other.file, other.settings, stored[0].settings)

@@ -82,7 +82,7 @@ def read_features(name: str) -> Stored:
 def shards(file: Path) -> list[Path]:
     """The file itself, or those that its index lists; FileNotFoundError if there are neither."""
     index = file if file.name.endswith(".index.json") else index_of(file)
-    if file != index and file.exists():
+    if file != index and file.is_file():
         return [file]
     try:
         return [index.with_name(shard["file"]) for shard in json.loads(index.read_bytes())["shards"]]
