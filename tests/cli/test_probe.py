@@ -237,15 +237,19 @@ def test_refused_features(stored, folder, probe, tmp_path):
     train, test = stored / "train-class.safetensors", stored / "test-class.safetensors"
     with safe_open(test, "pt") as file:
         paths = json.loads(file.metadata()["paths"])
+        config = json.loads(file.metadata()["model_config"]) | {"dist_token": True, "global_pool": "dist"}
+    pooled = stored / "test-pooled.safetensors"
     deeper = [f"{paths[0][:-7]}more/1.png", *paths[1:]]
-    x = tmp_path / "x.safetensors"
+    x, out = tmp_path / "x.safetensors", ("-o", tmp_path / "out.safetensors")
     vit.save_checkpoint(vit.load_pretrained(MODEL), tmp_path / "model.safetensors")
     other = vit.load_pretrained(MODEL)
     other.reset_classifier(3)
     vit.save_checkpoint(other, tmp_path / "other.safetensors")
+    dist = rewritten(pooled, tmp_path / "dist.safetensors", model_config=json.dumps(config))
+    half = rewritten(test, tmp_path / "half.safetensors", computed="bfloat16")
     cases = [
         ([train, "--test", rewritten(test, x, model_sha256="0" * 64)], "x.safetensors differ in model_sha256: 000"),
-        ([train, "--test", stored / "test-pooled.safetensors"], "differ in kind: pooled, not class"),
+        ([train, "--test", pooled], "differ in kind: pooled, not class"),
         ([test, "--test", test], "000.png|[0-9]+.png is in .* it would be fitted and tested"),
         ([rewritten(test, tmp_path / "nan.safetensors", with_nan)], "features of .*png in .* are NaN or infinite"),
         ([rewritten(test, tmp_path / "deep.safetensors", paths=json.dumps(deeper))], "they must lie side by side"),
@@ -253,6 +257,8 @@ def test_refused_features(stored, folder, probe, tmp_path):
         ([tmp_path / "model.safetensors"], "was not written by vit features"),
         ([train, "--test", folder], "--test takes a .safetensors file of vit features"),
         ([train, "--img-size", "24"], "need --model"),
+        ([dist, *out], r"no head of .* reads these features .pooled."),
+        ([half, *out], "not computed by the model in float32"),
         ([train, "--model", tmp_path / "other.safetensors"], "features of another model, vit_digits.*, not .*other"),
         ([train, "--model", MODEL, "--img-size", "24"], "were computed with Transform.*give the same --img-size"),
         ([folder, "--test", test], "--test goes with files of features"),

@@ -59,7 +59,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--test", metavar="FILE", help="features to test on, if DATA is a file of features")
     parser.add_argument(
         "--holdout", type=float, default=0.2, metavar="SHARE",
-        help="of each class, what is held out where there is no val/ or test/; default: %(default)s",
+        help="of each class, the part that chooses k and lambda, and the part to test on where there is neither val/ "
+        "nor test/; default: %(default)s",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="random seed of that draw; default: %(default)s")
     parser.add_argument(
@@ -72,12 +73,16 @@ def add_parser(commands: Any) -> None:
         help="save the model with the best ridge probe as its head, of those whose features a head reads: class, patch "
         "mean, or both",
     )  # fmt: skip
-    options.add_model(parser)
+    parser.add_argument(
+        "--model", metavar="NAME_OR_PATH",
+        help="a name, or a checkpoint: a file or a folder in any known layout; default: the one that stored features "
+        f"are of, else {options.DEFAULT_MODEL}",
+    )  # fmt: skip
     options.add_reading(parser)
     options.add_size(parser)
     options.add_compute(parser)
     loading.add_optimize(parser)
-    parser.set_defaults(run=run, model=None)
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,6 +92,8 @@ def run(args: argparse.Namespace) -> int:
     check_output(args)
     model, transform, data = from_features(args) if is_stored(args.data) else from_images(args)
     classes = sorted({name for _, name in data.fit.samples + data.choice.samples})
+    if model is not None and args.output is not None and not any(can_hold(model.config, name) for name in data.kinds):
+        raise ValueError(f"no head of {args.model} reads these features ({', '.join(data.kinds)}): leave out --output")
     if not args.json:
         fit, choice, test = (len(part.samples) for part in (data.fit, data.choice, data.test))
         print(f"{args.model} on {args.data}: {len(classes)} classes; {data.how}")
@@ -187,8 +194,6 @@ def save(model: ViT, transform: Transform, results: list[Result], classes: list[
     from vit.weights import save_checkpoint
 
     foldable = [result for result in results if result.linear is not None and can_hold(model.config, result.features)]
-    if not foldable:
-        raise ValueError(f"no head of {args.model} reads these features, so nothing was saved: {results[0].features}")
     best = max(foldable, key=lambda result: result.chosen_at)
     assert best.linear is not None
     result = fold(model, best.features, *best.linear, classes)
