@@ -28,6 +28,7 @@ from .metadata import Preprocessing, Provenance
 from .packed import Grid, PackedForward, Packing
 from .position import resample_position_embedding
 from .registry import choose
+from .trainable import Trainable
 
 
 class PatchEmbed(nn.Module):
@@ -116,11 +117,11 @@ class Block(nn.Module):
         return x
 
 
-class ViT(PackedForward, nn.Module):
+class ViT(PackedForward, Trainable, nn.Module):
     """A Vision Transformer for images of any size that is a multiple of the patch size.
 
     Besides its weights it carries `config`, `preprocessing` (how to prepare images), `categories` (label names, or
-    None) and `provenance` (where its weights came from, or None). `PackedForward` adds `forward_packed`.
+    None) and `provenance` (where its weights came from, or None). `PackedForward` and `Trainable` add methods.
     """
 
     def __init__(self, config: ViTConfig) -> None:
