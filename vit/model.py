@@ -162,7 +162,7 @@ class ViT(PackedForward, Trainable, nn.Module):
 
     def accept(self, images: Tensor, ragged: str = "error") -> Tensor:
         """Check a batch of images and make its sides multiples of p; see `vit.inputs`."""
-        return inputs.accept(images, self.config, like=self.patch_embed.proj.weight, ragged=ragged)
+        return inputs.accept(images, self.config, inputs.weight_to_match(self.patch_embed), ragged)
 
     def embed(self, images: Tensor, ragged: str = "error") -> Tensor:
         """Eq. 1: [B, in_chans, H, W] images -> [B, T, D] tokens, positions added."""
@@ -285,7 +285,7 @@ class ViT(PackedForward, Trainable, nn.Module):
         choice = choose(name_or_fn, options)
         slots = [self.attends[i] for i in self.block_numbers(blocks)]
         calls = [choice.make(self.config, slot.block) for slot in slots]  # all of them before the first is set
-        set_all(slots, choice, calls, like=self.patch_embed.proj.weight, check=check)
+        set_all(slots, choice, calls, like=self.class_token, check=check)
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a new one with random weights; 0 removes it. Clears `categories`."""
