@@ -6,8 +6,10 @@ block i is layer i + 1, the final norm belongs to the last block, and whatever i
 
 from __future__ import annotations
 
+import copy
 import re
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -33,12 +35,18 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and name not in NO_DECAY
 
 
+Model = TypeVar("Model", bound="Trainable")
+
+
 class Trainable:
     """The methods of `ViT` that training tools call, such as timm's `create_optimizer_v2(model, layer_decay=0.75)`."""
 
     config: ViTConfig
     head: nn.Module
     head_dist: nn.Module | None
+    categories: list[str] | None
+    blocks: nn.ModuleList
+    block_numbers: Callable[[Sequence[int] | None], list[int]]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """`layer_of` as patterns, for timm's `group_parameters`. `coarse` changes nothing, as in timm's ViT."""
@@ -56,3 +64,32 @@ class Trainable:
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the blocks again in the backward pass, which saves memory and takes a third longer."""
         self.config = self.config.override(grad_checkpointing=enable)
+
+    def backbone(self: Model, blocks: Sequence[int] | None = None, norm: bool = True) -> Model:
+        """A model that shares this one's weights, and owns only those that its features need.
+
+        Modules that are built on features hold it in place of the model: DistributedDataParallel stops at parameters
+        that get no gradient, such as those of a head that is never called. This model is not changed.
+
+        Args:
+            blocks: those that `forward_intermediates` will be asked for; later ones are left out. None for all.
+            norm: whether the final norm will be used: always by `forward_features`.
+
+        Returns:
+            A model for `forward_features` and `forward_intermediates`, with the same attention, without the head and
+            the norm of pooled features.
+        """
+        alone = copy.copy(self)
+        for name, value in vars(alone).items():
+            if isinstance(value, dict) and name != "_parameters":  # modules and hooks, but not the weights
+                vars(alone)[name] = value.copy()
+        depth, rate = max(self.block_numbers(blocks)) + 1, self.config.drop_path_rate
+        if depth < len(self.blocks):
+            alone.blocks = self.blocks[:depth]
+            rate *= (depth - 1) / (len(self.blocks) - 1)  # that of the last block which is left
+        alone.config = self.config.override(num_classes=0, depth=depth, drop_path_rate=rate)
+        alone.categories = None
+        for name in ("head", "head_dist", "fc_norm") if norm else ("head", "head_dist", "fc_norm", "norm"):
+            if getattr(alone, name) is not None:
+                setattr(alone, name, nn.Identity())
+        return alone

@@ -1,10 +1,17 @@
 """What timm's optimizer factory makes of our model: the groups that it makes of its own."""
 
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import pytest
 import timm.optim
 import torch
-from helpers import MINI, difference, images, timm_twin
+import torch.distributed as dist
+from helpers import MINI, difference, images, randomize, timm_twin
 from timm.models import group_parameters
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import vit
 from vit.trainable import decays, layer_of
@@ -106,3 +113,95 @@ def test_gradient_checkpointing_is_set_on_a_model(monkeypatch):
     assert model.config.grad_checkpointing and difference(model(x), expected) == 0 and len(calls) == MINI.depth
     model.set_grad_checkpointing(False)
     assert model.config == MINI and difference(model(x), expected) == 0 and len(calls) == MINI.depth
+
+
+class Built(nn.Module):
+    """What somebody builds on features: `forward` is what DistributedDataParallel calls."""
+
+    def __init__(self, model: vit.ViT, features: Callable[[vit.ViT, Tensor], Any]) -> None:
+        super().__init__()
+        self.model, self.features = model, features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(one.square().sum() for one in self.features(self.model, x))
+
+
+BUILT: dict[str, tuple[Callable[[vit.ViT], vit.ViT], Callable[[vit.ViT, Tensor], Any]]] = {
+    "features": (lambda m: m.backbone(), lambda m, x: m.forward_features(x)),
+    "features, packed": (lambda m: m.backbone(), lambda m, x: m.forward_features_packed(list(x))),
+    "normed maps": (lambda m: m.backbone(), lambda m, x: m.forward_intermediates(x, [0, -1], norm=True)),
+    "maps": (lambda m: m.backbone(norm=False), lambda m, x: m.forward_intermediates(x, [0, -1])),
+    "an early map": (lambda m: m.backbone([1, 0], norm=False), lambda m, x: m.forward_intermediates(x, [1, 0])),
+    "maps, packed": (lambda m: m.backbone(), lambda m, x: m.forward_intermediates_packed(list(x), [2], norm=True)[0]),
+    "a masked average": (lambda m: m.backbone(), lambda m, x: m.forward_features(x)[:, ::2].mean(dim=1)),
+}
+HEADED = {
+    "head": MINI.override(depth=3),
+    "two heads": MINI.override(depth=3, dist_token=True, global_pool="dist"),
+    "norm after pooling": MINI.override(depth=3, global_pool="avg", fc_norm=True),
+}
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A process group of this process alone, for DistributedDataParallel."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def train(module: nn.Module, x: Tensor) -> Tensor:
+    """Two steps; DistributedDataParallel stops at the second one if a parameter got no gradient at the first."""
+    parallel = DistributedDataParallel(module)
+    for _ in range(2):
+        loss = parallel(x)
+        loss = loss if isinstance(loss, Tensor) else sum(one.square().sum() for one in loss.values())
+        loss.square().sum().backward()
+    return loss
+
+
+@pytest.mark.parametrize("config", HEADED)
+@pytest.mark.parametrize("name", BUILT)
+def test_a_backbone_trains_in_parallel(group, name, config):
+    (make, features), model, x = BUILT[name], randomize(vit.ViT(HEADED[config])), images(2, 3, 56, 40)
+    before = copy.deepcopy(model)
+    expected = Built(before, features)(x)
+    assert torch.equal(train(Built(make(model), features), x), expected)
+    owned = {id(p) for p in make(model).parameters()}
+    assert {id(p) for p in model.parameters() if p.grad is not None} == owned  # the weights are shared
+    assert model.config == before.config and torch.equal(model(x), before(x))  # and the model is as it was
+    with pytest.raises(RuntimeError, match="did not receive grad"):  # the control: with its head
+        train(Built(before, features), x)
+
+
+@pytest.mark.parametrize("config", HEADED)
+def test_models_train_in_parallel(group, config):
+    """Logits and pooled features use every weight; so does the pyramid, of what it owns."""
+    model, x = randomize(vit.ViT(HEADED[config])), images(2, 3, 56, 40)
+    pyramid = vit.FeaturePyramid(model, out_channels=4)
+    train(model, x)
+    train(pyramid, x)
+    model.reset_classifier(0)
+    train(model, x)
+
+
+def test_a_backbone_is_a_model_of_its_own(registered):
+    model = randomize(vit.ViT(MINI.override(depth=3, drop_path_rate=0.4)))
+    model.categories = list("abcde")
+    early = model.backbone([0, 1])
+    assert early.config == model.config.override(depth=2, num_classes=0, drop_path_rate=0.2)
+    rates = [block.residual_mlp.drop_path_rate for block in vit.ViT(early.config).blocks]
+    assert [block.residual_mlp.drop_path_rate for block in early.blocks] == rates == [0.0, 0.2]
+    early.register_forward_hook(lambda *_: 1 / 0)
+    early.train().set_grad_checkpointing()
+    assert not model.config.grad_checkpointing and model.categories == list("abcde")
+    model.eval()(images(1, 3, 56, 56))
+    with pytest.raises(ValueError, match="block 3 is out of range"):
+        model.backbone([3])
+    with torch.no_grad():
+        whole, x = model.backbone(), images(1, 3, 56, 40)
+        assert torch.equal(whole.forward_features(x), model.forward_features(x))
+        assert torch.equal(copy.deepcopy(whole)(x), model.forward_head(model.forward_features(x), pre_logits=True))
+        model.patch_embed.proj.weight.mul_(1.5)
+        assert torch.equal(whole.forward_features(x), model.forward_features(x))
