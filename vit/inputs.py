@@ -29,6 +29,11 @@ def accept(images: Tensor, config: ViTConfig, like: Tensor | None, ragged: str) 
     """
     p, chans = config.patch_size, config.in_chans
     expected = f"expected [B, {chans}, H, W] floating-point images, H and W multiples of {p}"
+    if isinstance(images, torch.fx.Proxy):
+        raise ValueError(
+            "torch.fx cannot trace checks of the images' size, nor can torchvision's create_feature_extractor: use"
+            " model.forward_intermediates for maps, vit.record and vit.patch for activations, torch.export for a graph"
+        )
     if not isinstance(images, Tensor):
         raise ValueError(f"{expected}; got {type(images).__name__}, not a tensor: vit.create_transform makes one")
     if images.ndim != 4:

@@ -1,5 +1,6 @@
 """Models whose first layer is sharded, offloaded, adapted, quantised or cast by somebody else's code."""
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,8 +11,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import FLOAT32, MINI, difference, images, randomize
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 import vit
@@ -53,6 +56,20 @@ def test_a_sharded_model_runs(group, parts, dtype):
         assert difference(found.float(), expected) <= (FLOAT32 if dtype is None else 0.05)
     found.float().square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_shards_are_not_saved(group, tmp_path):
+    sharded, options = make(), StateDictOptions(full_state_dict=True)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match="expected whole weights, got shards of them .*get_model_state_dict"):
+        vit.save_checkpoint(sharded, tmp_path / "m")
+    whole = vit.ViT(MINI).eval()
+    whole.load_state_dict(get_model_state_dict(sharded, options=options))  # what the message says
+    again = vit.load_pretrained(vit.save_checkpoint(whole, tmp_path / "m"))
+    assert torch.equal(again(images(1, 3, 56, 40)), make()(images(1, 3, 56, 40)))
+    parallel = DistributedDataParallel(make())
+    with pytest.raises(ValueError, match=r"got DistributedDataParallel: save the model in it, its \.module$"):
+        vit.save_checkpoint(parallel, tmp_path / "m")
 
 
 @pytest.mark.parametrize("original", [True, False])
@@ -188,3 +205,43 @@ def test_attention_of_a_quantised_model_keeps_its_dtype(registered):
         replaced(layer)(model)
         model.set_attention(registered("warm", Warm))
         assert model.attends[0].fn.scale.item() == 1.5
+
+
+def test_graphs_of_modules_say_what_to_use_instead():
+    feature_extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    for call in (
+        lambda: torch.fx.symbolic_trace(make()),
+        lambda: feature_extraction.create_feature_extractor(make(), ["blocks.0"]),
+        lambda: feature_extraction.get_graph_node_names(vit.FeaturePyramid(make())),
+    ):
+        with pytest.raises(ValueError, match=r"torch\.fx cannot .* model\.forward_intermediates .* torch\.export"):
+            call()
+
+
+def test_transformers_trainer_takes_the_readmes_wrapper(tmp_path):
+    """The wrapper as vit/README.md shows it; the model learns, is evaluated, saved and found again."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    page = (Path(__file__).parents[2] / "vit" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(class ForTrainer.*?)^```$", page, re.S | re.M)
+    exec(code, names := {"torch": torch, "vit": vit})
+    labels = [i % 2 for i in range(32)]
+    items = [{"pixel_values": images(3, 32, 32, seed=i) + 2 * label, "labels": label} for i, label in enumerate(labels)]
+    torch.manual_seed(0)
+    model = vit.ViT(vit.ViTConfig(img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=2))
+    trainer = Trainer(
+        model=names["ForTrainer"](model),
+        args=TrainingArguments(
+            tmp_path, num_train_epochs=6, per_device_train_batch_size=8, learning_rate=1e-2, report_to=[], use_cpu=True,
+            logging_strategy="no", save_strategy="epoch",
+        ),
+        train_dataset=items,
+        eval_dataset=items,
+        compute_metrics=lambda p: {"accuracy": (p.predictions.argmax(1) == p.label_ids).mean()},
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.evaluate()["eval_accuracy"] >= 0.9
+    again = vit.load_pretrained(vit.save_checkpoint(trainer.model.model, tmp_path / "model"))
+    x = torch.stack([item["pixel_values"] for item in items])
+    assert torch.equal(again(x), model.eval()(x))
