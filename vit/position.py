@@ -34,13 +34,14 @@ def resample_position_embedding(
     same = _equal(stored, wanted)
     if same:
         return embedding
-    with without_autocast(embedding.device.type):
+    with without_autocast(embedding.device.type, later=same is None):
         matrices = [RULES[rule](*sizes, embedding.device) for sizes in zip(stored, wanted)]
         rows, columns = matrices if same is False else _unless_stored(matrices, stored, wanted)  # [h', h], [w', w]
         grid = embedding[0].float()  # [h*w, D]
         grid = rows @ grid.reshape(stored[0], -1)  # [h', w*D]
         grid = columns @ grid.reshape(wanted[0], stored[1], -1)  # [h', w', D]
-    return grid.reshape(1, wanted[0] * wanted[1], -1).to(embedding.dtype)  # [1, h'*w', D]
+    grid = grid.reshape(1, wanted[0] * wanted[1], -1)  # [1, h'*w', D]
+    return grid if embedding.dtype == torch.float32 else grid.to(embedding.dtype)  # an export would assert the dtype
 
 
 def _equal(stored: tuple[int, int], wanted: tuple[int, int]) -> bool | None:
@@ -71,9 +72,12 @@ def _unless_stored(matrices: list[Tensor], stored: tuple[int, int], wanted: tupl
     return [torch.where(same[0] & same[1], i, m) for i, m in zip(identities, matrices)]
 
 
-def without_autocast(device: str) -> AbstractContextManager:
-    """A context in which autocast leaves float32 alone; none where it is off, since an exported graph would keep it."""
-    active = device != "meta" and torch.is_autocast_enabled(device)
+def without_autocast(device: str, later: bool = False) -> AbstractContextManager:
+    """A context in which autocast leaves float32 alone; none where it is off, since an exported graph would keep it.
+
+    `later` makes it in any case: for graphs that may be run under autocast.
+    """
+    active = device != "meta" and (later or torch.is_autocast_enabled(device))
     return torch.autocast(device, enabled=False) if active else nullcontext()
 
 

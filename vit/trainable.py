@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from .config import ViTConfig
 
-STEM = r"class_token|dist_token|register_tokens|position_embedding|patch_embed\."
-BLOCK = r"blocks\.(\d+)\."
-LAST_NORM = r"norm\."
+# Patterns that match from the start of a name, of a parameter or a module.
+STEM = r"class_token|dist_token|register_tokens|position_embedding|patch_embed"
+BLOCK = r"blocks\.(\d+)"
+LAST_NORM = r"norm"  # not `fc_norm`
 NO_DECAY = frozenset({"class_token", "dist_token", "register_tokens", "position_embedding"})
 
 

@@ -9,7 +9,7 @@ import timm.optim
 import torch
 import torch.distributed as dist
 from helpers import MINI, difference, images, randomize, timm_twin
-from timm.models import group_parameters
+from timm.models import group_modules, group_parameters
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -67,6 +67,19 @@ def test_weight_decay_without_layers(name):
     assert found[0] == found[1]
     ours.no_weight_decay = set
     assert [(d, shape, x) for _, d, shape, x in groups(ours, {})] != found[1]
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_timm_groups_modules_as_its_own(name):
+    """As many parameters in every layer, found by the names of their modules."""
+    ours, theirs = (
+        {
+            layer: sum(p.numel() for module in modules for p in module.parameters(recurse=False))
+            for layer, modules in group_modules(model, model.group_matcher(), return_values=True).items()
+        }
+        for model in pair(name)[::-1]
+    )
+    assert ours == theirs
 
 
 @pytest.mark.parametrize("name", RELATIVES)
