@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vit.attend import Attend
 from vit.attention import sdpa
-from vit.checks import dtype_name, unknown
+from vit.checks import dtype_name, inside, unknown
 from vit.model import Attention, ViT
 from vit.registry import choose, get_attention
 
@@ -119,7 +119,9 @@ def faster_attention(model: ViT, dtype: str) -> str:
 def check(model: object, dtype: str) -> None:
     """ValueError for what `optimize` does not take."""
     if not isinstance(model, ViT):
-        raise ValueError(f"expected a vit.ViT, not {type(model).__name__}: optimize the model before compiling it")
+        held = inside(model, ViT)
+        hint = f": optimize the model in it, its .{held}" if held else ""
+        raise ValueError(f"expected a vit.ViT, not {type(model).__name__}{hint}")
     if isinstance(model, OptimizedViT):
         raise ValueError(f"the model is already optimized, to {model.optimized}: optimize the original model")
     if model.training:
@@ -160,6 +162,11 @@ def check_modules(model: ViT) -> None:
     for name, module in {**dict.fromkeys(expected), **dict(model.named_modules())}.items():
         if ".attend." in name:  # attention's own module, which is kept
             continue
+        if adapted := getattr(module, "base_layer", None):
+            raise ValueError(
+                f"{name} is an adapter ({type(module).__name__}, as of LoRA) around {type(adapted).__name__}: merge it"
+                " first, with peft's model.merge_and_unload() for example"
+            )
         found, wanted = describe(module), describe(expected.get(name))
         if found != wanted:
             cure = "merge it into the model's weights, or make the model from a config that says so"

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .attend import Attend, describe
-from .checks import warn
+from .checks import inside, warn
 from .model import Attention, ViT
 
 Change = Callable[[Tensor], Tensor]
@@ -216,7 +216,9 @@ def _not_softmax(slot: Attend) -> str:
 
 def _check_model(model: ViT) -> ViT:
     if not isinstance(model, ViT):
-        raise ValueError(f"expected a vit.ViT, not {type(model).__name__}: pass the model, not its compiled wrapper")
+        held = inside(model, ViT)
+        hint = f": pass the model, not its wrapper: its .{held}" if held else ""
+        raise ValueError(f"expected a vit.ViT, not {type(model).__name__}{hint}")
     if any(module._compiled_call_impl is not None for module in model.modules()):
         raise ValueError("parts of this model are compiled and would bypass hooks: use it before calling .compile()")
     if model.config.grad_checkpointing and torch.is_grad_enabled():

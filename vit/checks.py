@@ -18,6 +18,12 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> str:
     return f"unknown {kind} {name!r}.{hint} Known: {', '.join(known) or 'none'}."
 
 
+def inside(wrapper: object, kind: type) -> str | None:
+    """Where a wrapper, such as a compiled model or an average of weights, holds a module of a kind: "module"."""
+    modules = wrapper.named_modules() if isinstance(wrapper, torch.nn.Module) else ()
+    return next((name for name, module in modules if isinstance(module, kind)), None)
+
+
 def dtype_name(dtype: object, known: Iterable[str]) -> str:
     """The name, such as "bfloat16", of one of the `known` dtypes, given as a torch.dtype or by name."""
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else dtype

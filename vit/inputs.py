@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checks import nearest_multiple, unknown, warn
 from .config import ViTConfig
@@ -12,13 +12,13 @@ from .config import ViTConfig
 POLICIES = ("error", "resize", "crop", "pad")
 
 
-def accept(images: Tensor, config: ViTConfig, like: Tensor, ragged: str) -> Tensor:
+def accept(images: Tensor, config: ViTConfig, like: Tensor | None, ragged: str) -> Tensor:
     """Check a batch of images and make its sides multiples of the patch.
 
     Args:
         images: [B, in_chans, H, W], floating point.
         config: of the model.
-        like: one of the model's weights, whose dtype and device the images must share.
+        like: the weight whose dtype and device the images must share; None leaves that check to the layer.
         ragged: see `complete_patches`.
 
     Returns:
@@ -29,6 +29,11 @@ def accept(images: Tensor, config: ViTConfig, like: Tensor, ragged: str) -> Tens
     """
     p, chans = config.patch_size, config.in_chans
     expected = f"expected [B, {chans}, H, W] floating-point images, H and W multiples of {p}"
+    if isinstance(images, torch.fx.Proxy):
+        raise ValueError(
+            "torch.fx cannot trace checks of the images' size, nor can torchvision's create_feature_extractor: use"
+            " model.forward_intermediates for maps, vit.record and vit.patch for activations, torch.export for a graph"
+        )
     if not isinstance(images, Tensor):
         raise ValueError(f"{expected}; got {type(images).__name__}, not a tensor: vit.create_transform makes one")
     if images.ndim != 4:
@@ -39,15 +44,29 @@ def accept(images: Tensor, config: ViTConfig, like: Tensor, ragged: str) -> Tens
         raise ValueError(f"{expected}; got {images.shape[1]} in place of {chans} channels: {list(images.shape)}{hint}")
     if not images.is_floating_point():
         raise ValueError(f"{expected}; got {images.dtype}: scale and normalise as model.preprocessing says")
-    if images.device != like.device:
+    if like is not None and images.device != like.device:
         raise ValueError(f"{expected} on the model's {like.device}; got {images.device}: move one of them")
     device = images.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)  # there is none for meta tensors
-    if images.dtype != like.dtype and (not autocast or images.dtype == torch.float64):  # autocast leaves float64 alone
+    casts = autocast and images.dtype != torch.float64  # which autocast leaves alone
+    if like is not None and images.dtype != like.dtype and not casts:
         raise ValueError(f"{expected} in the model's {like.dtype}; got {images.dtype}: use images.to({like.dtype})")
     if 0 in images.shape:
         raise ValueError(f"{expected}; got {'no pixels' if len(images) else 'an empty batch'}: {list(images.shape)}")
     return complete_patches(images, p, ragged)
+
+
+def weight_to_match(patch_embed: nn.Module) -> Tensor | None:
+    """The weight that images meet first; None if what it will be then cannot be told before the layer is called.
+
+    Sharded and offloaded layers gather or move their weights when they are called, some cast their inputs, adapters
+    and quantised layers replace the convolution: wrappers, subclasses of modules and tensors, or hooks show that.
+    """
+    proj = patch_embed._modules.get("proj")  # none of a wrapper's own
+    if type(proj) is not nn.Conv2d or type(weight := proj._parameters.get("weight")) is not nn.Parameter:
+        return None
+    changed = any(layer._forward_pre_hooks or "forward" in layer.__dict__ for layer in (patch_embed, proj))
+    return None if changed else weight
 
 
 def check_list(images: object) -> None:

@@ -28,6 +28,7 @@ from .metadata import Preprocessing, Provenance
 from .packed import Grid, PackedForward, Packing
 from .position import resample_position_embedding
 from .registry import choose
+from .trainable import Trainable
 
 
 class PatchEmbed(nn.Module):
@@ -116,11 +117,11 @@ class Block(nn.Module):
         return x
 
 
-class ViT(PackedForward, nn.Module):
+class ViT(PackedForward, Trainable, nn.Module):
     """A Vision Transformer for images of any size that is a multiple of the patch size.
 
     Besides its weights it carries `config`, `preprocessing` (how to prepare images), `categories` (label names, or
-    None) and `provenance` (where its weights came from, or None). `PackedForward` adds `forward_packed`.
+    None) and `provenance` (where its weights came from, or None). `PackedForward` and `Trainable` add methods.
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -161,7 +162,7 @@ class ViT(PackedForward, nn.Module):
 
     def accept(self, images: Tensor, ragged: str = "error") -> Tensor:
         """Check a batch of images and make its sides multiples of p; see `vit.inputs`."""
-        return inputs.accept(images, self.config, like=self.patch_embed.proj.weight, ragged=ragged)
+        return inputs.accept(images, self.config, inputs.weight_to_match(self.patch_embed), ragged)
 
     def embed(self, images: Tensor, ragged: str = "error") -> Tensor:
         """Eq. 1: [B, in_chans, H, W] images -> [B, T, D] tokens, positions added."""
@@ -284,7 +285,7 @@ class ViT(PackedForward, nn.Module):
         choice = choose(name_or_fn, options)
         slots = [self.attends[i] for i in self.block_numbers(blocks)]
         calls = [choice.make(self.config, slot.block) for slot in slots]  # all of them before the first is set
-        set_all(slots, choice, calls, like=self.patch_embed.proj.weight, check=check)
+        set_all(slots, choice, calls, like=self.class_token, check=check)
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a new one with random weights; 0 removes it. Clears `categories`."""

@@ -31,18 +31,33 @@ def resample_position_embedding(
     Returns:
         [1, h'*w', D] in `embedding`'s dtype; `embedding` itself if the grids are the same.
     """
-    # An exported or traced graph serves many grids, so it must not branch on the example's grid: `_unless_stored` puts
-    # the condition into the graph instead.
-    in_graph = torch.compiler.is_exporting() or torch.jit.is_tracing()
-    if not in_graph and wanted == stored:
+    same = _equal(stored, wanted)
+    if same:
         return embedding
-    with without_autocast(embedding.device.type):
+    with without_autocast(embedding.device.type, later=same is None):
         matrices = [RULES[rule](*sizes, embedding.device) for sizes in zip(stored, wanted)]
-        rows, columns = _unless_stored(matrices, stored, wanted) if in_graph else matrices  # [h', h], [w', w]
+        rows, columns = matrices if same is False else _unless_stored(matrices, stored, wanted)  # [h', h], [w', w]
         grid = embedding[0].float()  # [h*w, D]
         grid = rows @ grid.reshape(stored[0], -1)  # [h', w*D]
         grid = columns @ grid.reshape(wanted[0], stored[1], -1)  # [h', w', D]
-    return grid.reshape(1, wanted[0] * wanted[1], -1).to(embedding.dtype)  # [1, h'*w', D]
+    grid = grid.reshape(1, wanted[0] * wanted[1], -1)  # [1, h'*w', D]
+    return grid if embedding.dtype == torch.float32 else grid.to(embedding.dtype)  # an export would assert the dtype
+
+
+def _equal(stored: tuple[int, int], wanted: tuple[int, int]) -> bool | None:
+    """Whether the grids are the same; None in an exported or traced graph that serves many grids.
+
+    Such a graph must not branch on the example's grid: `_unless_stored` puts the condition into the graph instead.
+    """
+    if torch.jit.is_tracing():
+        return None  # the sides are tensors
+    if not torch.compiler.is_exporting():
+        return wanted == stored
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # imports sympy
+
+    if any(statically_known_true(new != old) for old, new in zip(stored, wanted)):
+        return False
+    return True if all(statically_known_true(new == old) for old, new in zip(stored, wanted)) else None
 
 
 def _unless_stored(matrices: list[Tensor], stored: tuple[int, int], wanted: tuple[int, int]) -> list[Tensor]:
@@ -57,9 +72,13 @@ def _unless_stored(matrices: list[Tensor], stored: tuple[int, int], wanted: tupl
     return [torch.where(same[0] & same[1], i, m) for i, m in zip(identities, matrices)]
 
 
-def without_autocast(device: str) -> AbstractContextManager:
-    """A context in which autocast leaves float32 alone."""
-    return nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+def without_autocast(device: str, later: bool = False) -> AbstractContextManager:
+    """A context in which autocast leaves float32 alone; none where it is off, since an exported graph would keep it.
+
+    `later` makes it in any case: for graphs that may be run under autocast.
+    """
+    active = device != "meta" and (later or torch.is_autocast_enabled(device))
+    return torch.autocast(device, enabled=False) if active else nullcontext()
 
 
 # The rules: (number of old samples, number of new samples) -> [new, old] float32. Each row has the weights of the old
@@ -71,21 +90,22 @@ def bicubic_antialiased(old: int, new: int, device: torch.device) -> Tensor:
 
     DINOv2's models with registers were trained with this rule, too (antialiasing, and an offset of 0).
     """
-    centres = (_count(new, device) + 0.5) * (old / new)  # [new], in old samples
+    step = _ratio(old, new, device)
+    centres = (_count(new, device) + 0.5) * step  # [new], in old samples
     samples = _count(old, device) + 0.5  # [old]
-    stretch = torch.full((), old / new, device=device, dtype=torch.float32).clamp(min=1)  # 1 when enlarging
+    stretch = step.clamp(min=1)  # 1 when enlarging
     weights = cubic((samples - centres[:, None]).abs() / stretch, a=-0.5)  # [new, old]
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-def bicubic(old: int, new: int, device: torch.device, offset: float = 0.0) -> Tensor:
+def bicubic(old: int, new: int, device: torch.device, tenths: int = 0) -> Tensor:
     """PyTorch's `interpolate(mode="bicubic")`, called with a size, as in transformers' ViT and DINOv2.
 
     The original DINO and DINOv2 call it with a factor, (new + 0.1) / old, so that rounding does not lose a sample, and
-    PyTorch uses that factor to place the samples. So an `offset` of 0.1 moves every sample, even at new == old, where
-    these models do not resample.
+    PyTorch uses that factor to place the samples. So an offset of one of the `tenths` moves every sample, even at
+    new == old, where these models do not resample.
     """
-    return _clamped((_count(new, device) + 0.5) * (old / (new + offset)) - 0.5, old)
+    return _clamped((_count(new, device) + 0.5) * _ratio(10 * old, 10 * new + tenths, device) - 0.5, old)
 
 
 def bicubic_aligned(old: int, new: int, device: torch.device) -> Tensor:
@@ -108,6 +128,12 @@ def cubic(x: Tensor, a: float) -> Tensor:
     near = ((a + 2) * x - (a + 3)) * x * x + 1
     far = ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
     return torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+
+
+def _ratio(a: int, b: int, device: torch.device) -> Tensor:
+    """a / b in float32: of tensors, since runtimes such as OpenVINO have no quotient of symbols."""
+    numerator, denominator = (torch.full((), n, device=device, dtype=torch.float32) for n in (a, b))
+    return numerator / denominator
 
 
 def _count(n: int, device: torch.device) -> Tensor:
@@ -137,5 +163,5 @@ RULES: dict[str, Callable[[int, int, torch.device], Tensor]] = {
     "transformers": bicubic,
     "torchvision": bicubic_aligned,
     "jax": linear_aligned,
-    "dinov2": partial(bicubic, offset=0.1),
+    "dinov2": partial(bicubic, tenths=1),
 }

@@ -1,6 +1,7 @@
 """Feature maps at four scales from a plain ViT, for detection and segmentation."""
 
 from collections import OrderedDict
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ class FeaturePyramid(nn.Module):
     """ViTDet's simple feature pyramid (arXiv:2203.16527, section 3): every scale from the last block's map alone.
 
     With patches of 16 pixels the strides are 4, 8, 16 and 32: two transposed convolutions, one, none, and 2x2 max
-    pooling; then a 1x1 and a 3x3 convolution for each scale. The pyramid contains the model and trains with it. It does
-    not use the model's classifier: `model.reset_classifier(0)` removes that, as DDP requires.
+    pooling; then a 1x1 and a 3x3 convolution for each scale. The pyramid contains the model's `backbone`, which shares
+    its weights, and trains with it.
 
     It is a backbone in torchvision's sense: it has `out_channels` and returns a dictionary of maps "0" to "3".
     `channels` and `strides` list the values per map, as segmentation decoders expect.
@@ -46,7 +47,8 @@ class FeaturePyramid(nn.Module):
             raise ValueError(
                 f"the finest map has a quarter of the model's width, so embed_dim must be a multiple of 4, not {D}"
             )
-        self.model = model
+        self.model = model.backbone()
+        self.register_load_state_dict_pre_hook(_drop_head)
         self.ragged = ragged
         self.out_channels = out_channels
         self.channels = [out_channels] * 4
@@ -74,6 +76,13 @@ class ChannelNorm(nn.LayerNorm):
         return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps).permute(
             0, 3, 1, 2
         )
+
+
+def _drop_head(pyramid: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Earlier pyramids held the whole model: what they did not use of it is left out when their weights are loaded."""
+    unused = tuple(f"{prefix}model.{part}." for part in ("head", "head_dist", "fc_norm"))
+    for name in [name for name in state_dict if name.startswith(unused)]:
+        del state_dict[name]
 
 
 def _double(width: int, out: int) -> nn.Module:

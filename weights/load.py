@@ -68,6 +68,8 @@ def load_pretrained(
 ) -> ViT:
     """Load a model with its weights, in eval mode.
 
+    Call `model.train()` before fine-tuning, also with Lightning, whose `fit` keeps eval mode: drop path is off in it.
+
     Args:
         source: one of `vit.list_models(pretrained=True)`, "hf-hub:organization/name", a file (.safetensors, its
             .index.json, .npz, .pth, .pt, .bin, .ckpt, .onnx), or a folder as timm and transformers write them.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vit.checks import inside
 from vit.files import replacing, write_json
 from vit.metadata import Preprocessing, Provenance
 from vit.model import ViT
@@ -54,8 +55,7 @@ def save_checkpoint(model: ViT, path: str | Path, layout: str = "vit") -> Path:
             contradict each other or that the layout cannot hold. Nothing is written then, and an existing file is
             only ever replaced by a complete one.
     """
-    if not isinstance(model, ViT):
-        raise ValueError(f"expected a vit.ViT, got {type(model).__name__}: save a model as it was before compiling")
+    check_whole(model)
     file = target_files(path, layout)[0]
     license = None if model.provenance is None else model.provenance.license
     attributes = Attributes(model.preprocessing, model.categories, license, attention=settings_of(model))
@@ -78,6 +78,19 @@ def _gathered(model: ViT) -> tuple[dict[str, Tensor], bool]:
         return state, True
     whole = {key: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for key, tensor in state.items()}
     return whole, torch.distributed.get_rank() == 0
+
+
+def check_whole(model: object) -> None:
+    """ValueError for a wrapper around a model."""
+    kind = type(model).__name__
+    if kind == "FullyShardedDataParallel":
+        raise ValueError(
+            f"expected whole weights, got shards of them ({kind}): gather them with get_model_state_dict of"
+            " torch.distributed.checkpoint.state_dict, full_state_dict=True, load them into a vit.ViT, and save that"
+        )
+    if not isinstance(model, ViT):
+        held = inside(model, ViT)
+        raise ValueError(f"expected a vit.ViT, got {kind}" + (f": save the model in it, its .{held}" if held else ""))
 
 
 def target_files(path: str | Path, layout: str) -> list[Path]:

@@ -91,7 +91,7 @@ def explain(model: ViT, images: Tensor) -> None:
 def _what_attention_gets(model: ViT, images: Tensor) -> Tensor:
     """q, k and v, [3, B, A, T, d], as each block gives them to attention, without values."""
     h, w = model.grid_of(images)
-    weight, device = model.patch_embed.proj.weight, images.device.type
+    weight, device = model.class_token, images.device.type
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
     dtype = getattr(model.blocks[0].attention, "dtype", dtype)  # int8 models have their own

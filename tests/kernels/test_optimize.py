@@ -253,10 +253,28 @@ def nan(plain: vit.ViT) -> vit.ViT:
     return plain
 
 
+class Adapter(nn.Linear):
+    """LoRA as peft has it: the layer itself is kept inside."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__(base_layer.in_features, base_layer.out_features)
+        self.base_layer = base_layer
+
+
+def with_adapter(model: vit.ViT) -> vit.ViT:
+    model.blocks[1].attention.qkv = Adapter(model.blocks[1].attention.qkv)
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: nn.Linear(2, 2), r"expected a vit\.ViT, not Linear"),
+        (lambda: nn.Linear(2, 2), r"expected a vit\.ViT, not Linear$"),
+        (lambda: nn.DataParallel(model()), r"not DataParallel: optimize the model in it, its \.module$"),
+        (
+            lambda: with_adapter(model()),
+            r"^blocks\.1\.attention\.qkv is an adapter \(Adapter, as of LoRA\) around Linear: merge it first",
+        ),
         (lambda: vit.kernels.optimize(model()), "already optimized, to float32: optimize the original model"),
         (lambda: model().train(), r"in training mode.*call model\.eval\(\) first"),
         (lambda: model().half(), r"made from a model in torch\.float32, and its class_token is torch\.float16"),

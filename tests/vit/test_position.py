@@ -16,7 +16,7 @@ from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers im
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
 import vit
-from vit.position import RULES, resample_position_embedding
+from vit.position import RULES, _ratio, resample_position_embedding
 
 
 def embedding_of(grid, width=24):
@@ -241,15 +241,114 @@ def test_an_exported_graph_serves_all_grids_and_is_the_identity_at_the_stored_on
 @pytest.mark.parametrize("rule", ["transformers", "dinov2"])
 @torch.no_grad()
 def test_models_export_with_their_rule(rule, strict):
-    config = vit.ViTConfig(
-        img_size=(28, 20), patch_size=4, embed_dim=8, num_heads=2, depth=1, num_classes=3, position_rule=rule
-    )
-    model = vit.ViT(config).eval()
-    nn.init.normal_(model.position_embedding)
+    model = small(rule)
     exported = export(model, 1, 3, 28, 20, strict=strict)
     for size in ((28, 20), (28, 40), (12, 64)):
         x = images(1, 3, *size)
         assert difference(exported(x), model(x)) <= FLOAT32, size
+
+
+def small(rule: str) -> vit.ViT:
+    config = vit.ViTConfig(
+        img_size=(28, 20), patch_size=4, embed_dim=8, num_heads=2, depth=1, num_classes=3, position_rule=rule
+    )
+    return randomize(vit.ViT(config)).eval()
+
+
+def targets(exported: torch.export.ExportedProgram) -> list[str]:
+    return [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.parametrize(("rule", "strict"), [*((rule, False) for rule in RULES), ("dinov2", True)])
+@torch.no_grad()
+def test_an_export_for_one_size_decides_at_export_time(rule, strict):
+    """CoreML, for one, converts no autocast wrapper; and at the stored grid nothing is to be resampled."""
+    model = small(rule)
+    found = {}
+    for size in ((28, 20), (20, 28)):
+        x = images(2, 3, *size)
+        exported = torch.export.export(model, (x,), strict=strict)
+        assert difference(exported.module()(x), model(x)) <= FLOAT32
+        found[size] = targets(exported)
+        assert not any("autocast" in target or "eye" in target for target in found[size])
+    assert not any("arange" in target or "matmul" in target for target in found[28, 20])
+    assert any("arange" in target for target in found[20, 28])  # the control: as many patches, another grid
+
+
+@pytest.mark.parametrize(
+    ("size", "dynamic", "strict"),
+    [((28, 20), 2, False), ((28, 20), 3, False), ((28, 24), 2, False), ((20, 20), 3, False), ((28, 20), 3, True)],
+)
+@torch.no_grad()
+def test_one_side_may_be_dynamic(size, dynamic, strict):
+    model, side = small("dinov2"), 4 * torch.export.Dim("side", min=2, max=64)
+    exported = torch.export.export(model, (images(2, 3, *size),), dynamic_shapes=({dynamic: side},), strict=strict)
+    for other in (20, 28, 8, 52):
+        x = images(2, 3, *(other if axis == dynamic else size[axis - 2] for axis in (2, 3)))
+        assert difference(exported.module()(x), model(x)) <= FLOAT32, other
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_rule_divides_symbols(rule):
+    """OpenVINO converts no quotient of sizes, only of tensors."""
+    h, w = (4 * torch.export.Dim(name, min=2, max=64) for name in "hw")
+    exported = torch.export.export(small(rule), (images(2, 3, 28, 20),), dynamic_shapes=({2: h, 3: w},))
+    assert not any("truediv" in str(node.target) for m in exported.graph_module.modules() for node in m.graph.nodes)
+
+
+@pytest.mark.parametrize("rule", ["timm", "transformers", "dinov2"])
+def test_dividing_tensors_gives_the_bits_of_dividing_numbers(rule):
+    """In float64 and rounded, as the libraries place their samples."""
+    for old in range(1, 40):
+        for new in range(1, 80):
+            tenths = 1 if rule == "dinov2" else 0
+            found = _ratio(10 * old, 10 * new + tenths, torch.device("cpu"))
+            assert found.item() == torch.tensor(old / (new + tenths / 10)).item(), (old, new)
+
+
+@pytest.mark.parametrize(
+    "shapes", [None, ({2: 4 * torch.export.Dim("h", min=2), 3: 4 * torch.export.Dim("w", min=2)},)]
+)
+def test_an_export_runs_under_autocast(shapes):
+    model, x = small("dinov2"), images(2, 3, 20, 28)
+    exported = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert difference(exported(x).float(), model(x).float()) <= 0.02
+
+
+SIZES = [(28, 20), (20, 28), (8, 8), (64, 12), (12, 20), (28, 52), (76, 44)]
+
+
+@pytest.mark.parametrize("rule", ["timm", "dinov2"])
+@torch.no_grad()
+def test_onnx_serves_all_sizes(rule, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    model, path = small(rule), str(tmp_path / "model.onnx")
+    B, h, w = (torch.export.Dim(name, min=2, max=64) for name in "Bhw")
+    shapes = {"images": {0: B, 2: 4 * h, 3: 4 * w}}
+    torch.onnx.export(model, (images(2, 3, 28, 20),), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    session = runtime.InferenceSession(path)
+    for i, size in enumerate(SIZES):
+        x = images(2 + i % 3, 3, *size)
+        (found,) = session.run(None, {"images": x.numpy()})
+        assert difference(torch.from_numpy(found), model(x)) <= FLOAT32, size
+
+
+@pytest.mark.parametrize("rule", ["timm", "dinov2"])
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:FutureWarning")
+@torch.no_grad()
+def test_openvino_serves_all_sizes(rule):
+    openvino = pytest.importorskip("openvino")
+    model, (B, h, w) = small(rule), (torch.export.Dim(name, min=2, max=64) for name in "Bhw")
+    exported = torch.export.export(
+        model, (images(2, 3, 28, 20),), dynamic_shapes={"images": {0: B, 2: 4 * h, 3: 4 * w}}
+    )
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}
+    for source in ({"input_model": exported}, {"input_model": model, "example_input": images(2, 3, 28, 20)}):
+        compiled = openvino.compile_model(openvino.convert_model(**source), "CPU", exact)
+        for i, size in enumerate(SIZES):
+            x = images(2 + i % 3, 3, *size)
+            assert difference(torch.from_numpy(compiled([x.numpy()])[0]), model(x)) <= FLOAT32, size
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -257,10 +356,7 @@ def test_models_export_with_their_rule(rule, strict):
 @torch.no_grad()
 def test_a_traced_model_is_right_at_every_size(rule, monkeypatch):
     """Traced at its own size, as OpenVINO's `convert_model` does it; a branch on the grid would become a constant."""
-    config = vit.ViTConfig(
-        img_size=(28, 20), patch_size=4, embed_dim=8, num_heads=2, depth=1, num_classes=3, position_rule=rule
-    )
-    model = randomize(vit.ViT(config)).eval()
+    model = small(rule)
     traced = torch.jit.trace(model, images(1, 3, 28, 20))
     for size in ((28, 20), (20, 28), (28, 40), (12, 64), (4, 4), (8, 52)):
         x = images(2, 3, *size)

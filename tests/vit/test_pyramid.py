@@ -117,12 +117,45 @@ def test_every_scale_alone_trains_the_model():
 def test_the_model_is_shared():
     model = randomize(vit.ViT(TINY)).eval()
     pyramid = vit.FeaturePyramid(model)
-    assert pyramid.model is model
     assert {id(p) for p in model.parameters()} < {id(p) for p in pyramid.parameters()}
     before = pyramid(images(1, 3, 64, 64))["2"].detach()
     with torch.no_grad():
         model.patch_embed.proj.weight.mul_(1.5)
     assert difference(pyramid(images(1, 3, 64, 64))["2"].detach(), before) > 100 * FLOAT32
+
+
+HEADED = {
+    "head": TINY.override(num_classes=5),
+    "two heads": TINY.override(num_classes=5, dist_token=True, global_pool="dist"),
+    "norm after pooling": TINY.override(num_classes=5, global_pool="avg", fc_norm=True),
+    "wide head": TINY.override(num_classes=5, global_pool="token_avg", depth=2),
+}
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_it_owns_what_it_uses(name):
+    model = randomize(vit.ViT(HEADED[name])).eval()
+    before, x = model(images(1, 3, 64, 64)), images(2, 3, 48, 64)
+    pyramid = vit.FeaturePyramid(model, out_channels=8)
+    sum(found.square().sum() for found in pyramid(x).values()).backward()
+    assert [name for name, p in pyramid.named_parameters() if p.grad is None] == []
+    assert torch.equal(model(images(1, 3, 64, 64)), before) and model.config == HEADED[name]  # the caller's model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HEADED)
+def test_weights_of_a_pyramid_that_held_a_head_load(name):
+    source = vit.FeaturePyramid(model := randomize(vit.ViT(HEADED[name])).eval(), out_channels=8).eval()
+    written = {**{f"model.{key}": x for key, x in model.state_dict().items()}, **source.state_dict()}
+    assert any("head" in key for key in written)
+    pyramid = vit.FeaturePyramid(randomize(vit.ViT(HEADED[name]), seed=1), out_channels=8).eval()
+    detector = nn.ModuleDict({"backbone": pyramid})
+    detector.load_state_dict({f"backbone.{key}": x for key, x in written.items()})
+    x = images(1, 3, 48, 64)
+    assert torch.equal(pyramid(x)["0"], source(x)["0"])
+    for extra in ("model.heads.weight", "head.weight", "model.blocks.0.head.weight"):  # nothing else is left out
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            pyramid.load_state_dict({**written, extra: torch.zeros(1)})
 
 
 @pytest.mark.parametrize(("size", "grid"), [((16, 64), r"\[1, 4\]"), ((64, 16), r"\[4, 1\]"), ((16, 16), r"\[1, 1\]")])

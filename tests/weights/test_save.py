@@ -8,6 +8,9 @@ import torch
 from checkpoints import CONFIG, TINY, same
 from helpers import FLOAT32, difference, images, randomize, timm_twin
 from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import vit
 from vit.cli import main
@@ -68,6 +71,25 @@ def test_what_does_not_fit_the_model_is_not_saved(tmp_path, rectangular):
     with pytest.raises(ValueError, match=r"x.safetensors must be a folder: the timm layout is"):
         vit.save_checkpoint(vit.ViT(CONFIG), tmp_path / "x.safetensors", layout="timm")
     assert list(tmp_path.iterdir()) == []
+
+
+WRAPPED = {
+    "compiled": (lambda m: torch.compile(m, backend="eager"), r"got OptimizedModule: save .*, its \._orig_mod$"),
+    "average of weights": (AveragedModel, r"got AveragedModel: save the model in it, its \.module$"),
+    "timm's average": (ModelEmaV3, r"got ModelEmaV3: .* its \.module$"),
+    "both": (lambda m: nn.DataParallel(torch.compile(m, backend="eager")), r"its \.module\._orig_mod$"),
+    "pyramid": (vit.FeaturePyramid, r"got FeaturePyramid: .* its \.model$"),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrappers_name_the_model_in_them(tmp_path, name):
+    wrap, message = WRAPPED[name]
+    wrapped = wrap(randomize(vit.ViT(CONFIG.override(patch_size=4, img_size=32))))
+    with pytest.raises(ValueError, match=message) as error:
+        vit.save_checkpoint(wrapped, tmp_path / "m")
+    inner = wrapped.get_submodule(str(error.value).rpartition("its .")[2])
+    assert vit.save_checkpoint(inner, tmp_path / "m").exists()  # what the message says works
 
 
 def test_an_empty_name_is_not_the_current_folder(tmp_path, rectangular, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from torch import nn
 
 from vit.checks import require_float, require_int, unknown
 from vit.model import ViT
+from vit.trainable import decays, layer_of
 
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -26,7 +27,7 @@ class Recipe:
     """
 
     opt: str = "adamw"  # or "sgd"
-    lr: float = 3e-4  # the highest learning rate, of the head and the last norm
+    lr: float = 3e-4  # the highest learning rate, that of the head
     weight_decay: float = 0.05
     layer_decay: float = 0.75  # each block's rate is this share of the next one's (arXiv:1801.06146, arXiv:2106.08254)
     momentum: float = 0.9  # of SGD
@@ -109,8 +110,9 @@ def parameter_groups(
 
     Each group has its own "lr", so that every scheduler that multiplies rates keeps their ratios. Weight decay is 0 for
     vectors (norms, biases, LayerScale), tokens and the position embedding. With `layer_decay` below 1 a block's rate is
-    that share of the next block's (arXiv:1801.06146, in BEiT's form, arXiv:2106.08254): `lr` is the rate of the head
-    and the last norm, lr * layer_decay ** (depth + 1) that of patches, tokens and positions.
+    that share of the next block's (arXiv:1801.06146, in BEiT's form, arXiv:2106.08254): `lr` is the rate of the head,
+    lr * layer_decay that of the last block and the norm after it, lr * layer_decay ** (depth + 1) that of patches,
+    tokens and positions, as in timm.
 
     Returns:
         Groups with "params", "names", "lr" and "weight_decay".
@@ -126,25 +128,15 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         layer = layer_of(name, top - 1) if isinstance(model, ViT) else 0
-        decays = parameter.ndim > 1 and name not in NOT_DECAYED
-        group = groups.setdefault((layer, decays), {"params": [], "names": []})
+        decayed = decays(name, parameter)
+        group = groups.setdefault((layer, decayed), {"params": [], "names": []})
         group["params"].append(parameter)
         group["names"].append(name)
         group["lr"] = lr * layer_decay ** (top - layer)
-        group["weight_decay"] = weight_decay if decays else 0.0
+        group["weight_decay"] = weight_decay if decayed else 0.0
     if not groups:
         raise ValueError("nothing is trained: no parameter of the model requires a gradient")
     return list(groups.values())
-
-
-NOT_DECAYED = ("position_embedding", "class_token", "dist_token", "register_tokens")
-
-
-def layer_of(name: str, depth: int) -> int:
-    """The layer of a parameter of a ViT: 0 makes the tokens, i + 1 is block i, depth + 1 are the last norm and head."""
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return depth + 1 if name.startswith(("norm.", "fc_norm.", "head.", "head_dist.")) else 0
 
 
 def prepare(model: nn.Module, recipe: Recipe) -> None:

@@ -29,7 +29,7 @@ def test_the_rates_are_those_of_the_updates():
     ours(images(2, 3, 56, 56)).square().sum().backward()
     optimizer.step()
     layers = {
-        "head.weight": 0, "norm.weight": 0, "blocks.2.mlp.fc1.weight": 1, "blocks.0.scale1": 3, "class_token": 4,
+        "head.weight": 0, "norm.weight": 1, "blocks.2.mlp.fc1.weight": 1, "blocks.0.scale1": 3, "class_token": 4,
         "register_tokens": 4, "position_embedding": 4, "patch_embed.proj.weight": 4,
     }  # fmt: skip
     for name, layers_below in layers.items():
