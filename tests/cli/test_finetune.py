@@ -192,8 +192,8 @@ def test_check_draws_a_batch_and_overfits_it(folder, tmp_path, call):
         (["--head", "keep"], "--head keep: the classes of the data are not those of the checkpoint (0, 1, 2 ..."),
         (["--freeze", "7"], "freeze=7 is more than the model's 6 blocks"),
         (["--device", "cuda:77"], "'cuda:77' cannot be used here"),
-        (["--max-bad", "-1"], "--max-bad"),
-        (["--workers", "-1"], "--workers"),
+        (["--max-bad", "-1"], "argument --max-bad: expected a whole number from 0 on, got '-1'"),
+        (["-j", "x"], "expected a whole number from 0 on, got 'x'"),
         (["--holdout", "1"], "the share of images to hold out must lie between 0 and 1"),
     ],
 )

@@ -13,6 +13,7 @@ from helpers import FLOAT32, MINI, difference, images, randomize
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 import vit
@@ -63,6 +64,9 @@ def test_shards_are_gathered_and_saved(group, tmp_path):
     saved = vit.load_pretrained(vit.save_checkpoint(sharded, tmp_path / "m")).state_dict()
     assert saved.keys() == expected.keys()
     assert all(torch.equal(saved[name], expected[name]) for name in expected)
+    parallel = DistributedDataParallel(make())
+    with pytest.raises(ValueError, match=r"got DistributedDataParallel: save the model in it, its \.module$"):
+        vit.save_checkpoint(parallel, tmp_path / "m")
 
 
 @pytest.mark.parametrize("original", [True, False])

@@ -14,6 +14,7 @@ from vit.model import ViT
 from vit.training import RECIPES, Recipe, balanced, train
 from vit.training.distributed import STRATEGIES, rank_and_world
 from vit.training.run import read_log
+from vit.training.setup import check
 
 from . import options, plots
 from .accuracy import measure
@@ -88,10 +89,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--grad-checkpointing", action="store_true", help="use less memory and more time")
     parser.add_argument("--validate-every", type=options.positive, metavar="STEPS", help="default: an epoch")
     parser.add_argument("--save-every", type=options.positive, metavar="STEPS", help="default: --validate-every")
-    parser.add_argument("--max-bad", type=int, default=10, metavar="N", help="leave out up to N unreadable images")
+    parser.add_argument(
+        "--max-bad", type=options.natural, default=10, metavar="N", help="leave out up to N unreadable images"
+    )
     parser.add_argument("--check", action="store_true", help="draw one batch, overfit it, and stop")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps ... default: %(default)s")
-    parser.add_argument("-j", "--workers", type=int, default=0, metavar="N", help="processes that prepare images")
+    parser.add_argument(
+        "--device", type=options.auto_device, default="auto", help="auto, cpu, cuda, mps ... default: %(default)s"
+    )
+    parser.add_argument(
+        "-j", "--workers", type=options.natural, default=0, metavar="N", help="processes that prepare images"
+    )
     parser.add_argument("--strategy", choices=STRATEGIES, default="none", help="for several processes, see torchrun")
     parser.set_defaults(run=run)
 
@@ -100,10 +107,11 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan, train, and evaluate the test images once."""
     if args.img_size == "native":
         raise ValueError("--img-size native makes no batches: give a size such as 224 or 224x448")
-    with processes(args.device, args.strategy) as device:
+    with processes(args.device, args.strategy):
         splits = find_splits(args.data, args.holdout, args.seed or 0)
         recipe = make_recipe(args, len(splits.train))
         model, head = load(args, splits.classes)
+        check(model, recipe, len(splits.train), rank_and_world()[1])
         numbers = {name: i for i, name in enumerate(model.categories or [])}
         data, validation, test = (
             [(image, numbers[name]) for image, name in part] for part in (splits.train, splits.val, splits.test)
@@ -112,11 +120,11 @@ def run(args: argparse.Namespace) -> int:
         if first:
             describe(args, recipe, splits, model, head)
         if args.check:
-            return overfit(model, data, recipe, args.output, device)
+            return overfit(model, data, recipe, args.output, args.device)
         weights = balanced([label for _, label in data], len(numbers)) if args.balanced else None
         with Report(recipe, len(data)) as report:
             model = train(
-                model, data, recipe, args.output, validation=validation, class_weights=weights, device=device,
+                model, data, recipe, args.output, validation=validation, class_weights=weights, device=args.device,
                 strategy=args.strategy, workers=args.workers, validate_every=args.validate_every,
                 save_every=args.save_every, max_bad=args.max_bad, log=report,
                 facts={"parent": model.provenance and model.provenance.sha256, "data": digest(splits, args.data)},

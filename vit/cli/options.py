@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """A whole number from 0 on, for argparse."""
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 on, got {text!r}")
+    return int(text)
+
+
 def image_size(text: str) -> int | tuple[int, int] | str:
     """ "384", "224x448" (height x width) or "native", for argparse."""
     if text == "native":
@@ -143,6 +151,16 @@ def image_size(text: str) -> int | tuple[int, int] | str:
         return (positive(height), positive(width)) if by else positive(text)
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"expected 384, 224x448 (height x width) or native, got {text!r}") from None
+
+
+def auto_device(text: str) -> torch.device:
+    """A device of this machine, or "auto": a GPU where there is one, else the CPU, for argparse.
+
+    Each of the processes that torchrun starts gets its own GPU.
+    """
+    if text != "auto":
+        return device(text)
+    return device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
 
 
 def device(text: str) -> torch.device:

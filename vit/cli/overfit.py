@@ -15,7 +15,7 @@ from vit.training.data import batches, loader
 from vit.training.distributed import precision
 from vit.training.loop import backward
 from vit.training.recipes import make_optimizer, prepare
-from vit.training.setup import check, default_transforms
+from vit.training.setup import default_transforms
 
 STEPS = 30
 
@@ -26,7 +26,6 @@ def overfit(model: ViT, data: list[Any], recipe: Recipe, folder: Path, device: t
     Returns:
         The exit code: 0 if the loss falls to less than half, otherwise 1.
     """
-    check(model, recipe, len(data), 1)
     augment, _ = default_transforms(model, recipe, None, None)
     assert isinstance(augment, RandomCrop)
     (keys,) = batches(len(data), recipe.batch_size, 0, 1, recipe.seed)

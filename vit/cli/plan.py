@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -100,7 +101,7 @@ def digest(splits: Splits, data: str) -> str:
             if isinstance(image, Image.Image):
                 facts = [hashlib.sha256(image.tobytes()).hexdigest()]
             else:
-                facts = [image.relative_to(root).as_posix(), str(image.stat().st_size)]
+                facts = [Path(os.path.relpath(image, root)).as_posix(), str(image.stat().st_size)]
             result.update(f"{json.dumps([*facts, name])}\n".encode())
         result.update(b"\n")
     return result.hexdigest()
