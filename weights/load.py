@@ -134,7 +134,7 @@ def load(
     ViTConfig.check_names(overrides)
     checkpoint = read(found, sha256)
     try:
-        about = describe(found, checkpoint, "num_heads" in overrides, prefix)
+        about = describe(found, checkpoint, prefix)
         claims = {"the caller": overrides, about.where: about.declared, ASSUMED: about.assumed}
         # values that are not tensors are passed on, so that they are refused under the model's own keys
         state = checkpoint.tensors | {name: NotATensor(kind) for name, kind in checkpoint.others.items()}
@@ -164,9 +164,7 @@ def read(found: Source, sha256: str | None = None) -> Checkpoint:
     return checkpoint
 
 
-def describe(
-    found: Source, checkpoint: Checkpoint, known_heads: bool = False, prefix: str | None = None
-) -> Description:
+def describe(found: Source, checkpoint: Checkpoint, prefix: str | None = None) -> Description:
     """What the checkpoint's header says of the model, or else the config.json beside it.
 
     With a prefix, the config.json describes the larger model, and its "backbone_config" describes ours.
@@ -181,7 +179,7 @@ def describe(
         if not isinstance(content, dict) or not content:
             return Description()
     if "model_type" not in content:
-        return timm_config.read_config(content, where, known_heads)
+        return timm_config.read_config(content, where)
     about = transformers_config.read_config(content, where)
     if found.preprocessor is None:
         return about
