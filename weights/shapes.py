@@ -67,7 +67,8 @@ def config_from_shapes(
         has = "have" if facts["init_values"] is not None else "lack"
         raise CheckpointError(f"init_values is declared as {stated['init_values']}, the weights {has} LayerScale")
     usual, named = layout.assumptions, dict(claims.get(ASSUMED, {}))
-    assumed = {**usual.defaults, **(usual.register_defaults if facts["reg_tokens"] else {}), **named}
+    pool = {"global_pool": "avg"} if facts["fc_norm"] else {}  # as a rule: the token may be pooled before it too
+    assumed = {**usual.defaults, **pool, **(usual.register_defaults if facts["reg_tokens"] else {}), **named}
     values: dict[str, Any] = {**assumed, **facts, **stated}
     if "num_heads" not in values:
         values["num_heads"] = assumed["num_heads"] = _default_heads(layout, values["embed_dim"])
@@ -148,9 +149,7 @@ def _facts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "fc_norm": "fc_norm.weight" in tensors,
         "num_classes": classes,
     }
-    if "fc_norm.weight" in tensors:
-        facts["global_pool"] = "avg"
-    elif "head_dist.weight" in tensors:
+    if "head_dist.weight" in tensors:
         facts["global_pool"] = "dist"
     elif width == 2 * D:
         facts["global_pool"] = "token_avg"

@@ -78,6 +78,21 @@ def test_a_grid_that_is_guessed_is_called_a_guess(tmp_path):
     assert again.config.grid == (16, 4) and again.config.sources["img_size"] == "the caller"
 
 
+def test_other_patches_leave_a_guessed_grid_a_guess(tmp_path):
+    save_file(timm_twin(STRIP).state_dict(), tmp_path / "bare.safetensors")
+    config = vit.load_pretrained(tmp_path / "bare.safetensors", patch_size=4).config
+    assert config.grid == (8, 8) and config.img_size == (32, 32) and config.sources["img_size"] == GUESS
+
+
+def test_pooling_before_a_norm_is_a_guess():
+    """A norm after the pooling goes with the average as a rule; timm allows it after the class token too."""
+    config = TINY.override(global_pool="token", fc_norm=True)
+    state = timm_twin(config).state_dict()
+    found = vit.weights.convert(state)
+    assert found.config.global_pool == "avg" and found.report.assumed["global_pool"]["from"] == GUESS
+    assert vit.weights.convert(state, config={"global_pool": "token"}).config.global_pool == "token"
+
+
 def test_files_that_state_the_size_settle_the_grid(tmp_path):
     ours = randomize(vit.ViT(STRIP))
     for layout, source in (("timm", "config.json"), ("transformers", "config.json"), ("vit", "the file's header")):
