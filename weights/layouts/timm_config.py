@@ -31,17 +31,17 @@ _WITHOUT_EFFECT = {
 }
 _ACTS = {"gelu": "erf", "gelu_tanh": "tanh"}
 # timm's names for plain ViTs: what weights do not show is the same in all of them (eps 1e-6, the exact GELU, positions
-# that are added once) or follows from the name (heads). Other words in a name (rope, clip, siglip, 18x2 ...) stand for
+# that are added once) or follows from the name (heads). Other words (rope, clip, 18x2, DINOv2's giant ...) stand for
 # models that compute otherwise, some of them with the same weights: those are refused, and so is a name of the future.
 _PLAIN = re.compile(
-    r"(vit|deit3?)_(tiny|small|medium|base|large|huge|giant|gigantic)(_distilled)?_patch[0-9]+(_plus|_36x1)?"
-    r"(_reg[0-9]+)?(_[0-9]+|_dinov2)?(_in21k|_in21ft1k|_dino|_sam)?"
+    r"(?!vit_giant_.*_dinov2)(vit|deit3?)_(tiny|small|medium|base|large|huge|giant|gigantic)(_distilled)?_patch[0-9]+"
+    r"(_plus|_36x1)?(_reg[0-9]+)?(_[0-9]+|_dinov2)?(_in21k|_in21ft1k|_dino|_sam)?"
     r"|vit_(base|large|so400m)_patch14_reg1_tipsv2|flexivit_(small|base|large)|eva_large_patch14_[0-9]+|test_vit"
 )
-# a word in the name -> heads, whatever width model_args state; the first word counts
-_HEADS = {
-    "plus": 14, "test": 2, "tiny": 3, "small": 6, "medium": 8, "base": 12, "large": 16, "huge": 16, "giant": 16,
-    "gigantic": 16, "so400m": 16,
+# a word in the name -> heads and width, if model_args state no others; the first word counts
+_SIZES = {
+    "plus": (14, 896), "test": (2, 64), "tiny": (3, 192), "small": (6, 384), "medium": (8, 512), "base": (12, 768),
+    "large": (16, 1024), "huge": (16, 1280), "giant": (16, 1408), "gigantic": (16, 1664), "so400m": (16, 1152),
 }  # fmt: skip
 
 
@@ -75,6 +75,9 @@ def _read(content: dict[str, Any], name: str, where: str) -> Description:
     if content.get("global_pool"):
         declared["global_pool"] = content["global_pool"]
     declared.update(_read_model_args(content.get("model_args") or {}, where))
+    width = assumed.pop("embed_dim")
+    if "num_heads" not in declared:  # at another width than that of the name, its heads would be a wrong guess
+        declared.setdefault("embed_dim", width)
     if "_distilled_" in name:  # for which timm says "token" and averages both heads
         declared |= {"dist_token": True, "global_pool": "dist"}
     categories, categories_from = _read_categories(content, settings, declared.get("num_classes"), where)
@@ -94,14 +97,15 @@ def _known_by_name(name: str, where: str) -> dict[str, Any]:
     known: dict[str, Any] = {"eps": 1e-6, "gelu": "erf"}
     if name in NAMED_MODELS:
         named = NAMED_MODELS[name].config
-        return known | {"num_heads": named.num_heads, "img_size": named.img_size}
+        return known | {"num_heads": named.num_heads, "embed_dim": named.embed_dim, "img_size": named.img_size}
     if not _PLAIN.fullmatch(name):
         raise CheckpointError(
             f"{where}: the architecture {name!r} is not one of timm's plain ViTs (vit_small_patch16_224, "
             "deit3_base_patch16_384, vit_large_patch14_reg4_dinov2 ...): it may compute otherwise with the same "
             "weights. If you know that it does not, write the name of a plain ViT of its size in that file"
         )
-    return known | {"num_heads": next(heads for word, heads in _HEADS.items() if word in name.split("_"))}
+    heads, width = next(size for word, size in _SIZES.items() if word in name.split("_"))
+    return known | {"num_heads": heads, "embed_dim": width}
 
 
 def _read_model_args(args: dict[str, Any], where: str) -> dict[str, Any]:
