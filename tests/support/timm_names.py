@@ -33,7 +33,7 @@ def names() -> list[str]:
 
 def folder_of(name: str, folder: Path) -> nn.Module:
     """timm's model of that name with one or two blocks and random weights, written as timm writes it."""
-    one = {"depth": 1} | ({"num_kv_heads": None} if "sapiens" in name else {})  # which are given for each block
+    one = {"depth": 1} | ({"num_kv_heads": 4} if "sapiens" in name else {})  # for each block, or there are too many
     with torch.device("meta"):
         width = timm.create_model(name, **one).num_features
     small = one | {"depth": 2 if width <= 1100 else 1}  # two of the widest fill the memory and show no more
