@@ -20,9 +20,7 @@ _TIMM = {"pretrained_cfg", "model_args"}
 _TIMM_NAME = re.compile("[a-z_]+[0-9][a-z0-9_.]*")  # vit_small_patch16_224, but not vit_small or ViT-S/16
 
 
-def describe(
-    found: Source, checkpoint: Checkpoint, known_heads: bool = False, prefix: str | None = None
-) -> Description:
+def describe(found: Source, checkpoint: Checkpoint, prefix: str | None = None) -> Description:
     """What the checkpoint's header says of the model, or else config.json and preprocessor_config.json beside it.
 
     `notes` tells which of these files were not used, and why.
@@ -30,7 +28,6 @@ def describe(
     Args:
         found: the files.
         checkpoint: the weights.
-        known_heads: the caller states the number of heads.
         prefix: the part that is read. In transformers' configs of larger models, a part describes it.
 
     Raises:
@@ -41,7 +38,7 @@ def describe(
     content, where = {} if found.config is None else read_json(found.config), str(found.config)
     whose = _whose(content)
     if whose == "timm":
-        about = timm_config.read_config(_as_timm(content), where, known_heads)
+        about = timm_config.read_config(_as_timm(content), where)
         classes = {"num_classes"} if prefix else set()  # a part may lack the classifier
         return replace(about, declared={name: value for name, value in about.declared.items() if name not in classes})
     if whose is None:

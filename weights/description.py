@@ -11,8 +11,8 @@ from typing import Any
 from vit.config import ViTConfig
 from vit.metadata import Preprocessing, Provenance
 
-# The fields of ViTConfig that shapes do not give and that change a model's results.
-ANSWERS = ("num_heads", "eps", "gelu", "global_pool", "position_rule")
+# The fields of ViTConfig that change a model's results and that shapes do not give, or only for square grids.
+ANSWERS = ("num_heads", "eps", "gelu", "global_pool", "position_rule", "img_size", "class_position")
 IMAGENET = "assumed to be ImageNet-1k's"  # the source of 1,000 categories that no file names
 _ASSUMED, _BY_HEADER = "layout's default", ", by way of the file's header"
 

@@ -137,7 +137,7 @@ def load(
     ViTConfig.check_names(overrides)
     checkpoint = read(found, sha256)
     try:
-        about = describe(found, checkpoint, "num_heads" in overrides, prefix)
+        about = describe(found, checkpoint, prefix)
         # values that are not tensors are passed on, so that they are refused under the model's own keys
         state = checkpoint.tensors | {name: NotATensor(kind) for name, kind in checkpoint.others.items()}
         about, ours = _convert(state, layout, prefix, overrides, about)
@@ -230,7 +230,9 @@ def build(loaded: Loaded, in_chans: int | None = None, patch_size: int | None = 
         weight, config = adapt_channels(weight, in_chans), _stated(config, in_chans=in_chans)
     if patch_size is not None and patch_size != config.patch_size:
         weight, (h, w) = resample_patch_projection(weight, patch_size), config.grid
+        whose = config.sources["img_size"]  # the grid stays, and so does what is known of it
         config = _stated(config, patch_size=patch_size, img_size=(h * patch_size, w * patch_size))
+        config = replace(config, sources={**config.sources, "img_size": whose})
         if preprocessing.size == loaded.ours.config.img_size:
             preprocessing = replace(preprocessing, size=config.img_size)
         whole_patches(preprocessing.size, patch_size)

@@ -67,7 +67,8 @@ def config_from_shapes(
         has = "have" if facts["init_values"] is not None else "lack"
         raise CheckpointError(f"init_values is declared as {stated['init_values']}, the weights {has} LayerScale")
     usual, named = layout.assumptions, dict(claims.get(ASSUMED, {}))
-    assumed = {**usual.defaults, **(usual.register_defaults if facts["reg_tokens"] else {}), **named}
+    pool = {"global_pool": "avg"} if facts["fc_norm"] else {}  # as a rule: the token may be pooled before it too
+    assumed = {**usual.defaults, **pool, **(usual.register_defaults if facts["reg_tokens"] else {}), **named}
     values: dict[str, Any] = {**assumed, **facts, **stated}
     if "num_heads" not in values:
         values["num_heads"] = assumed["num_heads"] = _default_heads(layout, values["embed_dim"])
@@ -84,6 +85,7 @@ def config_from_shapes(
         | dict.fromkeys(_settled(layout), f"the {layout.name} layout")
         | dict.fromkeys(named, ASSUMED)
         | dict.fromkeys({**facts, **positions}, "the shapes")
+        | dict.fromkeys(_guessed(values, layout), layout_default(layout.name))
         | sources
     )
     return replace(config, sources=sources)
@@ -106,9 +108,15 @@ def _settled(layout: Layout) -> list[str]:
     return [name for name, values in layout.holds.needs.items() if len(values) == 1] + pooling
 
 
+# ViTs that are wider than ViT-L have fewer heads than width / 64: SO-400M, H, g and G (arXiv:2106.04560)
+_WIDE = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+
+
 def _default_heads(layout: Layout, width: int) -> int:
     usual = layout.assumptions
-    heads = usual.heads or (width // usual.head_width if usual.head_width and width % usual.head_width == 0 else 0)
+    heads = usual.heads or 0
+    if not heads and usual.head_width is not None and width % usual.head_width == 0:
+        heads = _WIDE.get(width, width // usual.head_width)
     if not heads:
         raise CheckpointError(
             f"the number of heads is not known for the width {width}: state num_heads"
@@ -141,9 +149,7 @@ def _facts(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "fc_norm": "fc_norm.weight" in tensors,
         "num_classes": classes,
     }
-    if "fc_norm.weight" in tensors:
-        facts["global_pool"] = "avg"
-    elif "head_dist.weight" in tensors:
+    if "head_dist.weight" in tensors:
         facts["global_pool"] = "dist"
     elif width == 2 * D:
         facts["global_pool"] = "token_avg"
@@ -175,6 +181,14 @@ def _positions(rows: int, values: Mapping[str, Any], layout: Layout) -> dict[str
     raise CheckpointError(
         f"position_embedding has {rows} rows, which do not make a square grid: state img_size=(height, width)"
     )
+
+
+def _guessed(values: Mapping[str, Any], layout: Layout) -> list[str]:
+    """What `_positions` cannot know without a size: 64 rows may be 16x4 as well as 8x8, and one may be a token's."""
+    if "img_size" in values:
+        return []
+    grid = [] if layout.holds.square else ["img_size"]
+    return grid + ["class_position"] * (layout.assumptions.class_rows not in ("always", "never"))
 
 
 def _usual_class_rows(layout: Layout, values: Mapping[str, Any]) -> list[bool]:

@@ -8,8 +8,11 @@ import torch
 from checkpoints import CONFIG, TINY, same
 from helpers import FLOAT32, difference, images, randomize
 from hub_server import COMMIT, HubServer
+from PIL import Image
+from skimage import data
 
 import vit
+from vit.image import create_transform
 from vit.presets import NAMED_MODELS
 from vit.resources import imagenet_categories
 from vit.weights import CheckpointError
@@ -87,7 +90,7 @@ BAD_CONFIGS = {
     "is not JSON": "{",
     "holds list, expected an object": "[]",
     "is not timm's config.json: it has no 'architecture'": '{"pretrained_cfg": {}}',
-    "unknown architecture 'resnet50'.*state its number of heads": '{"architecture": "resnet50"}',
+    "the architecture 'resnet50' is not one of timm's plain ViTs": '{"architecture": "resnet50"}',
     "timm's argument qk_norm=True is not supported": '{"architecture": "X", "model_args": {"qk_norm": true}}',
     "crop_mode 'border', expected 'center'": (
         '{"architecture": "X", "pretrained_cfg": {"input_size": [3, 224, 224], "mean": [0.5], "crop_mode": "border"}}'
@@ -161,6 +164,29 @@ def test_label_descriptions_are_the_names(timm_file):
     }
     (timm_file.parent / "config.json").write_text(json.dumps(content))
     assert vit.load_pretrained(timm_file).categories == ["n0", "goldfish", *names[2:]]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", ["timm", "deit"])
+@pytest.mark.parametrize("changes", [{"size": 48}, {"size": (24, 48), "crop_pct": 0.7}, {"size": 64, "mode": "squash"}])
+def test_timm_prepares_the_size_that_the_model_does(layout, changes, tmp_path):
+    """Not that of the stored positions: `size=` at loading is kept."""
+    config = TINY.override(dist_token=True, global_pool="dist") if layout == "deit" else TINY
+    vit.save_checkpoint(randomize(vit.ViT(config)), tmp_path / "vit.safetensors")
+    ours = vit.load_pretrained(tmp_path / "vit.safetensors", **changes)
+    vit.save_checkpoint(ours, tmp_path / "timm", layout=layout)
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    settings = timm.data.resolve_model_data_config(theirs)
+    picture = Image.fromarray(data.chelsea())
+    prepared = timm.data.create_transform(**settings)(picture)[None]
+    assert torch.equal(prepared, vit.create_transform(ours)(picture)[None])
+    assert prepared.shape[-2:] == ours.preprocessing.size != ours.config.img_size
+    assert difference(ours(prepared), theirs(prepared)) <= FLOAT32
+    again = vit.load_pretrained(tmp_path / "timm")
+    assert again.config == ours.config and create_transform(again) == create_transform(ours)
+    again.preprocessing = vit.Preprocessing(config.img_size)  # at its own size, timm's model takes no other
+    vit.save_checkpoint(again, tmp_path / "same", layout=layout)
+    assert not timm.create_model(f"local-dir:{tmp_path / 'same'}", pretrained=True).dynamic_img_size
 
 
 @torch.no_grad()

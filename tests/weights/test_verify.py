@@ -108,7 +108,7 @@ def test_what_was_assumed_is_reported(tmp_path, capsys):
     bare, ours = str(tmp_path / "bare.safetensors"), str(tmp_path / "b.safetensors")
     assert main(["convert", bare, ours, "--to", "vit"]) == 0
     assumed = (
-        "assumed     num_heads 3, eps 1e-12, gelu erf, position_rule transformers "
+        "assumed     num_heads 3, eps 1e-12, gelu erf, position_rule transformers, img_size (32, 32) "
         "(the transformers layout's defaults; override with --set num_heads=...)\n"
     )
     assert assumed in capsys.readouterr().out
@@ -119,14 +119,14 @@ def test_what_was_assumed_is_reported(tmp_path, capsys):
     )
     report = json.loads(report_path(Path(ours)).read_text())
     assert report["assumed"]["num_heads"] == {"value": 3, "from": "the transformers layout's default"}
-    assert report["assumed"].keys() == {"num_heads", "eps", "gelu", "position_rule"}
+    assert report["assumed"].keys() == {"num_heads", "eps", "gelu", "position_rule", "img_size"}
 
     assert main(["inspect", ours]) == 0
     printed = capsys.readouterr().out
     assert "num_heads = 3  (the transformers layout's default, by way of the file's header)" in printed
     assert "categories     1000, assumed to be ImageNet-1k's, by way of the file's header" in printed
     report = convert_file(bare, tmp_path / "c.safetensors", "vit", overrides={"num_heads": 6, "eps": 1e-6})
-    assert report["assumed"].keys() == {"gelu", "position_rule"} and report["notes"] == []
+    assert report["assumed"].keys() == {"gelu", "position_rule", "img_size"} and report["notes"] == []
     told = convert_file(tmp_path / "a", tmp_path / "d.safetensors", "vit")
     assert told["assumed"].keys() == {"position_rule"}  # its config.json says the others
     assert check(load(find(tmp_path / "a")), load(find(tmp_path / "d.safetensors")))[1] == []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from vit.checks import require_int, unknown
+from vit.checks import require_int
 from vit.config import ViTConfig
 from vit.metadata import Preprocessing
 from vit.presets import NAMED_MODELS
@@ -30,36 +30,43 @@ _WITHOUT_EFFECT = {
     "qkv_bias": (True,),
 }
 _ACTS = {"gelu": "erf", "gelu_tanh": "tanh"}
-# timm's plain ViTs that are not named here: heads are 64 wide, eps 1e-6, the GELU exact; shapes give the rest
-_PLAIN = re.compile(r"(vit|deit|deit3)_(tiny|small|base|large)(_distilled)?_patch[0-9]+(_reg[0-9]+)?(_[0-9]+|_dinov2)?")
+# timm's names for plain ViTs: what weights do not show is the same in all of them (eps 1e-6, the exact GELU, positions
+# that are added once) or follows from the name (heads). Other words (rope, clip, 18x2, DINOv2's giant ...) stand for
+# models that compute otherwise, some of them with the same weights: those are refused, and so is a name of the future.
+_PLAIN = re.compile(
+    r"(?!vit_giant_.*_dinov2)(vit|deit3?)_(tiny|small|medium|base|large|huge|giant|gigantic)(_distilled)?_patch[0-9]+"
+    r"(_plus|_36x1)?(_reg[0-9]+)?(_[0-9]+|_dinov2)?(_in21k|_in21ft1k|_dino|_sam)?"
+    r"|vit_(base|large|so400m)_patch14_reg1_tipsv2|flexivit_(small|base|large)|eva_large_patch14_[0-9]+|test_vit"
+)
+# a word in the name -> heads and width, if model_args state no others; the first word counts
+_SIZES = {
+    "plus": (14, 896), "test": (2, 64), "tiny": (3, 192), "small": (6, 384), "medium": (8, 512), "base": (12, 768),
+    "large": (16, 1024), "huge": (16, 1280), "giant": (16, 1408), "gigantic": (16, 1664), "so400m": (16, 1152),
+}  # fmt: skip
 
 
-def read_config(content: dict[str, Any], where: str, known_heads: bool = False) -> Description:
+def read_config(content: dict[str, Any], where: str) -> Description:
     """Read timm's `config.json`.
 
     Args:
         content: the parsed file.
         where: its path, for errors.
-        known_heads: the caller states the number of heads, so any architecture will do.
 
     Raises:
-        CheckpointError: not timm's format, an unknown architecture, or a model argument that this model lacks.
+        CheckpointError: not timm's format, an architecture that is not known to compute as this model does, or a
+            model argument that this model lacks.
     """
     architecture = content.get("architecture")
     if not isinstance(architecture, str):
         raise CheckpointError(f"{where} is not timm's config.json: it has no 'architecture'")
     with usable(where):
-        return _read(content, architecture.partition(".")[0], where, known_heads)
+        return _read(content, architecture.partition(".")[0], where)
 
 
-def _read(content: dict[str, Any], name: str, where: str, known_heads: bool) -> Description:
-    args = content.get("model_args") or {}
+def _read(content: dict[str, Any], name: str, where: str) -> Description:
+    assumed = _known_by_name(name, where)
     settings = content.get("pretrained_cfg", content)  # older files are one flat object
-    if name not in NAMED_MODELS and not _PLAIN.fullmatch(name) and not known_heads and "num_heads" not in args:
-        hint = "If it is a plain ViT, state its number of heads: num_heads=..."
-        raise CheckpointError(f"{where}: {unknown('architecture', name, NAMED_MODELS)} {hint}")
     declared: dict[str, Any] = {}
-    named = NAMED_MODELS[name].config if name in NAMED_MODELS else None
     if "input_size" in settings:
         channels, height, width = settings["input_size"]
         declared |= {"in_chans": channels, "img_size": (height, width)}
@@ -67,12 +74,12 @@ def _read(content: dict[str, Any], name: str, where: str, known_heads: bool) -> 
         declared["num_classes"] = content["num_classes"]
     if content.get("global_pool"):
         declared["global_pool"] = content["global_pool"]
-    declared.update(_read_model_args(args, where))
+    declared.update(_read_model_args(content.get("model_args") or {}, where))
+    width = assumed.pop("embed_dim")
+    if "num_heads" not in declared:  # at another width than that of the name, its heads would be a wrong guess
+        declared.setdefault("embed_dim", width)
     if "_distilled_" in name:  # for which timm says "token" and averages both heads
         declared |= {"dist_token": True, "global_pool": "dist"}
-    assumed: dict[str, Any] = {"eps": 1e-6, "gelu": "erf"} if named is not None or _PLAIN.fullmatch(name) else {}
-    if named is not None:
-        assumed |= {"num_heads": named.num_heads, "img_size": named.img_size}
     categories, categories_from = _read_categories(content, settings, declared.get("num_classes"), where)
     return Description(
         where="config.json",
@@ -83,6 +90,22 @@ def _read(content: dict[str, Any], name: str, where: str, known_heads: bool) -> 
         categories_from=categories_from,
         license=settings.get("license"),
     )
+
+
+def _known_by_name(name: str, where: str) -> dict[str, Any]:
+    """What an architecture's name says that weights do not show."""
+    known: dict[str, Any] = {"eps": 1e-6, "gelu": "erf"}
+    if name in NAMED_MODELS:
+        named = NAMED_MODELS[name].config
+        return known | {"num_heads": named.num_heads, "embed_dim": named.embed_dim, "img_size": named.img_size}
+    if not _PLAIN.fullmatch(name):
+        raise CheckpointError(
+            f"{where}: the architecture {name!r} is not one of timm's plain ViTs (vit_small_patch16_224, "
+            "deit3_base_patch16_384, vit_large_patch14_reg4_dinov2 ...): it may compute otherwise with the same "
+            "weights. If you know that it does not, write the name of a plain ViT of its size in that file"
+        )
+    heads, width = next(size for word, size in _SIZES.items() if word in name.split("_"))
+    return known | {"num_heads": heads, "embed_dim": width}
 
 
 def _read_model_args(args: dict[str, Any], where: str) -> dict[str, Any]:
@@ -160,6 +183,9 @@ def write_config(config: ViTConfig, attributes: Attributes) -> dict[str, Any]:
         "no_embed_class": not config.class_position,
         "global_pool": "token" if config.dist_token else args["global_pool"],
     }
+    other_size = settings.size != config.img_size
+    if other_size:  # without this timm prepares img_size, which is the size that the positions are stored at
+        args["dynamic_img_size"] = True
     args["act_layer"] = next(theirs for theirs, ours in _ACTS.items() if ours == config.gelu)
     content: dict[str, Any] = {
         "architecture": _architecture(config),
@@ -169,7 +195,7 @@ def write_config(config: ViTConfig, attributes: Attributes) -> dict[str, Any]:
         "model_args": args,
         "pretrained_cfg": {
             "input_size": [config.in_chans, *settings.size],
-            "fixed_input_size": True,
+            "fixed_input_size": not other_size,
             "interpolation": settings.interpolation,
             "crop_pct": settings.crop_pct if settings.mode == "crop" else 1.0,
             "crop_mode": "center" if settings.mode == "crop" else "squash",
