@@ -161,7 +161,7 @@ def test_a_file_that_describes_a_model_is_no_log(tmp_path):
     for content, message in (
         ({"hidden_size": 128, "num_attention_heads": 4}, "model_type None, expected one of vit, "),
         ({"model_type": "swin", "architectures": ["SwinModel"]}, "model_type 'swin', expected one of vit, "),
-        ({"architecture": "resnet50"}, "unknown architecture 'resnet50'"),
+        ({"architecture": "resnet50"}, "the architecture 'resnet50' is not one of timm's plain ViTs"),
         ({"pretrained_cfg": {}}, "is not timm's config.json: it has no 'architecture'"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(content))

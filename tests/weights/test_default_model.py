@@ -70,6 +70,7 @@ def test_by_name_and_equal_to_timm(start, default_hub, default_checkpoint, tmp_p
         "license": "apache-2.0",
         "parent": None,
         "part": None,
+        "recipe": None,
     }
     assert facts["categories"] == 1000
     twin = timm.create_model(DEFAULT).eval()
