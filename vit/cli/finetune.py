@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
             return overfit(model, data, recipe, args.output, args.device)
         weights = balanced([label for _, label in data], len(numbers)) if args.balanced else None
         with Report(recipe, len(data)) as report:
-            model = train(
+            train(
                 model, data, recipe, args.output, validation=validation, class_weights=weights, device=args.device,
                 strategy=args.strategy, workers=args.workers, validate_every=args.validate_every,
                 save_every=args.save_every, max_bad=args.max_bad, log=report,

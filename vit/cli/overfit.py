@@ -29,7 +29,7 @@ def overfit(model: ViT, data: list[Any], recipe: Recipe, folder: Path, device: t
     augment, _ = default_transforms(model, recipe, None, None)
     assert isinstance(augment, RandomCrop)
     (keys,) = batches(len(data), recipe.batch_size, 0, 1, recipe.seed)
-    (batch,) = loader(Images(data, augment, recipe.seed), [keys], 0, device)
+    (batch,) = loader(Images(data, augment, recipe.seed, model.config.in_chans), [keys], 0, device)
     folder.mkdir(parents=True, exist_ok=True)
     names = [(model.categories or [])[label] for label in batch.label.tolist()]
     contact_sheet(batch.image, names, augment.transform).save(folder / "check.png")

@@ -63,9 +63,9 @@ def load(args: argparse.Namespace, classes: list[str]) -> tuple[ViT, str]:
         return model, "kept, since the checkpoint has these classes"
     model.reset_classifier(len(classes))
     model.categories = classes
-    for head in (model.head, model.head_dist):
-        if head is not None:
-            nn.init.zeros_(head.weight)
+    for layer in (model.head, model.head_dist):
+        if isinstance(layer, nn.Linear):
+            nn.init.zeros_(layer.weight)
     return model, f"new, for {len(classes)} classes, and zero at first"
 
 

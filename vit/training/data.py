@@ -100,12 +100,13 @@ class Images(Dataset):
             takes, and the number of a class.
         transform: from an image to a [C, H, W] tensor; it may draw from Python's, NumPy's or PyTorch's generator.
         seed: of these draws.
+        channels: PIL images are turned upright and made RGB (3) or grey (1) for `transform`.
 
     An image that cannot be read has weight 0, black pixels and an error.
     """
 
-    def __init__(self, data: Sequence[Any], transform: Callable[[Any], Tensor], seed: int) -> None:
-        self.data, self.transform, self.seed = data, transform, seed
+    def __init__(self, data: Sequence[Any], transform: Callable[[Any], Tensor], seed: int, channels: int = 3) -> None:
+        self.data, self.transform, self.seed, self.channels = data, transform, seed, channels
 
     def __len__(self) -> int:
         return len(self.data)
@@ -117,11 +118,15 @@ class Images(Dataset):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        try:
-            image = load_image(image) if isinstance(image, (str, os.PathLike)) else image
+        if not isinstance(image, (str, os.PathLike, Image.Image)):
             return Item(self.transform(image), label, float(epoch >= 0))
-        except ImageError as error:
-            return Item(self.transform(Image.new("RGB", (64, 64))), label, 0.0, str(error))
+        try:
+            image = image if isinstance(image, Image.Image) else load_image(image)
+            return Item(self.transform(to_mode(image, self.channels)), label, float(epoch >= 0))
+        except ValueError as error:  # an ImageError, or an image that cannot be brought to size
+            black = Image.new("RGB" if self.channels == 3 else "L", (64, 64))
+            text = str(error) if isinstance(error, ImageError) else f"{self.name(i)}: {error}"
+            return Item(self.transform(black), label, 0.0, text)
 
     def name(self, i: int) -> str:
         """What an error calls an image: its file, or its number."""
@@ -170,7 +175,7 @@ def shares(count: int, batch_size: int, rank: int, world: int) -> Iterator[list[
 
 def loader(images: Images, keys: Iterable[list[Key]], workers: int, device: torch.device) -> DataLoader:
     """Batches of images, prepared by `workers` processes, or by this one."""
-    return DataLoader(images, batch_sampler=keys, num_workers=workers, pin_memory=device.type == "cuda")  # type: ignore[arg-type]
+    return DataLoader(images, batch_sampler=keys, num_workers=workers, pin_memory=device.type == "cuda")
 
 
 def balanced(labels: Sequence[int], classes: int) -> Tensor:

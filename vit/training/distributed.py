@@ -88,6 +88,6 @@ def summing(wrapped: nn.Module, last: bool) -> Iterator[None]:
         with wrapped.no_sync():
             yield
         return
-    if hasattr(wrapped, "set_requires_gradient_sync"):  # sharded
-        wrapped.set_requires_gradient_sync(last)
+    if set_sync := getattr(wrapped, "set_requires_gradient_sync", None):  # sharded
+        set_sync(last)
     yield

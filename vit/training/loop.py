@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vit.model import ViT
+
 from .data import STEP, Images, Item, batches, loader, own_generators, seed_from, shares
 from .distributed import precision, rank_and_world, summing, total, whole, wrap
 from .loss import cross_entropy, mixup
@@ -90,7 +92,9 @@ def train(
     with Folder(Path(out), max_bad, log) as folder, own_generators(device):
         restore(folder.states, state, facts)
         folder.resume(state.step)
-        train_images, val_images = Images(data, augment, recipe.seed), Images(validation, transform, recipe.seed)
+        channels = model.config.in_chans if isinstance(model, ViT) else 3
+        train_images = Images(data, augment, recipe.seed, channels)
+        val_images = Images(validation, transform, recipe.seed, channels)
         keys = batches(len(data), recipe.batch_size, state.step, recipe.steps, recipe.seed, rank, world)
         for batch in loader(train_images, keys, workers, device):
             folder.report(batch.error)
@@ -156,8 +160,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average = decay * average + (1 - decay) * model; other tensors, such as BatchNorm's, are copied."""
     for mean, parameter in zip(average.parameters(), model.parameters()):
         mean.lerp_(parameter, 1 - decay)
-    for mean, buffer in zip(average.buffers(), model.buffers()):
-        mean.copy_(buffer)
+    for copied, buffer in zip(average.buffers(), model.buffers()):
+        copied.copy_(buffer)
 
 
 @torch.no_grad()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from vit.checks import require_float, require_int, unknown
-from vit.model import ViT
+from vit.model import Block, ViT
 from vit.trainable import decays, layer_of
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -156,7 +157,7 @@ def prepare(model: nn.Module, recipe: Recipe) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(layer_of(name, depth) >= trained and (recipe.freeze != -1 or name.startswith("head")))
     model.config = model.config.override(drop_path_rate=recipe.drop_path)
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(cast(Iterable[Block], model.blocks)):
         rate = recipe.drop_path * i / max(depth - 1, 1)
         block.residual_attention.drop_path_rate = block.residual_mlp.drop_path_rate = rate
 

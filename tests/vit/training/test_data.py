@@ -106,6 +106,25 @@ def test_what_data_may_hold(tmp_path):
         Images([{"img": picture(9, 9), "fine_label": 0}], data.transform, 0)[0, 0]
 
 
+def test_transforms_get_upright_rgb_images():
+    """As from torchvision's ImageFolder, so that transforms made for it work."""
+    seen = []
+
+    def look(image):
+        seen.append(image)
+        return torch.zeros(3, 8, 8)
+
+    turned = Image.new("P", (20, 10))
+    turned.getexif()[0x0112] = 6
+    huge = Image.new("I", (9, 9))
+    items = Images([(turned, 0), (huge, 1), (torch.ones(2), 2)], look, 0)
+    assert [items[0, i].weight for i in range(3)] == [1.0, 0.0, 1.0]
+    assert (seen[0].mode, seen[1].mode) == ("RGB", "RGB") and isinstance(seen[2], torch.Tensor)
+    assert "image 1: images of mode 'I' hold 32-bit numbers" in items[0, 1].error
+    Images([(turned, 0)], look, 0, channels=1)[0, 0]
+    assert seen[-1].mode == "L"
+
+
 def test_balanced_weights_make_classes_count_alike():
     labels = [0] * 6 + [1] * 3 + [2]
     weights = balanced(labels, 3)
