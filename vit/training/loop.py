@@ -48,7 +48,7 @@ def train(
         model: any module from images [B, C, H, W] to logits [B, classes], in float32. It is trained in place.
         data: the training images; `data[i]` is (image, label) or {"image": ..., "label": ...}, see `data.Images`.
         recipe: the numbers of the run.
-        out: the run's folder, in which `vit.training.README` lists the files.
+        out: the run's folder; README.md lists the files.
         validation: the same for images that choose the best weights and are not trained on.
         augment: from an image to a tensor [C, H, W], in training; default, for a ViT: `data.RandomCrop`.
         transform: the same for validation; default, for a ViT: `vit.create_transform(model)`.
@@ -76,12 +76,12 @@ def train(
     augment, transform = default_transforms(model, recipe, augment, transform)
     facts = same_when_resumed(model, recipe, data, validation, augment, transform, class_weights, facts)
     validate_every = validate_every or len(data) // recipe.batch_size
-    save_every = save_every or validate_every
     device = torch.device(device)
 
     prepare(model, recipe)  # drop path, and what is trained
     model.to(device).train()
     average = copy.deepcopy(model).requires_grad_(False) if recipe.model_ema_decay else None
+    result = model if average is None else average
     called = wrap(model, strategy, recipe.amp)
     judged = called if average is None else average if strategy != "fsdp" else wrap(average, strategy, recipe.amp)
     optimizer = make_optimizer(model, recipe)
@@ -119,11 +119,11 @@ def train(
                 folder.log(step=state.step, **found)
                 if found["accuracy"] > state.best:
                     state.best = found["accuracy"]
-                    write_model(average or model, folder.path / "model_best.safetensors", recipe)
-            if last or state.step % save_every == 0:
-                write_model(average or model, folder.path / "model.safetensors", recipe)
+                    write_model(result, folder.path / "model_best.safetensors", recipe)
+            if last or state.step % (save_every or validate_every) == 0:
+                write_model(result, folder.path / "model.safetensors", recipe)
                 save(folder.states, state, facts)
-    return (average or model).eval()
+    return result.eval()
 
 
 def backward(
