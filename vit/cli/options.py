@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,9 @@ def image_size(text: str) -> int | tuple[int, int] | str:
 
 
 def device(text: str) -> torch.device:
-    """A device of this machine, for argparse."""
+    """A device of this machine, for argparse; "cuda" is a GPU of its own in each process of torchrun."""
+    if text == "cuda" and "LOCAL_RANK" in os.environ:
+        text = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=text).item()
     except Exception as error:  # PyTorch raises a different error for each device type
