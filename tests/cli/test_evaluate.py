@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 
 import vit
 from vit.cli import evaluate, main
-from vit.cli.accuracy import measure
+from vit.cli.accuracy import count
 from vit.image import create_transform
 from vit.resources import digit_images
 
@@ -107,7 +107,7 @@ def test_results_are_kept_and_taken_up(tmp_path, labelled, capsys, monkeypatch, 
     _, first, _ = rows(*args, "--img-size", "24,32")
     assert [json.loads(text) | {"reused": False} for text in file.read_text().splitlines()] == first
     measured = []
-    monkeypatch.setattr(evaluate, "measure", lambda *args: measured.append(args[1].size) or measure(*args))
+    monkeypatch.setattr(evaluate, "count", lambda *args: measured.append(args[1].size) or count(*args))
     _, again, _ = rows(*args, "--img-size", "32,40,24")
     assert measured == [(40, 40)]
     assert [row["reused"] for row in again] == [True, False, True] and len(file.read_text().splitlines()) == 3
@@ -142,7 +142,7 @@ def test_optimized(optimized_dtype, tmp_path, capsys, monkeypatch, rows):
     args = ("digits", "--model", DIGITS, "--limit", "200", "--results", file)
     _, (plain,), _ = rows(*args)
     measured = []
-    monkeypatch.setattr(evaluate, "measure", lambda *args: measured.append(args[0].optimized) or measure(*args))
+    monkeypatch.setattr(evaluate, "count", lambda *args: measured.append(args[0].optimized) or count(*args))
     code, (fast,), _ = rows(*args, "--optimize", dtype)
     assert code == 0 and measured == [dtype] and not fast["reused"]  # the plain model's results are not reused
     assert (plain["optimize"], fast["optimize"]) == (None, dtype)
@@ -160,9 +160,9 @@ def test_an_interruption_keeps_what_is_finished(tmp_path, labelled, monkeypatch,
     def interrupted(model, transform, *others):
         if transform.size == (32, 32):
             raise KeyboardInterrupt
-        return measure(model, transform, *others)
+        return count(model, transform, *others)
 
-    monkeypatch.setattr(evaluate, "measure", interrupted)
+    monkeypatch.setattr(evaluate, "count", interrupted)
     file = tmp_path / "results.jsonl"
     code, found, _ = rows(labelled, "--model", DIGITS, "--img-size", "24,32", "--results", file)
     assert code == 130 and [row["size"] for row in found] == ["24x24"] and len(file.read_text().splitlines()) == 1

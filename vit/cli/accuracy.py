@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -22,7 +22,16 @@ from .images import Decoded, batches, decode, progress, usable
 from .timing import synchronize
 
 
-@torch.inference_mode()
+class Counts(NamedTuple):
+    """What `count` finds."""
+
+    images: int  # that could be read
+    right: int  # top-1
+    right5: int  # top-5
+    tokens: int  # of all images
+    seconds: list[float]  # per image, for each batch; without the first if there are several
+
+
 def measure(
     model: ViT,
     transform: Transform,
@@ -47,6 +56,23 @@ def measure(
     Raises:
         ValueError: no image can be read, or the logits are NaN.
     """
+    return figures([count(model, transform, images, truth, batch_size, reported)], len(images))
+
+
+@torch.inference_mode()
+def count(
+    model: ViT,
+    transform: Transform,
+    images: Sequence[Path | Image.Image],
+    truth: Tensor,
+    batch_size: int,
+    reported: set[str],
+) -> Counts:
+    """Classify images, which may be a part of all; the arguments are those of `measure`.
+
+    Raises:
+        ValueError: the logits are NaN.
+    """
     total = right = right5 = tokens = seen = 0
     times = []
     with progress(len(images)) as bar:
@@ -70,12 +96,19 @@ def measure(
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
             right5 += int((best == labels[:, None]).sum())
             tokens += sum(model.config.num_prefix_tokens + math.prod(model.grid_of(image[None])) for image in inputs)
+    return Counts(total, right, right5, tokens, times[1:] or times)
+
+
+def figures(parts: Sequence[Counts], images: int) -> dict[str, Any]:
+    """The figures that `measure` returns, from the counts of all parts of the images."""
+    total, right, right5, tokens = (sum(column) for column in list(zip(*parts))[:4])
+    seconds = [one for part in parts for one in part.seconds]
     if total == 0:
-        raise ValueError(f"none of the {len(images)} images can be used")
+        raise ValueError(f"none of the {images} images can be used")
     return {
-        "images": total, "unreadable": len(images) - total, "right": right, "right5": right5,
+        "images": total, "unreadable": images - total, "right": right, "right5": right5,
         "top1": right / total, "interval": list(wilson(right, total)), "top5": right5 / total,
-        "tokens": tokens / total, "ms_per_image": 1000 * statistics.median(times[1:] or times),
+        "tokens": tokens / total, "ms_per_image": 1000 * statistics.median(seconds),
     }  # fmt: skip
 
 

@@ -16,11 +16,13 @@ from torch import Tensor
 
 from vit.image import Transform, create_transform
 from vit.model import ViT
+from vit.training.distributed import rank_and_world
 
 from . import loading, options, plots
-from .accuracy import measure, size_name
+from .accuracy import count, figures, size_name
 from .datasets import DIGITS, Sample, draw_samples, find_samples, match
 from .images import counted
+from .processes import gather, share, sharing
 
 TABLE = "image size   tokens   ms/image     top-1   95 % interval        top-5   right"
 
@@ -77,11 +79,12 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=options.positive, metavar="N", help="refuse images with more patches")
 
 
+@sharing()
 def run(args: argparse.Namespace) -> int:
     """Find the images, load the model, print one row per size as soon as it is finished."""
     if args.plot is not None:
         plots.check(args.plot)
-    before = [] if args.results is None else read_results(args.results)
+    before = [] if args.results is None else gather([read_results(args.results)])[0]  # as the first process saw it
     samples = find_samples(args.data)
     model = loading.load(args)
     if model.config.num_classes == 0:
@@ -90,11 +93,12 @@ def run(args: argparse.Namespace) -> int:
     outputs, rule = match(samples, model, args.data, args.class_map, args.class_order)
     samples = draw_samples(samples, args.limit, args.seed)
     truth = torch.tensor([outputs[name] for _, name in samples])  # [images]
+    own = share(len(samples), args.batch_size)
+    first = rank_and_world()[0] == 0
 
-    if not args.json:
-        what = loading.title(args, model)
-        count = f"{counted(len(samples), 'image')}, {len(outputs)} classes"
-        print(f"{what} on {args.data}: {count}, matched by {rule}")
+    if first and not args.json:
+        what = f"{loading.title(args, model)} on {args.data}"
+        print(f"{what}: {counted(len(samples), 'image')}, {len(outputs)} classes, matched by {rule}")
         print(TABLE, flush=True)
     rows = []
     reported: set[str] = set()
@@ -104,11 +108,15 @@ def run(args: argparse.Namespace) -> int:
         known = next((old for old in before if row.items() <= old.items()), None)
         if known is None:
             row |= {"model": args.model, "data": args.data, "classes": rule}
-            row |= measure(model, transform, [image for image, _ in samples], truth, args.batch_size, reported)
-            if args.results is not None:
+            part = count(model, transform, [samples[i][0] for i in own], truth[own], args.batch_size, reported)
+            row |= figures(gather([part]), len(samples))
+            if first and args.results is not None:
                 append_result(args.results, row)
         rows.append(known or row)
-        show(rows[-1], args, reused=known is not None)
+        if first:
+            show(rows[-1], args, reused=known is not None)
+    if not first:
+        return 0
     if args.plot is not None:
         plots.save(plots.accuracy(rows, model.config.patch_size, model.config.num_prefix_tokens), args.plot)
     if failures := max(row["unreadable"] for row in rows):

@@ -13,10 +13,12 @@ from tqdm import tqdm
 
 from vit.image import ImageError, Transform, create_transform
 from vit.model import ViT
+from vit.training.distributed import rank_and_world
 
 from . import loading, options
 from .images import Decoded, batches, counted, decode, find_images, progress, usable
 from .pca import draw_components
+from .processes import gather, sharing
 from .shards import check_files, name_files, read_metadata, state, write_file, write_index
 
 KINDS = ("pooled", "class", "dense")
@@ -57,9 +59,12 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+@sharing()
 def run(args: argparse.Namespace) -> int:
     """Find the images, load the model, write one file after another."""
     if args.pca:
+        if rank_and_world()[1] > 1:
+            raise ValueError("--pca draws one picture, which several processes cannot share: run it without torchrun")
         options.check_picture(args.output)
         if args.kind != KINDS[0] or args.save_dtype != "float32" or args.shard:
             raise ValueError("--pca draws a picture, so --kind, --save-dtype and --shard cannot go with it")
@@ -78,31 +83,43 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write(model: ViT, transform: Transform, paths: list[Path], args: argparse.Namespace) -> int:
-    """Write the files that do not exist yet, and the index if there are several."""
+    """Write the files that do not exist yet, of which each process takes its share, and the index."""
     files = name_files(args.output, len(paths), args.shard or shard_size(args.kind, transform))
     settings = describe(model, transform, args)
     check_files(args.output, files, settings, paths)
-    done = {file for file in files if file.exists()}
+    (done, *_) = gather([{file for file in files if file.exists()}])  # before any process writes
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    skipped = 0
-    with progress(len(paths)) as bar:
-        for file, numbers in files.items():
-            if file in done:
-                bar.update(len(numbers))
-            else:
-                tensors, lists = compute(model, transform, [paths[i] for i in numbers], args, bar)
-                write_file(file, tensors, {**settings, **lists})
-            reasons = json.loads(read_metadata(file)["skipped"])
-            skipped += len(reasons)
-            for reason in reasons.values() if file in done else ():
-                bar.write(f"vit features: {reason} (in an earlier run)", file=sys.stderr)
+    missing = [file for file in files if file not in done]
+    rank, world = rank_and_world()
+    if rank == 0 and 0 < len(missing) < world:
+        print(
+            f"vit features: {counted(len(missing), 'file')} to write, so {world - len(missing)} of {world} processes"
+            " have nothing to do: a smaller --shard makes more files",
+            file=sys.stderr,
+        )
+    own = missing[rank::world]
+    with progress(sum(len(files[file]) for file in own)) as bar:
+        for file in own:
+            tensors, lists = compute(model, transform, [paths[i] for i in files[file]], args, bar)
+            write_file(file, tensors, {**settings, **lists})
+    gather([rank])  # wait until all files are there
+    return finish(args.output, files, done, len(paths)) if rank == 0 else 0
+
+
+def finish(output: Path, files: Iterable[Path], done: set[Path], images: int) -> int:
+    """Write the index if there are several files, and report what is in them; `done` are those of earlier runs."""
+    files, skipped = list(files), 0
+    for file in files:
+        reasons = json.loads(read_metadata(file)["skipped"])
+        skipped += len(reasons)
+        for reason in reasons.values() if file in done else ():
+            print(f"vit features: {reason} (in an earlier run)", file=sys.stderr)
     if len(files) > 1:
-        write_index(args.output, files)
+        write_index(output, files)
     resumed = f", {len(done)} of them from an earlier run" if done else ""
-    written = f"{counted(len(paths) - skipped, 'image')} in {counted(len(files), 'file')}"
-    print(f"{written}{resumed}: {args.output}")
+    print(f"{counted(images - skipped, 'image')} in {counted(len(files), 'file')}{resumed}: {output}")
     if skipped:
-        print(f"vit features: {skipped} of {counted(len(paths), 'image')} could not be used", file=sys.stderr)
+        print(f"vit features: {skipped} of {counted(images, 'image')} could not be used", file=sys.stderr)
     return 1 if skipped else 0
 
 

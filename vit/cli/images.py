@@ -19,6 +19,7 @@ from tqdm import tqdm
 from vit.image import ImageError, Transform, load_image
 from vit.model import ViT
 from vit.packed import BUDGET
+from vit.training.distributed import rank_and_world
 
 # The endings that count as images when a folder is searched. A file named by the user is read whatever its ending.
 ENDINGS = {
@@ -113,11 +114,12 @@ def counted(number: int, noun: str) -> str:
 
 @contextmanager
 def progress(total: int) -> Iterator[tqdm]:
-    """A bar that counts images, shown where stderr is a terminal. Pillow's warnings are silenced meanwhile.
+    """A bar that counts images, shown by the first process where stderr is a terminal.
 
-    A file that Pillow cannot read is reported as an error; one that it warns about was read.
+    Pillow's warnings are silenced meanwhile. A file that it cannot read is reported as an error; one that it warns
+    about was read.
     """
-    shown = total > 1 and sys.stderr is not None and sys.stderr.isatty()
+    shown = total > 1 and sys.stderr is not None and sys.stderr.isatty() and rank_and_world()[0] == 0
     with warnings.catch_warnings(), tqdm(total=total, unit="image", leave=False, disable=not shown) as bar:
         warnings.filterwarnings("ignore", module="PIL")
         yield bar

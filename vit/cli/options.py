@@ -154,17 +154,14 @@ def image_size(text: str) -> int | tuple[int, int] | str:
 
 
 def auto_device(text: str) -> torch.device:
-    """A device of this machine, or "auto": a GPU where there is one, else the CPU, for argparse.
-
-    Each of the processes that torchrun starts gets its own GPU.
-    """
-    if text != "auto":
-        return device(text)
-    return device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu")
+    """A device of this machine, or "auto": a GPU where there is one, else the CPU, for argparse."""
+    return device(("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text)
 
 
 def device(text: str) -> torch.device:
-    """A device of this machine, for argparse."""
+    """A device of this machine, for argparse; "cuda" is a GPU of its own in each process of torchrun."""
+    if text == "cuda" and "LOCAL_RANK" in os.environ:
+        text = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.empty(1, device=text).item()
     except Exception as error:  # PyTorch raises a different error for each device type

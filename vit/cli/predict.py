@@ -17,6 +17,7 @@ from vit.resources import imagenet_categories, imagenet_synsets
 
 from . import loading, options
 from .images import Decoded, batches, counted, decode, find_images, progress, usable
+from .processes import in_order, share, sharing
 
 
 def add_parser(commands: Any) -> None:
@@ -37,6 +38,7 @@ def add_parser(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+@sharing()
 def run(args: argparse.Namespace) -> int:
     """Find the images, load the model, print the labels batch by batch."""
     paths = find_images(args.images)
@@ -45,14 +47,19 @@ def run(args: argparse.Namespace) -> int:
     if model.config.num_classes == 0:
         raise ValueError(f"{args.model} has no classifier, so there is nothing to predict")
     transform = create_transform(model, **sizing)
+    own = [paths[i] for i in share(len(paths), args.batch_size)]
+    found = (
+        answer
+        for batch in batches(decode(own, transform), args.batch_size, transform)
+        for answer in label(model, batch, args.top_k, packed=transform.mode == "native")
+    )
 
     failures = 0
     with progress(len(paths)) as bar:
-        for batch in batches(decode(paths, transform), args.batch_size, transform):
-            for path, outcome in label(model, batch, args.top_k, packed=transform.mode == "native"):
-                failures += isinstance(outcome, ImageError)
-                report(path, outcome, args.json, bar)
-                bar.update()
+        for path, outcome in in_order(found, len(paths), args.batch_size):
+            failures += isinstance(outcome, ImageError)
+            report(path, outcome, args.json, bar)
+            bar.update()
     if failures:
         print(f"vit predict: {failures} of {counted(len(paths), 'image')} could not be used", file=sys.stderr)
     return 1 if failures else 0
