@@ -15,6 +15,7 @@ from vit.attention import sdpa
 from vit.checks import dtype_name, inside, unknown
 from vit.model import Attention, ViT
 from vit.registry import choose, get_attention
+from vit.trainable import LeftOut
 
 from . import gpu
 from .attention import flash
@@ -122,6 +123,10 @@ def check(model: object, dtype: str) -> None:
         held = inside(model, ViT)
         hint = f": optimize the model in it, its .{held}" if held else ""
         raise ValueError(f"expected a vit.ViT, not {type(model).__name__}{hint}")
+    if any(isinstance(module, LeftOut) for module in model.modules()):
+        raise ValueError(
+            "expected a whole model, got a backbone without its norm: optimize the model whose weights it shares"
+        )
     if isinstance(model, OptimizedViT):
         raise ValueError(f"the model is already optimized, to {model.optimized}: optimize the original model")
     if model.training:

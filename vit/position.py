@@ -34,7 +34,7 @@ def resample_position_embedding(
     same = _equal(stored, wanted)
     if same:
         return embedding
-    with without_autocast(embedding.device.type, later=same is None):
+    with without_autocast(embedding.device.type, later=same is None or torch.compiler.is_exporting()):
         matrices = [RULES[rule](*sizes, embedding.device) for sizes in zip(stored, wanted)]
         rows, columns = matrices if same is False else _unless_stored(matrices, stored, wanted)  # [h', h], [w', w]
         grid = embedding[0].float()  # [h*w, D]

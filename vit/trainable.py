@@ -46,6 +46,8 @@ class Trainable:
     head: nn.Module
     head_dist: nn.Module | None
     categories: list[str] | None
+    norm: nn.Module
+    fc_norm: nn.Module
     blocks: nn.ModuleList
     block_numbers: Callable[[Sequence[int] | None], list[int]]
 
@@ -90,7 +92,22 @@ class Trainable:
             rate *= (depth - 1) / (len(self.blocks) - 1)  # that of the last block which is left
         alone.config = self.config.override(num_classes=0, depth=depth, drop_path_rate=rate)
         alone.categories = None
-        for name in ("head", "head_dist", "fc_norm") if norm else ("head", "head_dist", "fc_norm", "norm"):
+        for name in ("head", "head_dist"):
             if getattr(alone, name) is not None:
                 setattr(alone, name, nn.Identity())
+        if self.config.fc_norm:
+            alone.fc_norm = LeftOut("norm of pooled features: call forward_features or forward_intermediates")
+        elif not norm:
+            alone.norm = LeftOut("final norm: make it with backbone(norm=True)")
         return alone
+
+
+class LeftOut(nn.Module):
+    """In place of a norm that a backbone was made without: an identity would give other features in silence."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError(f"this backbone has no {self.what}")

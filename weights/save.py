@@ -18,6 +18,7 @@ from vit.files import replacing, write_json
 from vit.metadata import Preprocessing, Provenance
 from vit.model import ViT
 from vit.resources import imagenet_categories
+from vit.trainable import LeftOut
 
 from .attention import settings_of, unnamed
 from .checkpoint import Checkpoint, CheckpointError
@@ -91,6 +92,10 @@ def check_whole(model: object) -> None:
     if not isinstance(model, ViT):
         held = inside(model, ViT)
         raise ValueError(f"expected a vit.ViT, got {kind}" + (f": save the model in it, its .{held}" if held else ""))
+    if any(isinstance(module, LeftOut) for module in model.modules()):
+        raise ValueError(
+            "expected a whole model, got a backbone without its norm: save the model whose weights it shares"
+        )
 
 
 def target_files(path: str | Path, layout: str) -> list[Path]:

@@ -256,13 +256,14 @@ def small(rule: str) -> vit.ViT:
 
 
 def targets(exported: torch.export.ExportedProgram) -> list[str]:
-    return [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    graphs = [module.graph for module in exported.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+    return [str(node.target) for graph in graphs for node in graph.nodes if node.op == "call_function"]
 
 
 @pytest.mark.parametrize(("rule", "strict"), [*((rule, False) for rule in RULES), ("dinov2", True)])
 @torch.no_grad()
 def test_an_export_for_one_size_decides_at_export_time(rule, strict):
-    """CoreML, for one, converts no autocast wrapper; and at the stored grid nothing is to be resampled."""
+    """At the stored grid nothing is resampled, and there is no autocast wrapper, which CoreML cannot convert."""
     model = small(rule)
     found = {}
     for size in ((28, 20), (20, 28)):
@@ -270,8 +271,8 @@ def test_an_export_for_one_size_decides_at_export_time(rule, strict):
         exported = torch.export.export(model, (x,), strict=strict)
         assert difference(exported.module()(x), model(x)) <= FLOAT32
         found[size] = targets(exported)
-        assert not any("autocast" in target or "eye" in target for target in found[size])
-    assert not any("arange" in target or "matmul" in target for target in found[28, 20])
+        assert not any("eye" in target for target in found[size])
+    assert not any(part in target for target in found[28, 20] for part in ("arange", "matmul", "autocast"))
     assert any("arange" in target for target in found[20, 28])  # the control: as many patches, another grid
 
 
@@ -310,10 +311,11 @@ def test_dividing_tensors_gives_the_bits_of_dividing_numbers(rule):
     "shapes", [None, ({2: 4 * torch.export.Dim("h", min=2), 3: 4 * torch.export.Dim("w", min=2)},)]
 )
 def test_an_export_runs_under_autocast(shapes):
+    """With positions in float32, as in the model itself."""
     model, x = small("dinov2"), images(2, 3, 20, 28)
     exported = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert difference(exported(x).float(), model(x).float()) <= 0.02
+        assert difference(exported(x).float(), model(x).float()) <= 1e-3
 
 
 SIZES = [(28, 20), (20, 28), (8, 8), (64, 12), (12, 20), (28, 52), (76, 44)]

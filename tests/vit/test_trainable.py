@@ -218,3 +218,30 @@ def test_a_backbone_is_a_model_of_its_own(registered):
         assert torch.equal(copy.deepcopy(whole)(x), model.forward_head(model.forward_features(x), pre_logits=True))
         model.patch_embed.proj.weight.mul_(1.5)
         assert torch.equal(whole.forward_features(x), model.forward_features(x))
+
+
+@torch.no_grad()
+def test_a_backbone_without_a_norm_says_so(tmp_path):
+    """An identity in its place would give other features in silence."""
+    pooled = randomize(vit.ViT(MINI.override(global_pool="avg", fc_norm=True))).eval()
+    x = images(1, 3, 56, 56)
+    with pytest.raises(ValueError, match="this backbone has no norm of pooled features: call forward_features"):
+        pooled.backbone()(x)
+    plain = randomize(vit.ViT(MINI)).eval()
+    with pytest.raises(ValueError, match=r"this backbone has no final norm: make it with backbone\(norm=True\)"):
+        plain.backbone(norm=False).forward_features(x)
+    assert torch.equal(plain.backbone()(x), plain.forward_head(plain.forward_features(x), pre_logits=True))
+    for backbone in (pooled.backbone(), plain.backbone(norm=False)):
+        with pytest.raises(ValueError, match="got a backbone without its norm: save the model whose weights it shares"):
+            vit.save_checkpoint(backbone, tmp_path / "m")
+        with pytest.raises(ValueError, match="got a backbone without its norm: optimize the model"):
+            vit.kernels.optimize(backbone)
+    vit.save_checkpoint(plain.backbone(), tmp_path / "m")
+
+
+@torch.no_grad()
+def test_images_of_another_dtype_meet_a_clear_error_under_functional_call():
+    model = vit.ViT(MINI)
+    weights = {name: parameter.double() for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"use images.to\(torch.float64\)"):
+        torch.func.functional_call(model, weights, (images(1, 3, 56, 56),))
