@@ -108,7 +108,8 @@ def _as_text(start: bytes) -> str | tuple[str, str] | None:
         return "json"
     if ".git/annex/objects/" in words:
         return "a git-annex pointer", "run `git annex get` on it"
-    return f"a text that begins with {words.splitlines()[0][:40]!r}", "download or copy the file itself"
+    beginning = words.strip().partition("\n")[0][:40]
+    return f"a text that begins with {beginning!r}" if beginning else "a blank text", "download or copy the file itself"
 
 
 def _in_zip(path: Path) -> str | tuple[str, str] | None:
