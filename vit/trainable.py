@@ -33,7 +33,7 @@ def layer_of(name: str, depth: int) -> int:
 
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies to a parameter: not to biases, norms, LayerScale, tokens and positions."""
-    return parameter.ndim > 1 and name not in NO_DECAY
+    return parameter.ndim > 1 and name.rpartition(".")[2] not in NO_DECAY
 
 
 Model = TypeVar("Model", bound="Trainable")

@@ -63,7 +63,10 @@ def test_a_run_prints_its_plan_and_what_came_of_it(folder, tmp_path, call):
     done = call("finetune", folder, "-o", tmp_path, *QUICK)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == f"model    {DIGITS} at 32x32; its head is new, for 4 classes, and zero at first"
+    assert lines[0] == f"model    {DIGITS}; its head is new, for 4 classes, and zero at first"
+    assert lines[1] == "images   32x32, crop 1.0, bicubic, mean (0.5, 0.5, 0.5), std (0.5, 0.5, 0.5)"
+    assert lines.pop(2) == "assumed  position_rule timm (--set states them)"
+    del lines[1]
     assert (
         "64 images to train on, 16 to validate, 24 to test (train/, test/, 16 images held out, drawn by class"
         in lines[1]
@@ -174,11 +177,11 @@ def test_the_head_of_the_same_classes_is_kept(tmp_path, call):
 
 def test_check_draws_a_batch_and_overfits_it(folder, tmp_path, call):
     done = call("finetune", folder, "-o", tmp_path, *QUICK, "--check")
-    assert done.returncode == 0 and "these images can be learned" in done.stdout
+    assert done.returncode == 0 and " of 8 are right\n" in done.stdout
     assert Image.open(tmp_path / "check.png").size == (8 * 100, 114)
     assert not list(tmp_path.glob("*.safetensors"))
     done = call("finetune", folder, "-o", tmp_path, *QUICK, "--check", "--lr", "1e-9")
-    assert done.returncode == 1 and "it should fall below half: try another --lr" in done.stdout
+    assert done.returncode == 1 and "are right: nearly all should be, try another --lr" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -187,6 +190,8 @@ def test_check_draws_a_batch_and_overfits_it(folder, tmp_path, call):
         (["--img-size", "native"], "--img-size native makes no batches"),
         (["--img-size", "33"], "size 33 x 33 is not made of whole patches"),
         (["--epochs", "2"], "--epochs and --steps cannot go together"),
+        (["--check", "--strategy", "ddp"], "--check draws and overfits a batch in one process"),
+        (["--mixup", "0.2", "--grad-accum-steps", "8"], "mixup blends the images of a part of a batch"),
         (["--strategy", "ddp"], "--strategy ddp needs torchrun --nproc-per-node N -m vit finetune"),
         (["-b", "100"], "batch_size 100 is more than the 64 training images"),
         (["--head", "keep"], "--head keep: the classes of the data are not those of the checkpoint (0, 1, 2 ..."),
@@ -229,3 +234,44 @@ def test_recipes_fill_in_what_their_source_leaves_open():
 
 def test_durations():
     assert [duration(s) for s in (5, 150, 7200)] == ["5 s", "2 min", "2.0 h"]
+
+
+def test_a_run_within_its_data_is_refused(folder, call):
+    """Its pictures would be images of a class of their own."""
+    for out in (folder / "run", folder):
+        done = call("finetune", folder, "-o", out, *QUICK)
+        assert done.returncode == 2 and "would count as images of a class" in done.stderr
+
+
+def test_epochs_are_above_0(folder, tmp_path, call):
+    done = call("finetune", folder, "-o", tmp_path, "--model", DIGITS, "--epochs", "-3")
+    assert done.returncode == 2 and "--epochs must be above 0, got -3.0" in done.stderr
+
+
+def test_classes_in_another_order_are_another_run(folder, tmp_path, call):
+    """A checkpoint with the same classes in its own order: kept, then sorted."""
+    first = tmp_path / "first"
+    assert call("finetune", folder, "-o", first, *QUICK, "--steps", "2").returncode == 0
+    model = vit.load_pretrained(first / "model.safetensors")
+    model.categories = model.categories[::-1]
+    vit.save_checkpoint(model, tmp_path / "m.safetensors")
+    args = ("-o", tmp_path / "run", "--model", tmp_path / "m.safetensors", *QUICK[2:], "--steps", "2")
+    assert call("finetune", folder, *args).returncode == 0
+    assert vit.load_pretrained(tmp_path / "run" / "model.safetensors").categories == model.categories
+    done = call("finetune", folder, *args, "--head", "new")
+    assert done.returncode == 2 and "holds another run (categories ['zero'" in done.stderr
+
+
+def test_an_interrupted_run_says_how_it_goes_on(folder, tmp_path, call, monkeypatch):
+    from vit.cli.finetune import Report
+
+    original = Report.show
+
+    def show(self, record):
+        original(self, record)
+        if record["step"] == 9:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Report, "show", show)
+    done = call("finetune", folder, "-o", tmp_path, *QUICK)
+    assert done.returncode == 130 and "the same command goes on after step 8" in done.stderr

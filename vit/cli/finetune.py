@@ -1,12 +1,16 @@
 """`vit finetune`: from a folder of labelled images to a fine-tuned checkpoint."""
 
 import argparse
+import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from vit.image import create_transform
@@ -107,6 +111,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan, train, and evaluate the test images once."""
     if args.img_size == "native":
         raise ValueError("--img-size native makes no batches: give a size such as 224 or 224x448")
+    if args.check and args.strategy != "none":
+        raise ValueError("--check draws and overfits a batch in one process: leave out --strategy and torchrun")
+    if Path(args.data).is_dir() and args.output.resolve().is_relative_to(Path(args.data).resolve()):
+        raise ValueError(f"--output {args.output} lies in {args.data}: its pictures would count as images of a class")
     with processes(args.device, args.strategy):
         splits = find_splits(args.data, args.holdout, args.seed or 0)
         recipe = make_recipe(args, len(splits.train))
@@ -122,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         if args.check:
             return overfit(model, data, recipe, args.output, args.device)
         weights = balanced([label for _, label in data], len(numbers)) if args.balanced else None
-        with Report(recipe, len(data)) as report:
+        with resumable(args.output), Report(recipe, len(data)) as report:
             train(
                 model, data, recipe, args.output, validation=validation, class_weights=weights, device=args.device,
                 strategy=args.strategy, workers=args.workers, validate_every=args.validate_every,
@@ -130,8 +138,20 @@ def run(args: argparse.Namespace) -> int:
                 facts={"parent": model.provenance and model.provenance.sha256, "data": digest(splits, args.data)},
             )  # fmt: skip
         if first:
-            finish(args.output, test)
+            finish(args.output, test, args.device)
     return 0
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Say what an interrupted run needs."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        states = sorted(path.name for path in (folder / "state").glob("step-*[0-9]"))
+        where = f"after step {int(states[-1][5:])}" if states else "from the start: no state was saved yet"
+        print(f"vit finetune: the same command goes on {where}", file=sys.stderr)
+        raise
 
 
 class Report:
@@ -139,7 +159,10 @@ class Report:
 
     def __init__(self, recipe: Recipe, images: int) -> None:
         self.recipe, self.epoch = recipe, images // recipe.batch_size
-        self.losses: list[float] = []
+        self.losses: list[float] = []  # of the steps since the last validation
+        self.times: list[float] = []  # seconds
+        self.last: float | None = None  # when the last step ended
+        self.told = False
 
     def __enter__(self) -> Callable[[dict[str, Any]], None]:
         self.bar: tqdm | None = None
@@ -151,31 +174,34 @@ class Report:
 
     def show(self, record: dict[str, Any]) -> None:
         """One line of the log."""
-        if self.bar is None:  # the first step, of which the first images are a part
+        if self.bar is None:
             print(TABLE, flush=True)
-            first, self.began = record["step"], time.perf_counter()
-            self.bar = tqdm(total=self.recipe.steps, initial=first - 1, unit="step", leave=False, disable=None)
-            self.count = 0
-        if "loss" in record:
-            self.losses.append(record["loss"])
-            self.count += 1
-            self.bar.update()
-            if self.count == 11:  # ten steps after the first
-                left = (time.perf_counter() - self.began) / 10 * (self.recipe.steps - record["step"])
-                self.bar.write(f"about {duration(left)} to go, without validation")
-        else:
+            first = record["step"] - 1
+            self.bar = tqdm(total=self.recipe.steps, initial=first, unit="step", leave=False, disable=None)
+        if "loss" not in record:
             self.row(record)
+            return
+        now = time.perf_counter()
+        if self.last is not None:  # not after a validation, whose time would count
+            self.times.append(now - self.last)
+        self.last = now
+        self.losses.append(record["loss"])
+        self.bar.update()
+        if len(self.times) == 10 and not self.told:
+            self.told = True
+            left = sum(self.times) / 10 * (self.recipe.steps - record["step"])
+            self.bar.write(f"about {duration(left)} to go, without validation")
 
     def row(self, record: dict[str, Any]) -> None:
-        """A validation, with the mean loss of the steps before it."""
+        """A validation, with the mean loss and the rate of the steps before it."""
         assert self.bar is not None
-        rate = self.recipe.batch_size * (self.count - 1) / (time.perf_counter() - self.began)
+        rate = self.recipe.batch_size * len(self.times) / sum(self.times) if self.times else math.nan
         loss = sum(self.losses) / max(1, len(self.losses))
-        self.losses.clear()
         self.bar.write(
             f"{record['step']:8} {record['step'] / self.epoch:7.1f} {loss:10.4f} {record['val_loss']:10.4f}"
             f" {record['accuracy']:10.2%} {record['balanced_accuracy']:10.2%} {rate:10.1f}"
         )
+        self.losses, self.times, self.last = [], [], None
 
 
 def duration(seconds: float) -> str:
@@ -189,7 +215,7 @@ def duration(seconds: float) -> str:
     )
 
 
-def finish(folder: Path, test: list[Any]) -> None:
+def finish(folder: Path, test: list[Any], device: torch.device) -> None:
     """Draw the curves, judge the best weights on the test images, and say where everything is."""
     import vit
 
@@ -202,14 +228,12 @@ def finish(folder: Path, test: list[Any]) -> None:
     except ValueError as error:  # matplotlib is not installed
         print(f"no {folder / 'curves.png'}: {error}")
     if test:
-        model = vit.load_pretrained(folder / "model_best.safetensors")
+        model = vit.load_pretrained(folder / "model_best.safetensors", device=device)
         judge(model, test)
 
 
 def judge(model: ViT, test: list[Any]) -> None:
     """Print the accuracy on the test images."""
-    import torch
-
     truth = torch.tensor([label for _, label in test])
     found = measure(model, create_transform(model), [image for image, _ in test], truth, 32, set())
     low, high = found["interval"]

@@ -36,6 +36,8 @@ def make_recipe(args: argparse.Namespace, images: int) -> Recipe:
         raise ValueError("--epochs and --steps cannot go together: both say how long the run is")
     if epochs is None and "steps" not in stated:
         epochs = EPOCHS.get(args.recipe)
+    if epochs is not None and not epochs > 0:
+        raise ValueError(f"--epochs must be above 0, got {epochs}")
     if epochs is not None:
         stated["steps"] = max(1, round(epochs * (images // batch_size)))
     if "steps" in stated and "warmup_steps" not in stated:
@@ -71,15 +73,23 @@ def load(args: argparse.Namespace, classes: list[str]) -> tuple[ViT, str]:
 
 def describe(args: argparse.Namespace, recipe: Recipe, splits: Splits, model: ViT, head: str) -> None:
     """Print the plan."""
+    from vit.weights.description import assumed
+
     prepare(model, recipe)
     count = sum(parameter.numel() for parameter in model.parameters())
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    height, width = model.preprocessing.size
+    settings, guesses = model.preprocessing, assumed(model.config)
+    height, width = settings.size
     per_class = Counter(name for _, name in splits.train)
     shown = ", ".join(f"{name} {per_class[name]}" for name in (model.categories or [])[:20])
     parts = [f"{counted(len(splits.train), 'image')} to train on", f"{len(splits.val)} to validate"]
     parts += [f"{len(splits.test)} to test"] * bool(splits.test)
-    print(f"model    {args.model} at {height}x{width}; its head is {head}")
+    print(f"model    {args.model}; its head is {head}")
+    how = f"{settings.mode} {settings.crop_pct}" if settings.mode == "crop" else settings.mode
+    print(f"images   {height}x{width}, {how}, {settings.interpolation}, mean {settings.mean}, std {settings.std}")
+    if guesses:
+        named = ", ".join(f"{name} {entry['value']}" for name, entry in guesses.items())
+        print(f"assumed  {named} (--set states them)")
     print(f"data     {args.data}: {', '.join(parts)} ({splits.how})")
     print(f"classes  {len(per_class)}; training images of each: {shown}{' ...' * (len(per_class) > 20)}")
     numbers = ", ".join(f"{name} {value}" for name, value in asdict(recipe).items() if value != "")

@@ -1,7 +1,8 @@
 """Fine-tuning: `train` is the loop, `Recipe` its numbers. The core does not know this package."""
 
 from .data import Images, RandomCrop, balanced
-from .loop import evaluate, train
+from .evaluation import evaluate
+from .loop import train
 from .recipes import RECIPES, Recipe, learning_rate, parameter_groups
 from .state import State, restore, save
 

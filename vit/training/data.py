@@ -139,8 +139,10 @@ def pair(item: Any) -> tuple[Any, int]:
     if isinstance(item, Mapping):
         if not {"image", "label"} <= item.keys():
             raise ValueError(f"each item must have 'image' and 'label', got {', '.join(map(repr, item))}: rename them")
-        return item["image"], int(item["label"])
+        item = item["image"], item["label"]
     image, label = item
+    if int(label) != label:
+        raise ValueError(f"expected the number of a class, got the label {label!r}")
     return image, int(label)
 
 
@@ -181,4 +183,4 @@ def loader(images: Images, keys: Iterable[list[Key]], workers: int, device: torc
 def balanced(labels: Sequence[int], classes: int) -> Tensor:
     """[classes], weights that make all classes count alike: images / (classes * images of the class)."""
     counts = Counter(labels)
-    return torch.tensor([len(labels) / (classes * counts[label]) for label in range(classes)])
+    return torch.tensor([len(labels) / (classes * max(1, counts[label])) for label in range(classes)])

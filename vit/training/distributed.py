@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -33,6 +33,24 @@ def total(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give all processes the first one's values."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def union(texts: Iterable[str], device: torch.device) -> set[str]:
+    """The texts of all processes: mostly none, so that they are exchanged only if there are any."""
+    own = set(filter(None, texts))
+    if not dist.is_initialized() or not total(torch.tensor(float(len(own)), device=device)):
+        return own
+    parts: list[set[str]] = [set()] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return set().union(*parts)
 
 
 def whole(value: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from vit.model import ViT
 
-from .data import STEP, Images, Item, batches, loader, own_generators, seed_from, shares
-from .distributed import precision, rank_and_world, summing, total, whole, wrap
+from .data import STEP, Images, Item, batches, loader, own_generators, seed_from
+from .distributed import broadcast, precision, rank_and_world, summing, total, union, whole, wrap
+from .evaluation import evaluate
 from .loss import cross_entropy, mixup
 from .recipes import Recipe, learning_rate, make_optimizer, prepare, set_rates
 from .run import Folder
@@ -80,6 +81,7 @@ def train(
 
     prepare(model, recipe)  # drop path, and what is trained
     model.to(device).train()
+    broadcast(model.state_dict().values())
     average = copy.deepcopy(model).requires_grad_(False) if recipe.model_ema_decay else None
     result = model if average is None else average
     called = wrap(model, strategy, recipe.amp)
@@ -97,25 +99,30 @@ def train(
         val_images = Images(validation, transform, recipe.seed, channels)
         keys = batches(len(data), recipe.batch_size, state.step, recipe.steps, recipe.seed, rank, world)
         for batch in loader(train_images, keys, workers, device):
-            folder.report(batch.error)
+            folder.report(union(batch.error, device))
             set_rates(optimizer, learning_rate(state.step, recipe.steps, recipe.warmup_steps))
             optimizer.zero_grad()
             loss = backward(called, batch, recipe, state.step, class_weights, scaler, context)
-            scaler.unscale_(optimizer)
-            norm = whole(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)).item()
+            norm = clip(model, optimizer, scaler, recipe.clip_grad)
             if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
                 raise ValueError(not_finite(loss, norm, state.step, train_images, recipe))
             scaler.step(optimizer)
             scaler.update()
+            broadcast(model.buffers())  # BatchNorm's, which each process has counted by itself
             state.step += 1
             if average is not None:
                 update_average(average, model, min(recipe.model_ema_decay, (1 + state.step) / (10 + state.step)))
-            folder.log(step=state.step, loss=loss, norm=norm, lr=optimizer.param_groups[-1]["lr"])
+            folder.log(
+                step=state.step,
+                loss=loss,
+                norm=norm if math.isfinite(norm) else None,
+                lr=optimizer.param_groups[-1]["lr"],
+            )
 
             last = state.step == recipe.steps
             if len(validation) and (last or state.step % validate_every == 0):
                 found, errors = evaluate(judged, val_images, recipe.batch_size, workers, context)
-                folder.report(errors)
+                folder.report(union(errors, device))
                 folder.log(step=state.step, **found)
                 if found["accuracy"] > state.best:
                     state.best = found["accuracy"]
@@ -155,6 +162,12 @@ def backward(
     return total(loss).item()
 
 
+def clip(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, most: float) -> float:
+    """Scale the gradient down to the norm `most` (0: leave it), and return the norm that it had."""
+    scaler.unscale_(optimizer)
+    return whole(nn.utils.clip_grad_norm_(model.parameters(), most or math.inf)).item()
+
+
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """average = decay * average + (1 - decay) * model; other tensors, such as BatchNorm's, are copied."""
@@ -162,39 +175,3 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         mean.lerp_(parameter, 1 - decay)
     for copied, buffer in zip(average.buffers(), model.buffers()):
         copied.copy_(buffer)
-
-
-@torch.no_grad()
-def evaluate(
-    called: nn.Module,
-    images: Images,
-    batch_size: int = 32,
-    workers: int = 0,
-    context: Callable[[], AbstractContextManager] = nullcontext,
-) -> tuple[dict[str, float], list[str]]:
-    """Judge a model on labelled images: the mean loss, the accuracy and the mean of the classes' accuracies.
-
-    Returns:
-        The figures, and the errors of images that could not be read, which do not count.
-    """
-    device = next(called.parameters()).device
-    was_training = called.training
-    called.eval()
-    counts, loss, errors = torch.zeros(0), torch.zeros((), device=device), []
-    for batch in loader(images, shares(len(images), batch_size, *rank_and_world()), workers, device):
-        x, y, w = (tensor.to(device) for tensor in (*batch[:2], batch.weight.float()))
-        with context():
-            logits = called(x)  # [b, classes]
-        loss += (w * cross_entropy(logits, y)).sum()
-        right = w * (logits.argmax(dim=1) == y)
-        counts = counts if len(counts) else torch.zeros(2, logits.shape[1], device=device)
-        counts.index_add_(1, y, torch.stack([right, w]))  # [2, classes]: right, all
-        errors += batch.error
-    called.train(was_training)
-    right, seen = total(counts)
-    classes = seen > 0
-    return {
-        "val_loss": (total(loss) / seen.sum()).item(),
-        "accuracy": (right.sum() / seen.sum()).item(),
-        "balanced_accuracy": (right[classes] / seen[classes]).mean().item(),
-    }, errors

@@ -124,12 +124,13 @@ def parameter_groups(
     if layer_decay != 1.0 and not isinstance(model, ViT):
         raise ValueError(f"layer_decay is for a vit.ViT: give {type(model).__name__} layer_decay=1.0")
     top = model.config.depth + 1 if isinstance(model, ViT) else 0
+    own = getattr(model, "no_weight_decay", set)()  # timm's models name theirs
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         layer = layer_of(name, top - 1) if isinstance(model, ViT) else 0
-        decayed = decays(name, parameter)
+        decayed = decays(name, parameter) and name not in own
         group = groups.setdefault((layer, decayed), {"params": [], "names": []})
         group["params"].append(parameter)
         group["names"].append(name)
@@ -153,9 +154,10 @@ def prepare(model: nn.Module, recipe: Recipe) -> None:
     depth = model.config.depth
     if recipe.freeze > depth:
         raise ValueError(f"freeze={recipe.freeze} is more than the model's {depth} blocks; -1 trains only the head")
-    trained = depth + 1 if recipe.freeze == -1 else recipe.freeze + 1 if recipe.freeze else 0
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(layer_of(name, depth) >= trained and (recipe.freeze != -1 or name.startswith("head")))
+    for name, parameter in model.named_parameters():  # what the caller has frozen stays so
+        below = not name.startswith("head") if recipe.freeze == -1 else layer_of(name, depth) <= recipe.freeze
+        if recipe.freeze and below:
+            parameter.requires_grad_(False)
     model.config = model.config.override(drop_path_rate=recipe.drop_path)
     for i, block in enumerate(cast(Iterable[Block], model.blocks)):
         rate = recipe.drop_path * i / max(depth - 1, 1)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +32,8 @@ class Folder:
         self.bad: set[str] = set()
 
     def __enter__(self) -> Folder:
+        import fcntl  # Windows has none
+
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock: IO[str] | None = None
         if self.main:
@@ -64,11 +65,11 @@ class Folder:
             if self.show is not None:
                 self.show(record)
 
-    def report(self, errors: Iterable[str]) -> None:
-        """List unreadable images, each once; ValueError if there are more than `max_bad`."""
-        for error in set(filter(None, errors)) - self.bad:
-            self.bad.add(error)
+    def report(self, errors: set[str]) -> None:
+        """List unreadable images, each once; ValueError if there are more than `max_bad`. The same in all processes."""
+        for error in sorted(errors - self.bad) if self.main else ():
             print(f"left out: {error}", file=sys.stderr)
+        self.bad |= errors
         if len(self.bad) > self.max_bad:
             raise ValueError(
                 f"{len(self.bad)} images cannot be used, more than max_bad={self.max_bad} (--max-bad):"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vit.image import Transform, create_transform
 from vit.model import ViT
 
-from .data import Images, RandomCrop, batches
+from .data import Images, RandomCrop, batches, pair
 from .recipes import Recipe
 
 
@@ -31,6 +31,8 @@ def check(model: nn.Module, recipe: Recipe, images: int, world: int) -> None:
     if recipe.batch_size % (world * recipe.grad_accum_steps):
         by = f"{world} processes times {recipe.grad_accum_steps} parts (grad_accum_steps)"
         raise ValueError(f"batch_size {recipe.batch_size} cannot be divided by {by}")
+    if recipe.mixup and recipe.batch_size == world * recipe.grad_accum_steps:
+        raise ValueError("mixup blends the images of a part of a batch, and each part has one: raise batch_size")
 
 
 def default_transforms(
@@ -62,6 +64,8 @@ def same_when_resumed(
         config.pop(name, None)
     return {
         **asdict(recipe),
+        "categories": getattr(model, "categories", None),
+        "labels": some_labels(data) + some_labels(validation),
         "model": type(model).__name__,
         **{
             f"model {name}": value
@@ -75,6 +79,11 @@ def same_when_resumed(
         "class_weights": None if class_weights is None else class_weights.tolist(),
         **(others or {}),
     }
+
+
+def some_labels(data: Sequence[Any], most: int = 200) -> list[int]:
+    """The labels of some items, evenly spaced: an item may be an image that is decoded when it is asked for."""
+    return [pair(data[i])[1] for i in range(0, len(data), max(1, len(data) // most))]
 
 
 def not_finite(loss: float, norm: float, step: int, images: Images, recipe: Recipe) -> str:

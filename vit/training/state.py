@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 import vit
 from vit.files import replacing, write_json
 from vit.metadata import Provenance
 from vit.model import ViT
 
-from .distributed import barrier, rank_and_world
+from .distributed import barrier, rank_and_world, whole
 from .recipes import Recipe
 
 
@@ -39,13 +39,24 @@ class State:
 
     def tensors(self) -> dict[str, Any]:
         """What `torch.distributed.checkpoint` writes and reads in place; rates follow from the recipe and the step."""
-        from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
-
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        parts = {"model": model, "optimizer": optimizer["state"]}
+        parts = {"model": self.model.state_dict(), "optimizer": self.moments()}
         if self.average is not None:
-            parts["average"] = get_model_state_dict(self.average)
+            parts["average"] = self.average.state_dict()
         return parts
+
+    def moments(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's tensors by the names of their parameters, which may be without any."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return {names[parameter]: dict(values) for parameter, values in self.optimizer.state.items()}
+
+    def make_room(self, shapes: Mapping[str, Any]) -> None:
+        """Zeros for the moments that a saved state has; `shapes` are its tensors' by their names there."""
+        for name, parameter in self.model.named_parameters():
+            start = f"optimizer.{name}."
+            for key in [key for key in shapes if key.startswith(start) and "." not in key.removeprefix(start)]:
+                own = shapes[key].size == parameter.shape
+                zeros = torch.zeros_like(parameter) if own else torch.zeros(shapes[key].size)  # AdamW counts steps
+                self.optimizer.state[parameter][key.removeprefix(start)] = zeros
 
 
 def save(folder: Path, state: State, facts: Mapping[str, Any]) -> None:
@@ -78,6 +89,8 @@ def save(folder: Path, state: State, facts: Mapping[str, Any]) -> None:
         if rank == 0:
             scaler = state.scaler.state_dict()
             write_json(part / "run.json", {"step": state.step, "best": state.best, "scaler": scaler, "facts": facts})
+            with (part / "run.json").open("rb") as file:
+                os.fsync(file.fileno())  # as PyTorch does with the others, before the older state is removed
     except (Exception, CheckpointException) as error:  # PyTorch wraps the system's error
         if rank == 0:
             shutil.rmtree(part, ignore_errors=True)
@@ -124,33 +137,26 @@ def restore(folder: Path, state: State, facts: Mapping[str, Any]) -> None:
         return
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint import CheckpointException
-    from torch.distributed.checkpoint.state_dict import (
-        get_optimizer_state_dict,
-        set_model_state_dict,
-        set_state_dict,
-    )
 
     from .trusted import Reader
 
-    run = json.loads((found[-1] / "run.json").read_text(encoding="utf-8"))
-    check_same(folder.parent, run["facts"], facts)
-    parts = state.tensors()
     try:
+        run = json.loads((found[-1] / "run.json").read_text(encoding="utf-8"))
+        check_same(folder.parent, run["facts"], facts)
         reader = Reader(found[-1])
-        reader.read_metadata()  # an error here is said in fewer words than PyTorch's
+        state.make_room(reader.read_metadata().state_dict_metadata)
         with _quiet():
-            dcp.load(parts, storage_reader=reader, no_dist=rank_and_world()[1] == 1)
+            dcp.load(state.tensors(), storage_reader=reader, no_dist=rank_and_world()[1] == 1)
+        state.scaler.load_state_dict(run["scaler"])
+        state.step, state.best = run["step"], run["best"]
+    except AnotherRun:
+        raise
     except (Exception, CheckpointException) as error:  # PyTorch wraps the reason
         raise ValueError(f"cannot read {found[-1]}: {_reason(error)}; remove it to begin anew") from error
-    optimizer = {
-        "state": parts["optimizer"],
-        "param_groups": get_optimizer_state_dict(state.model, state.optimizer)["param_groups"],
-    }
-    set_state_dict(state.model, state.optimizer, model_state_dict=parts["model"], optim_state_dict=optimizer)
-    if state.average is not None:
-        set_model_state_dict(state.average, parts["average"])
-    state.scaler.load_state_dict(run["scaler"])
-    state.step, state.best = run["step"], run["best"]
+
+
+class AnotherRun(ValueError):
+    """The folder holds a run that differs from this one."""
 
 
 def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -159,7 +165,7 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if names:
         changes = ", ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)
-        raise ValueError(
+        raise AnotherRun(
             f"{folder} holds another run ({changes}): repeat the command that began it, or choose another folder"
         )
 
@@ -173,6 +179,8 @@ def write_model(model: nn.Module, path: Path, recipe: Recipe) -> None:
             vit.save_checkpoint(model, path)
         finally:
             model.provenance = before
-    elif rank_and_world()[0] == 0:
+        return
+    tensors = {name: whole(tensor).clone().contiguous() for name, tensor in model.state_dict().items()}
+    if rank_and_world()[0] == 0:
         with replacing(path) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, temporary)
+            save_file(tensors, temporary)

@@ -270,3 +270,49 @@ def test_an_optimized_model_is_refused(tmp_path):
     optimized = vit.kernels.optimize(model().eval(), "float32")
     with pytest.raises(ValueError, match="an optimized model cannot be trained: train the model that it was made from"):
         train(optimized, data(8), QUICK, tmp_path)
+
+
+def test_what_the_caller_has_frozen_stays_frozen(tmp_path):
+    ours = model()
+    ours.patch_embed.requires_grad_(False)
+    before = ours.patch_embed.proj.weight.clone()
+    train(ours, data(8), Recipe(steps=2, warmup_steps=0, batch_size=4, lr=1e-2), tmp_path)
+    assert torch.equal(ours.patch_embed.proj.weight, before)
+
+
+def test_a_parameter_that_is_never_used_does_not_end_a_run(tmp_path):
+    """Nor may tied weights: both come after an epoch's work otherwise."""
+
+    def make():
+        torch.manual_seed(0)
+        ours = Small()
+        ours.unused = nn.Linear(2, 2)
+        ours.tied = nn.Module()
+        ours.tied.weight = ours.head.weight
+        return ours
+
+    def stop(record):
+        if record["step"] == 3:
+            raise KeyboardInterrupt
+
+    transform = vit.create_transform(model())
+    recipe = Recipe(steps=4, warmup_steps=0, batch_size=4, layer_decay=1.0)
+    arguments = {"augment": transform, "transform": transform, "save_every": 2}
+    whole = train(make(), data(8), recipe, tmp_path / "whole", **arguments)
+    with pytest.raises(KeyboardInterrupt):
+        train(make(), data(8), recipe, tmp_path / "parts", log=stop, **arguments)
+    resumed = train(make(), data(8), recipe, tmp_path / "parts", **arguments)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
+
+
+def test_other_labels_are_another_run(tmp_path):
+    train(model(), data(8), Recipe(steps=2, warmup_steps=0, batch_size=4), tmp_path)
+    turned = [(image, 2 - label) for image, label in data(8)]
+    with pytest.raises(ValueError, match=r"holds another run \(labels \[0, 1, 2"):
+        train(model(), turned, Recipe(steps=2, warmup_steps=0, batch_size=4), tmp_path)
+
+
+def test_no_readable_validation_image(tmp_path):
+    bad = [(tmp_path / "missing.png", 0)]
+    with pytest.raises(ValueError, match="no validation image can be used: .*missing.png"):
+        train(model(), data(8), QUICK, tmp_path / "run", validation=bad, max_bad=5)
