@@ -129,12 +129,67 @@ def test_what_only_resembles_a_second_model_is_no_choice():
         under("optimizer.state.exp_avg.", state),
         under("text.", blocks | {"pos_embed": torch.ones(1, 77, 128)}),
     ):
-        converted = convert(under("model.", state) | beside)
-        assert converted.report.notes == [] and converted.report.prefix == "model."
+        for outer in ("", "state_dict."):
+            converted = convert(under(outer, under("model.", state) | beside))
+            assert converted.report.notes == [] and converted.report.prefix == f"{outer}model."
     moments = convert(vit.ViT(TINY).state_dict(), "vit", "big_vision", TINY).state_dict
     assert convert(under("params/", moments) | under("opt/0/mu/", moments)).report.prefix == "params/"
     bare = {key: tensor for key, tensor in state.items() if not key.startswith("head")}
     assert convert(under("student.", state) | under("teacher.backbone.", bare)).report.prefix == "teacher.backbone."
+
+
+def without(name: str) -> dict:
+    return {key: tensor for key, tensor in timm_state().items() if key != name}
+
+
+def renamed(old: str, new: str) -> dict:
+    return {key.replace(old, new): tensor for key, tensor in timm_state().items()}
+
+
+UNREADABLE = {  # a moving average: of the trained parameters alone, with a projection head, with LoRA, reparametrized
+    "without positions": without("pos_embed"),
+    "without a class token": without("cls_token"),
+    "with more": timm_state() | {"head.mlp.0.weight": torch.ones(3, 3)},
+    "LoRA": renamed("qkv.weight", "qkv.base_layer.weight"),
+    "LoRA of a part": under("base_model.model.", renamed("qkv.weight", "qkv.base_layer.weight")),
+    "reparametrized": renamed("qkv.weight", "qkv.parametrizations.weight.original"),
+    "in a wrapper": under("module.backbone.", without("pos_embed")),
+    "the last block": {key: tensor for key, tensor in timm_state().items() if key.startswith("blocks.1.")},
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+@pytest.mark.parametrize(("better", "worse"), [("model_ema.", "model."), ("teacher.", "student.")])
+def test_a_better_model_that_cannot_be_read_is_not_passed_over(better, worse, case):
+    state = timm_state()
+    both = under(worse, state) | under(better, UNREADABLE[case])
+    with pytest.raises(CheckpointError, match=f"'{better}.* comes before '{worse}'.*one, prefix='{worse}' or prefix="):
+        convert(both)
+    assert torch.equal(convert(both, prefix=worse).state_dict["class_token"], state["cls_token"])
+    with pytest.raises(CheckpointError):
+        convert(both, prefix=better)
+    swapped = under(better, state) | under(worse, UNREADABLE[case])  # what is left out comes after what is read
+    assert convert(swapped).report.prefix == better
+
+
+@pytest.mark.parametrize("better", ["model_ema", "ema.module"])
+def test_a_better_model_that_is_an_object_is_not_passed_over(better, tmp_path):
+    state, network = timm_state(), torch.nn.Linear(2, 2)
+    outer, _, inner = better.partition(".")
+    torch.save({"model": state, outer: {inner: network} if inner else network}, tmp_path / "c.pth")
+    with (
+        pytest.warns(UserWarning, match=f"the tensors within {better}, which is Linear, are not read"),
+        pytest.raises(CheckpointError, match=f"'{better}.' comes before 'model.'.*: state one, prefix='model.' "),
+    ):
+        vit.load_pretrained(tmp_path / "c.pth")
+    with pytest.warns(UserWarning, match="left behind"):
+        model = vit.load_pretrained(tmp_path / "c.pth", prefix="model.")
+    assert torch.equal(model.class_token, state["cls_token"])
+
+
+def test_numbers_and_texts_in_the_place_of_a_better_model_are_none(tmp_path):
+    torch.save({"model": timm_state(), "model_ema": None, "ema": 0.99, "teacher": "deit_base"}, tmp_path / "c.pth")
+    assert vit.load_pretrained(tmp_path / "c.pth").provenance.part is None
 
 
 def test_an_averaged_model_counts_its_averages():
