@@ -24,12 +24,12 @@ _CONTAINERS = (
 _FLAX_CONTAINERS = ("opt/target/params/", "opt/target/", "params/img/", "params/")
 # What wrappers of PyTorch, timm and transformers put before every name.
 _STRIPPED = ("module", "_orig_mod", "backbone", "timm_model")
-# What wrappers hold beside the model -> why it is left out.
-BESIDE = {"n_averaged": "how many models torch.optim.swa_utils.AveragedModel has averaged"}
+# What keeps moving averages: the names of its counts and settings, beside the model or among its parameters.
+BOOKKEEPING = ("n_averaged", "num_updates", "updates", "steps", "step", "initted", "decay")
 _WRAPPER = re.compile(rf"((?:{'|'.join((*_CONTAINERS, *_STRIPPED))})\.)*|{'|'.join(_FLAX_CONTAINERS)}")
 
 # An optimizer's moments have the names and shapes of the weights.
-_OPTIMIZER = re.compile(r"(.*[./])?(opt|optim|optimizers?)(_states?)?[./].*")
+_OPTIMIZER = re.compile(r"(.*[./])?(opt|optim|optimizers?|adamw?)(_states?|_state_dicts?)?[./].*")
 
 # How the keys of a block begin in any layout, behind whatever wrapper: blocks.3.attn.qkv., blocks.3.norm1.
 _BLOCKS = {

@@ -11,6 +11,7 @@ import vit
 from vit.weights import CheckpointError, convert, detect_layout
 from vit.weights.keymap import split_number
 from vit.weights.layouts import LAYOUTS
+from vit.weights.verify import convert_file
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -127,6 +128,9 @@ def test_what_only_resembles_a_second_model_is_no_choice():
     for beside in (
         under("decoder.", blocks),
         under("optimizer.state.exp_avg.", state),
+        under("optimizer_state_dict.exp_avg.", state) | under("optimizer_state_dict.exp_avg_sq.", state),
+        under("optim_state_dict.exp_avg.", state),
+        under("optim.exp_avg.", state) | under("adam.exp_avg.", state) | under("adamw_state.exp_avg.", state),
         under("text.", blocks | {"pos_embed": torch.ones(1, 77, 128)}),
     ):
         for outer in ("", "state_dict."):
@@ -200,6 +204,33 @@ def test_an_averaged_model_counts_its_averages():
     assert list(converted.report.dropped) == ["n_averaged"] and converted.report.prefix == "module."
     both = under("swa_model.", averaged) | under("model.", network.state_dict())
     assert convert(both, config=TINY).report.prefix == "swa_model.module."
+
+
+@pytest.mark.parametrize("wrapper", ["ema.", "ema.module.", "ema_state_dict.module.backbone."])
+@pytest.mark.parametrize("name", ["num_updates", "updates", "steps", "step", "initted", "decay"])
+def test_what_keeps_moving_averages_counts(name, wrapper, tmp_path):
+    state, container = timm_state(), wrapper.partition(".")[0]
+    for value in (torch.tensor(3), 0.99):
+        for front in {f"{container}.", wrapper}:
+            both = under("student.", state) | under(wrapper, state) | {f"{front}{name}": value}
+            torch.save(both, tmp_path / "c.pth")
+            report = convert_file(tmp_path / "c.pth", tmp_path / "m.safetensors", "vit")
+            assert set(report["dropped"]) == {f"{front}{name}"} and f"took {wrapper!r}" in report["notes"][0]
+    with pytest.raises(CheckpointError, match=f"unexpected keys: {name}.bias"):
+        convert(under(wrapper, state | {f"{name}.bias": torch.ones(2)}))
+
+
+def test_numbers_and_texts_beside_the_model_are_dropped_and_objects_are_not(tmp_path):
+    content = {"backbone": timm_state(num_classes=0), "momentum": 0.9, "name": "x", "next": None}
+    torch.save({"ema": content}, tmp_path / "c.pth")
+    report = convert_file(tmp_path / "c.pth", tmp_path / "m.safetensors", "vit")
+    assert report["dropped"] == {
+        f"ema.{name}": f"beside the model, and not a tensor but of type {kind}"
+        for name, kind in (("momentum", "float"), ("name", "str"), ("next", "NoneType"))
+    }
+    torch.save({"ema": content | {"head": torch.nn.Linear(2, 2)}}, tmp_path / "c.pth")
+    with pytest.warns(UserWarning, match="are not read"), pytest.raises(CheckpointError, match="keys: ema.head"):
+        vit.load_pretrained(tmp_path / "c.pth")
 
 
 def test_the_heads_of_dino_and_ibot_are_beside_the_backbone():
