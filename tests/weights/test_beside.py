@@ -141,7 +141,60 @@ LOGS = [
     {"architecture": "vit_small", "num_features": 384},
     {"model_type": "vit_small", "optimizer": {"name": "adamw"}},
     {"encoder": {"depth": 12}, "_wandb": {"desc": None, "value": {}}},
+    {"hidden_size": 64, "num_layers": 2, "lr": 1e-3},
+    {"model_args": {"depth": 2}, "seed": 0},
+    {"architecture": "my_vit_v2", "lr": 0.1},
+    {"architecture": "resnet50", "lr": 0.1},
+    {"architecture": "vit_tiny_patch16_224", "input_size": 224, "num_classes": 5},
+    {"architecture": "vit_tiny_patch16_224", "mean": None, "std": None, "crop_pct": None, "num_classes": 7},
+    {"architectures": "vit", "transformers_version": "4", "model_type": None},
+    {"vision_config": {"width": 64}, "backbone_config": {"depth": 2}},
 ]
+TEXTS = {
+    '[{"epoch": 1}]': "holds list",
+    '{"epoch": 1}\n{"epoch": 2}\n': "Extra data",
+    "lr: 0.1\n": "begins with 'lr: 0.1'",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_log_that_is_no_json_object_does_not_block_the_weights_beside_it(text, tmp_path):
+    save_file(under("net.", timm_state()), tmp_path / "model.safetensors")
+    bare = vit.load_pretrained(tmp_path, prefix="net.")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.warns(UserWarning, match=f"config.json .*{TEXTS[text]}.*; nothing was read from it"):
+        ours = vit.load_pretrained(tmp_path, prefix="net.")
+    assert same(ours, bare) and ours.config == bare.config
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"hidden_size": 64, ', '[{"a":', "version https://git-lfs.github.com/spec/v1\n", "<html>", "\ufeff{}"]
+)
+def test_a_config_that_did_not_arrive_is_no_log(text, tmp_path):
+    save_file(timm_state(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="config.json is "):
+        vit.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"architecture": "resnet50", "pretrained_cfg": {}}, {"architecture": "segmenter_v2", "model_args": {"a": 1}},
+     {"architecture": "swin_tiny", "mean": [0.5] * 3, "std": [0.5] * 3}],
+)  # fmt: skip
+def test_timms_config_of_a_larger_model_is_not_used_for_a_part(content, tmp_path):
+    save_file(under("encoder.", timm_state()), tmp_path / "model.safetensors")
+    bare = vit.load_pretrained(tmp_path, prefix="encoder.")
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    name = content["architecture"]
+    with pytest.warns(
+        UserWarning, match=rf"a larger model \({name}\), so nothing was read from there about 'encoder.'"
+    ):
+        ours = vit.load_pretrained(tmp_path, prefix="encoder.")
+    assert same(ours, bare) and ours.config == bare.config
+    (tmp_path / "config.json").write_text(json.dumps(content | {"architecture": "vit_base_patch16_clip_224"}))
+    with pytest.raises(CheckpointError, match="is not one of timm's plain ViTs"):  # which may be this part
+        vit.load_pretrained(tmp_path, prefix="encoder.")
 
 
 @pytest.mark.parametrize("content", LOGS)
@@ -159,9 +212,14 @@ def test_the_log_of_a_training_does_not_block_the_weights_beside_it(content, tmp
 def test_a_file_that_describes_a_model_is_no_log(tmp_path):
     save_file(timm_state(), tmp_path / "model.safetensors")
     for content, message in (
-        ({"hidden_size": 128, "num_attention_heads": 4}, "model_type None, expected one of vit, "),
+        ({"hidden_size": 128, "architectures": ["ViTModel"]}, "model_type None, expected one of vit, "),
         ({"model_type": "swin", "architectures": ["SwinModel"]}, "model_type 'swin', expected one of vit, "),
-        ({"architecture": "resnet50"}, "the architecture 'resnet50' is not one of timm's plain ViTs"),
+        ({"model_type": "swin", "transformers_version": "5.0"}, "model_type 'swin', expected one of vit, "),
+        ({"architecture": "resnet50", "mean": [0, 0, 0], "std": [1, 1, 1]}, "the architecture 'resnet50' is not one"),
+        (
+            {"architecture": "resnet50", "pretrained_cfg": {}},
+            "the architecture 'resnet50' is not one of timm's plain ViTs",
+        ),
         ({"pretrained_cfg": {}}, "is not timm's config.json: it has no 'architecture'"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(content))
@@ -175,6 +233,10 @@ def test_a_preprocessor_without_a_config(tmp_path):
     file.write_text(json.dumps({"image_mean": IMAGENET[0], "image_std": IMAGENET[1], "size": 48, "resample": 3}))
     assert vit.load_pretrained(tmp_path).preprocessing == vit.Preprocessing(
         (48, 48), *IMAGENET, "bicubic", 1.0, "squash"
+    )
+    file.write_text(json.dumps({"image_mean": IMAGENET[0], "image_std": IMAGENET[1]}))  # at the weights' own size
+    assert vit.load_pretrained(tmp_path).preprocessing == vit.Preprocessing(
+        (32, 32), *IMAGENET, "bilinear", 1.0, "squash"
     )
     file.write_text('{"sampling_rate": 16000}')
     assert vit.load_pretrained(tmp_path).preprocessing.size == (32, 32)
