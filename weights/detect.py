@@ -287,8 +287,9 @@ def _places(layout: Layout, index: list[str]) -> list[Place]:
         place = Place(layout, before.removesuffix(prefix) if prefixed else before, prefixed)
         if place.wrapper and place.wrapper[-1] not in "./":
             continue  # "myblocks.0..."
-        complete = all(_begins(index, place.wrapper + o, True) or _begins(index, place.front + o, True) for o in others)
-        if complete and not any(_begins(index, front + other) for other in absent for front in place.fronts):
+        if all(_has(index, place, other) for other in others) and not any(
+            _begins(index, front + other) for other in absent for front in place.fronts
+        ):
             found.append(place)
         if len(found) > _MOST:
             raise CheckpointError(f"there are more than {_MOST} models in the {layout.name} layout: state a prefix")
@@ -296,8 +297,13 @@ def _places(layout: Layout, index: list[str]) -> list[Place]:
 
 
 def _missing_markers(place: Place, index: list[str]) -> tuple[str, ...]:
-    fronts, markers = (place.wrapper, place.front), place.layout.detection.markers
-    return tuple(marker for marker in markers if not any(_begins(index, front + marker, True) for front in fronts))
+    return tuple(marker for marker in place.layout.detection.markers if not _has(index, place, marker))
+
+
+def _has(index: list[str], place: Place, marker: str) -> bool:
+    """Whether the model has a marker key: this one, or one that begins so if it ends in a dot."""
+    whole = not marker.endswith(".")
+    return any(_begins(index, front + marker, whole) for front in (place.wrapper, place.front))
 
 
 def _begins(index: list[str], text: str, whole: bool = False) -> bool:
