@@ -300,13 +300,28 @@ def test_only_known_decoders_are_dropped(tmp_path):
 
 
 @torch.no_grad()
-def test_transformers_msn(tmp_path):
-    theirs = transformers.ViTMSNModel(transformers.ViTMSNConfig(**SIZES))
+@pytest.mark.parametrize("kind", ["ViTMSNModel", "ViTMSNForImageClassification"])
+def test_transformers_msn(kind, tmp_path):
+    """Version 5 writes the blocks of one with a classifier without the prefix that all else has."""
+    theirs = getattr(transformers, kind)(transformers.ViTMSNConfig(**SIZES, num_labels=7))
     folder(tmp_path, theirs)
     ours = vit.load_pretrained(tmp_path)
     x = images(2, 3, 32, 32)
     assert ours.config.eps == 1e-6
-    assert difference(ours.forward_features(x), theirs(x).last_hidden_state) <= FLOAT32
+    out = theirs(x)
+    if kind == "ViTMSNModel":
+        assert difference(ours.forward_features(x), out.last_hidden_state) <= FLOAT32
+    else:
+        assert difference(ours(x), out.logits) <= FLOAT32 and ours.config.num_classes == 7
+    state = load_file(tmp_path / "model.safetensors")
+    torch.save({"model": under("module.", state), "epoch": 3}, tmp_path / "c.pth")
+    (tmp_path / "model.safetensors").unlink()
+    assert same(vit.load_pretrained(tmp_path / "c.pth", num_heads=4, eps=1e-6), ours)
+    if kind == "ViTMSNForImageClassification":
+        for extra in ("embeddings.cls_token", "vit.encoder.layer.0.output.dense.bias"):
+            torch.save(state | {extra: torch.ones(128)}, tmp_path / "c.pth")
+            with pytest.raises(CheckpointError, match="unexpected keys: .*vit.embeddings.cls_token"):
+                vit.load_pretrained(tmp_path / "c.pth")
 
 
 TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 4}
