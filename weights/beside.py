@@ -33,12 +33,15 @@ def describe(found: Source, checkpoint: Checkpoint, prefix: str | None = None) -
     """
     if any(key.startswith("vit.") for key in checkpoint.metadata):
         return read_header(checkpoint.metadata)
-    try:
-        content, where = {} if found.config is None else read_json(found.config), str(found.config)
-    except CheckpointError as error:
-        if not _is_log(found.config):
-            raise
-        return _prepared(Description(notes=(f"{error}; nothing was read from it",)), found)
+    content: dict[str, Any] = {}
+    where = str(found.config)
+    if found.config is not None:
+        try:
+            content = read_json(found.config)
+        except CheckpointError as error:
+            if not _is_log(found.config):
+                raise
+            return _prepared(Description(notes=(f"{error}; nothing was read from it",)), found)
     whose = _whose(content)
     if whose == "timm":
         if prefix and not (content.get("model_type") == "timm_wrapper" or timm_config.names_a_vit(content)):
@@ -81,7 +84,8 @@ def _whose(content: dict[str, Any]) -> str | None:
         if transformers_config.is_known(kind) or isinstance(content.get("architectures"), list) or written:
             return "transformers"
     flat = all(isinstance(content.get(name), list) for name in ("mean", "std"))  # timm's before pretrained_cfg
-    return "timm" if "pretrained_cfg" in content or (named and ("model_args" in content or flat)) else None
+    sure = flat or "model_args" in content or timm_config.computes_otherwise(content)
+    return "timm" if "pretrained_cfg" in content or (named and sure) else None
 
 
 def _as_timm(content: dict[str, Any]) -> dict[str, Any]:

@@ -52,6 +52,12 @@ def names_a_vit(content: dict[str, Any]) -> bool:
     return isinstance(architecture, str) and _VIT.search(architecture) is not None
 
 
+def computes_otherwise(content: dict[str, Any]) -> bool:
+    """Whether the architecture is one of timm's ViTs that are not plain, whose weights a plain one may load wrongly."""
+    name = str(content.get("architecture")).partition(".")[0]
+    return names_a_vit(content) and "_patch" in name and not _PLAIN.fullmatch(name)
+
+
 def read_config(content: dict[str, Any], where: str) -> Description:
     """Read timm's `config.json`.
 
