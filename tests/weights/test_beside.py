@@ -216,9 +216,10 @@ def test_a_file_that_describes_a_model_is_no_log(tmp_path):
         ({"model_type": "swin", "architectures": ["SwinModel"]}, "model_type 'swin', expected one of vit, "),
         ({"model_type": "swin", "transformers_version": "5.0"}, "model_type 'swin', expected one of vit, "),
         ({"architecture": "resnet50", "mean": [0, 0, 0], "std": [1, 1, 1]}, "the architecture 'resnet50' is not one"),
+        ({"architecture": "resnet50", "pretrained_cfg": {}}, "the architecture 'resnet50' is not one of timm's plain"),
         (
-            {"architecture": "resnet50", "pretrained_cfg": {}},
-            "the architecture 'resnet50' is not one of timm's plain ViTs",
+            {"architecture": "vit_small_patch16_rope_ape_224.x", "lr": 0.1},
+            "may compute otherwise with the same weights",
         ),
         ({"pretrained_cfg": {}}, "is not timm's config.json: it has no 'architecture'"),
     ):
