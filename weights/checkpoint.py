@@ -30,6 +30,11 @@ class NotATensor:
 
     kind: str  # the name of its type
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is a number, a text or nothing, and not an object, which may hold tensors."""
+        return self.kind in ("NoneType", "bool", "int", "float", "complex", "str", "bytes", "scalar")  # NumPy's scalar
+
 
 @dataclass(frozen=True)
 class Checkpoint:

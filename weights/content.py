@@ -42,6 +42,7 @@ _FORMATS = {
 _BY_ENDING = {".safetensors": "safetensors", ".npz": "npz", ".onnx": "onnx", ".json": "json"}  # all others: "torch"
 _TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6
 _TABLE = b"W\xfb\x80\x8b$uG\xdb"  # how LevelDB's tables end
+_TEXT = "a text that begins with"
 _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
 
 
@@ -54,6 +55,12 @@ def mistaken(path: Path, ending: str) -> str:
     expected = _BY_ENDING.get("." + ending.rpartition(".")[2], "torch")
     found = recognise(path)
     return "" if found in (None, expected) else f"{path} is {describe(found)}; expected {_FORMATS[expected][0]}"
+
+
+def is_text(path: Path) -> bool:
+    """Whether it is JSON by its first bytes, or a text of no known kind."""
+    found = recognise(path)
+    return found == "json" or (found is not None and found[0].startswith(_TEXT))
 
 
 def describe(found: str | tuple[str, str] | None) -> str:
@@ -109,7 +116,7 @@ def _as_text(start: bytes) -> str | tuple[str, str] | None:
     if ".git/annex/objects/" in words:
         return "a git-annex pointer", "run `git annex get` on it"
     beginning = words.strip().partition("\n")[0][:40]
-    return f"a text that begins with {beginning!r}" if beginning else "a blank text", "download or copy the file itself"
+    return f"{_TEXT} {beginning!r}" if beginning else "a blank text", "download or copy the file itself"
 
 
 def _in_zip(path: Path) -> str | tuple[str, str] | None:

@@ -57,6 +57,7 @@ class Description:
     declared: dict[str, Any] = field(default_factory=dict)  # fields of ViTConfig
     assumed: dict[str, Any] = field(default_factory=dict)  # the defaults of a named model
     preprocessing: Preprocessing | None = None
+    sized: bool = True  # whether `preprocessing` has a size that was stated; if not, the weights' own is taken
     categories: list[str] | None = None
     categories_from: str = ""  # "from config.json", or IMAGENET
     license: str | None = None

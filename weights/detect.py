@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, NotATensor
 from .keymap import Layout, sort_keys
 from .layouts import LAYOUTS, get_layout
 from .layouts.timm import without_chunk
+from .refused import refuse
 
 # What training scripts put around a model's weights. Of several models of the same shapes the one is read whose
 # container is the first of these, where their containers differ: moving averages and teachers before what is trained.
@@ -23,33 +24,24 @@ _CONTAINERS = (
 _FLAX_CONTAINERS = ("opt/target/params/", "opt/target/", "params/img/", "params/")
 # What wrappers of PyTorch, timm and transformers put before every name.
 _STRIPPED = ("module", "_orig_mod", "backbone", "timm_model")
-# What wrappers hold beside the model -> why it is left out.
-BESIDE = {"n_averaged": "how many models torch.optim.swa_utils.AveragedModel has averaged"}
+# What keeps moving averages: the names of its counts and settings, beside the model or among its parameters.
+BOOKKEEPING = ("n_averaged", "num_updates", "updates", "steps", "step", "initted", "decay")
 _WRAPPER = re.compile(rf"((?:{'|'.join((*_CONTAINERS, *_STRIPPED))})\.)*|{'|'.join(_FLAX_CONTAINERS)}")
 
 # An optimizer's moments have the names and shapes of the weights.
-_OPTIMIZER = re.compile(r"(.*[./])?(opt|optim|optimizers?)(_states?)?[./].*")
+_OPTIMIZER = re.compile(r"(.*[./])?(opt|optim|optimizers?|adamw?)(_states?|_state_dicts?)?[./].*")
+
+# How the keys of a block begin in any layout, behind whatever wrapper: blocks.3.attn.qkv., blocks.3.norm1.
+_BLOCKS = {
+    re.escape(re.sub("[./][a-z]*$", "", name)).replace(r"\{\}", "[0-9]+")
+    for layout in LAYOUTS.values()
+    for entry in layout.entries
+    if entry.ours in ("blocks.{}.attention.qkv.weight", "blocks.{}.norm1.weight")
+    for name in entry.theirs
+}
+_BLOCK = re.compile(rf"((?:.*?[./])?)(?:{'|'.join(sorted(_BLOCKS))})[./]")
 
 _MOST = 100  # models of one layout in one file; a file with more is damaged or hostile
-
-# Models that resemble a ViT but cannot be loaded: a key that only they have -> why.
-_REFUSED = {
-    "transformer.layers.0.0.to_qkv.weight": "vit-pytorch's ViT (lucidrains), whose qkv layers have no bias and whose "
-    "patches have norms of their own",
-    "class_embedding": "CLIP's tower, which has a norm before its blocks",
-    "embeddings.class_embedding": "CLIP's tower, which has a norm before its blocks",
-    "norm_pre.weight": "a ViT with a norm before its blocks, as CLIP's towers have",
-    "blocks.0.attn.rel_pos_h": "SAM's image encoder, whose attention has relative positions",
-    "layers.0.attn.rel_pos_h": "SAM's image encoder, whose attention has relative positions",
-    "blocks.0.attn.relative_position_bias_table": "a model with relative positions, as BEiT and Swin have",
-    "blocks.0.attn.q_bias": "BEiT or EVA, whose attention has relative or rotary positions",
-    "rope_embed.periods": "DINOv3, which has rotary positions",
-}
-# The same by parts of keys.
-_REFUSED_PARTS = {
-    "patch_embed.backbone.": "a hybrid with a convolutional stem, which this model lacks",
-    "patch_embeddings.backbone.": "a hybrid with a convolutional stem, which this model lacks",
-}
 
 
 class Detected(str):
@@ -96,13 +88,17 @@ class Place:
     @property
     def rank(self) -> tuple[int, ...]:
         """The positions of its parts in `_CONTAINERS`: compared from the left, the first difference decides."""
-        return tuple(_CONTAINERS.index(part) for part in self.wrapper.split(".") if part in _CONTAINERS)
+        return _rank(self.wrapper)
 
     @property
     def fronts(self) -> set[str]:
         """What may precede a key of the same model: the container, and each longer beginning of `front`."""
         ends = [i + 1 for i, c in enumerate(self.wrapper) if c == "." and i >= len(self.container)]
         return {self.container, self.front, self.wrapper, *(self.wrapper[:end] for end in ends)}
+
+
+def _rank(wrapper: str) -> tuple[int, ...]:
+    return tuple(_CONTAINERS.index(part) for part in wrapper.split(".") if part in _CONTAINERS)
 
 
 def detect_layout(state_dict: Iterable[str], prefix: str | None = None) -> Detected:
@@ -171,7 +167,7 @@ def locate(state: Mapping[str, Any], layout: str | None = None, prefix: str = ""
     """
     shapes = {without_chunk(key): getattr(value, "shape", None) for key, value in state.items()}
     index = sorted(shapes)
-    _refuse(index)
+    refuse(index)
     asked = list(LAYOUTS.values()) if layout is None else [get_layout(layout)]
     places = [place for one in asked for place in _places(one, index)]
     if layout is not None and not places:
@@ -179,6 +175,7 @@ def locate(state: Mapping[str, Any], layout: str | None = None, prefix: str = ""
     if not places and layout is None:
         raise CheckpointError(_nearest(index))
     place = _choose(places, index, shapes, prefix) if places else _nowhere(asked[0], index)
+    _refuse_second_best(place, state, index, prefix)
     return place if layout is None else replace(place, lacks=_missing_markers(place, index))
 
 
@@ -206,6 +203,30 @@ def _choose(places: list[Place], index: list[str], shapes: Mapping[str, Any], pr
     if len(names) > 1:
         raise CheckpointError(f"the keys fit several layouts: {', '.join(names)}; state which one it is")
     return replace(first, others=tuple(wrapper for wrapper in wrappers if wrapper != first.wrapper))
+
+
+def _refuse_second_best(place: Place, state: Mapping[str, Any], index: list[str], prefix: str) -> None:
+    """CheckpointError if a container that ranks before the chosen model's holds one that cannot be read.
+
+    A moving average of the trained parameters alone lacks the fixed ones, and a module that was saved whole is an
+    object: to read what was trained instead would be to read another model than was asked for.
+    """
+    alike = {found[1] for found in map(_BLOCK.match, index) if found and not _OPTIMIZER.fullmatch(found[1])}
+    objects = {f"{key}." for key, value in state.items() if isinstance(value, NotATensor) and not value.plain}
+    better = sorted(
+        wrapper
+        for wrapper in alike | {wrapper for wrapper in objects if _WRAPPER.fullmatch(wrapper)}
+        if _comes_before(_rank(wrapper), place.rank) and not wrapper.startswith(place.wrapper)
+    )
+    if better:
+        what = f"{prefix + better[0]!r} comes before {prefix + place.wrapper!r}, but cannot be read as a ViT"
+        possible = [prefix + wrapper for wrapper in (place.wrapper, *better) if wrapper not in objects]
+        raise CheckpointError(f"there are several models: {what}: state one, {choices(possible)}")
+
+
+def _comes_before(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether the first container that differs ranks before the other's; one that has fewer may be around it."""
+    return next((a < b for a, b in zip(one, other) if a != b), False)
 
 
 def _is_whole(place: Place, index: list[str]) -> bool:
@@ -266,8 +287,9 @@ def _places(layout: Layout, index: list[str]) -> list[Place]:
         place = Place(layout, before.removesuffix(prefix) if prefixed else before, prefixed)
         if place.wrapper and place.wrapper[-1] not in "./":
             continue  # "myblocks.0..."
-        complete = all(_begins(index, place.wrapper + o, True) or _begins(index, place.front + o, True) for o in others)
-        if complete and not any(_begins(index, front + other) for other in absent for front in place.fronts):
+        if all(_has(index, place, other) for other in others) and not any(
+            _begins(index, front + other) for other in absent for front in place.fronts
+        ):
             found.append(place)
         if len(found) > _MOST:
             raise CheckpointError(f"there are more than {_MOST} models in the {layout.name} layout: state a prefix")
@@ -275,25 +297,19 @@ def _places(layout: Layout, index: list[str]) -> list[Place]:
 
 
 def _missing_markers(place: Place, index: list[str]) -> tuple[str, ...]:
-    fronts, markers = (place.wrapper, place.front), place.layout.detection.markers
-    return tuple(marker for marker in markers if not any(_begins(index, front + marker, True) for front in fronts))
+    return tuple(marker for marker in place.layout.detection.markers if not _has(index, place, marker))
+
+
+def _has(index: list[str], place: Place, marker: str) -> bool:
+    """Whether the model has a marker key: this one, or one that begins so if it ends in a dot."""
+    whole = not marker.endswith(".")
+    return any(_begins(index, front + marker, whole) for front in (place.wrapper, place.front))
 
 
 def _begins(index: list[str], text: str, whole: bool = False) -> bool:
     """Whether any of the sorted keys begins with `text`, or with `whole` is equal to it."""
     i = bisect_left(index, text)
     return i < len(index) and (index[i] == text if whole else index[i].startswith(text))
-
-
-def _refuse(keys: list[str]) -> None:
-    for marker, why in _REFUSED.items():
-        for key in keys:
-            if key == marker or key.endswith(f".{marker}"):
-                raise CheckpointError(f"{key} belongs to {why}: it cannot be loaded")
-    for part, why in _REFUSED_PARTS.items():
-        for key in keys:
-            if key.startswith(part) or f".{part}" in key:
-                raise CheckpointError(f"{key} belongs to {why}: it cannot be loaded")
 
 
 def _nearest(keys: list[str]) -> str:

@@ -83,7 +83,7 @@ class Naming:
 class Detection:
     """What tells a layout from all others."""
 
-    markers: tuple[str, ...]  # keys that every checkpoint of this layout has
+    markers: tuple[str, ...]  # keys that every checkpoint of this layout has, or, ending in a dot, how one begins
     absent: tuple[str, ...] = ()  # keys, or how keys begin, that only other layouts with the same markers have
 
 

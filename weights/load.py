@@ -199,6 +199,7 @@ def _attributes(found: Source, about: Description, ours: Ours, stated: Sequence[
     if categories is not None and len(categories) != config.num_classes:
         raise CheckpointError(f"there are {len(categories)} categories for {config.num_classes} classes")
     preprocessing = about.preprocessing or known_preprocessing(config, ours.layout)
+    preprocessing = preprocessing if about.sized else replace(preprocessing, size=config.img_size)
     if len(preprocessing.mean) != config.in_chans:
         raise CheckpointError(
             f"preprocessing has {len(preprocessing.mean)} channels, the weights have {config.in_chans}"
@@ -210,7 +211,7 @@ def _attributes(found: Source, about: Description, ours: Ours, stated: Sequence[
 
 def _says_nothing(about: Description) -> bool:
     """Whether no file describes the model, at most how its images are prepared."""
-    return replace(about, notes=(), preprocessing=None) == Description()
+    return replace(about, notes=(), preprocessing=None, sized=True) == Description()
 
 
 def _checked(categories: Sequence[str], num_classes: int) -> list[str]:

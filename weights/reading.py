@@ -15,7 +15,7 @@ from vit.model import ViT
 
 from .attention import is_attention_key
 from .checkpoint import CheckpointError, NotATensor
-from .detect import BESIDE, Place, choices, explain, locate, whole_prefix
+from .detect import BOOKKEEPING, Place, choices, explain, locate, whole_prefix
 from .keymap import SAME, Entry, Layout, sort_keys
 from .shapes import SHAPE_SOURCES, Claims, config_from_shapes, required_names
 
@@ -91,15 +91,19 @@ def _chosen(prefix: str, place: Place) -> str:
 def _unwrap(state: Mapping[str, Any], place: Place) -> tuple[dict[str, Any], dict[str, str], list[str], list[str]]:
     """The model's tensors without their wrapper, what is dropped beside it, left outside, and what is unexpected."""
     inside, dropped, left, odd = {}, {}, [], []
+    counts = {front + name for front in place.fronts for name in BOOKKEEPING}
     for key, tensor in state.items():
-        if key.startswith(place.wrapper):
+        if key in counts:
+            dropped[key] = "a count or a setting of what keeps the moving average"
+        elif key.startswith(place.wrapper):
             inside[key[len(place.wrapper) :]] = tensor
         elif not key.startswith(place.container):
             left.append(key)
+        elif isinstance(tensor, NotATensor) and tensor.plain:
+            dropped[key] = f"beside the model, and not a tensor but of type {tensor.kind}"
         else:  # beside the model within its container, as DINO's projection head beside its backbone
             rest = key[len(place.container) :]
-            drops = {**place.layout.naming.drops, **BESIDE}
-            why = next((why for beginning, why in drops.items() if rest.startswith(beginning)), None)
+            why = next((why for start, why in place.layout.naming.drops.items() if rest.startswith(start)), None)
             dropped.update({key: why} if why else {})
             odd.extend([] if why else [key])
     return inside, dropped, left, odd

@@ -141,7 +141,60 @@ LOGS = [
     {"architecture": "vit_small", "num_features": 384},
     {"model_type": "vit_small", "optimizer": {"name": "adamw"}},
     {"encoder": {"depth": 12}, "_wandb": {"desc": None, "value": {}}},
+    {"hidden_size": 64, "num_layers": 2, "lr": 1e-3},
+    {"model_args": {"depth": 2}, "seed": 0},
+    {"architecture": "my_vit_v2", "lr": 0.1},
+    {"architecture": "resnet50", "lr": 0.1},
+    {"architecture": "vit_tiny_patch16_224", "input_size": 224, "num_classes": 5},
+    {"architecture": "vit_tiny_patch16_224", "mean": None, "std": None, "crop_pct": None, "num_classes": 7},
+    {"architectures": "vit", "transformers_version": "4", "model_type": None},
+    {"vision_config": {"width": 64}, "backbone_config": {"depth": 2}},
 ]
+TEXTS = {
+    '[{"epoch": 1}]': "holds list",
+    '{"epoch": 1}\n{"epoch": 2}\n': "Extra data",
+    "lr: 0.1\n": "begins with 'lr: 0.1'",
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_log_that_is_no_json_object_does_not_block_the_weights_beside_it(text, tmp_path):
+    save_file(under("net.", timm_state()), tmp_path / "model.safetensors")
+    bare = vit.load_pretrained(tmp_path, prefix="net.")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.warns(UserWarning, match=f"config.json .*{TEXTS[text]}.*; nothing was read from it"):
+        ours = vit.load_pretrained(tmp_path, prefix="net.")
+    assert same(ours, bare) and ours.config == bare.config
+
+
+@pytest.mark.parametrize(
+    "text", ["", '{"hidden_size": 64, ', '[{"a":', "version https://git-lfs.github.com/spec/v1\n", "<html>", "\ufeff{}"]
+)
+def test_a_config_that_did_not_arrive_is_no_log(text, tmp_path):
+    save_file(timm_state(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="config.json is "):
+        vit.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"architecture": "resnet50", "pretrained_cfg": {}}, {"architecture": "segmenter_v2", "model_args": {"a": 1}},
+     {"architecture": "swin_tiny", "mean": [0.5] * 3, "std": [0.5] * 3}],
+)  # fmt: skip
+def test_timms_config_of_a_larger_model_is_not_used_for_a_part(content, tmp_path):
+    save_file(under("encoder.", timm_state()), tmp_path / "model.safetensors")
+    bare = vit.load_pretrained(tmp_path, prefix="encoder.")
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    name = content["architecture"]
+    with pytest.warns(
+        UserWarning, match=rf"a larger model \({name}\), so nothing was read from there about 'encoder.'"
+    ):
+        ours = vit.load_pretrained(tmp_path, prefix="encoder.")
+    assert same(ours, bare) and ours.config == bare.config
+    (tmp_path / "config.json").write_text(json.dumps(content | {"architecture": "vit_base_patch16_clip_224"}))
+    with pytest.raises(CheckpointError, match="is not one of timm's plain ViTs"):  # which may be this part
+        vit.load_pretrained(tmp_path, prefix="encoder.")
 
 
 @pytest.mark.parametrize("content", LOGS)
@@ -159,9 +212,15 @@ def test_the_log_of_a_training_does_not_block_the_weights_beside_it(content, tmp
 def test_a_file_that_describes_a_model_is_no_log(tmp_path):
     save_file(timm_state(), tmp_path / "model.safetensors")
     for content, message in (
-        ({"hidden_size": 128, "num_attention_heads": 4}, "model_type None, expected one of vit, "),
+        ({"hidden_size": 128, "architectures": ["ViTModel"]}, "model_type None, expected one of vit, "),
         ({"model_type": "swin", "architectures": ["SwinModel"]}, "model_type 'swin', expected one of vit, "),
-        ({"architecture": "resnet50"}, "the architecture 'resnet50' is not one of timm's plain ViTs"),
+        ({"model_type": "swin", "transformers_version": "5.0"}, "model_type 'swin', expected one of vit, "),
+        ({"architecture": "resnet50", "mean": [0, 0, 0], "std": [1, 1, 1]}, "the architecture 'resnet50' is not one"),
+        ({"architecture": "resnet50", "pretrained_cfg": {}}, "the architecture 'resnet50' is not one of timm's plain"),
+        (
+            {"architecture": "vit_small_patch16_rope_ape_224.x", "lr": 0.1},
+            "may compute otherwise with the same weights",
+        ),
         ({"pretrained_cfg": {}}, "is not timm's config.json: it has no 'architecture'"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(content))
@@ -175,6 +234,10 @@ def test_a_preprocessor_without_a_config(tmp_path):
     file.write_text(json.dumps({"image_mean": IMAGENET[0], "image_std": IMAGENET[1], "size": 48, "resample": 3}))
     assert vit.load_pretrained(tmp_path).preprocessing == vit.Preprocessing(
         (48, 48), *IMAGENET, "bicubic", 1.0, "squash"
+    )
+    file.write_text(json.dumps({"image_mean": IMAGENET[0], "image_std": IMAGENET[1]}))  # at the weights' own size
+    assert vit.load_pretrained(tmp_path).preprocessing == vit.Preprocessing(
+        (32, 32), *IMAGENET, "bilinear", 1.0, "squash"
     )
     file.write_text('{"sampling_rate": 16000}')
     assert vit.load_pretrained(tmp_path).preprocessing.size == (32, 32)
@@ -238,13 +301,28 @@ def test_only_known_decoders_are_dropped(tmp_path):
 
 
 @torch.no_grad()
-def test_transformers_msn(tmp_path):
-    theirs = transformers.ViTMSNModel(transformers.ViTMSNConfig(**SIZES))
+@pytest.mark.parametrize("kind", ["ViTMSNModel", "ViTMSNForImageClassification"])
+def test_transformers_msn(kind, tmp_path):
+    """Version 5 writes the blocks of one with a classifier without the prefix that all else has."""
+    theirs = getattr(transformers, kind)(transformers.ViTMSNConfig(**SIZES, num_labels=7))
     folder(tmp_path, theirs)
     ours = vit.load_pretrained(tmp_path)
     x = images(2, 3, 32, 32)
     assert ours.config.eps == 1e-6
-    assert difference(ours.forward_features(x), theirs(x).last_hidden_state) <= FLOAT32
+    out = theirs(x)
+    if kind == "ViTMSNModel":
+        assert difference(ours.forward_features(x), out.last_hidden_state) <= FLOAT32
+    else:
+        assert difference(ours(x), out.logits) <= FLOAT32 and ours.config.num_classes == 7
+    state = load_file(tmp_path / "model.safetensors")
+    torch.save({"model": under("module.", state), "epoch": 3}, tmp_path / "c.pth")
+    (tmp_path / "model.safetensors").unlink()
+    assert same(vit.load_pretrained(tmp_path / "c.pth", num_heads=4, eps=1e-6), ours)
+    if kind == "ViTMSNForImageClassification":
+        for extra in ("embeddings.cls_token", "vit.encoder.layer.0.output.dense.bias"):
+            torch.save(state | {extra: torch.ones(128)}, tmp_path / "c.pth")
+            with pytest.raises(CheckpointError, match="unexpected keys: .*vit.embeddings.cls_token"):
+                vit.load_pretrained(tmp_path / "c.pth")
 
 
 TIMM = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 4}

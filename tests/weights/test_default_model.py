@@ -120,7 +120,7 @@ def test_a_damaged_download_is_refused(start, default_hub, default_checkpoint, c
 
 
 def test_a_repository_that_is_no_vit(start, default_hub):
-    default_hub.commits[COMMIT]["config.json"] = b'{"architecture": "resnet50"}'
+    default_hub.commits[COMMIT]["config.json"] = b'{"architecture": "resnet50", "pretrained_cfg": {}}'
     done = start(CLI, "inspect", DEFAULT)
     assert done.returncode == 2 and "the architecture 'resnet50' is not one of" in done.stderr
 

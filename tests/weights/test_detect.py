@@ -11,6 +11,7 @@ import vit
 from vit.weights import CheckpointError, convert, detect_layout
 from vit.weights.keymap import split_number
 from vit.weights.layouts import LAYOUTS
+from vit.weights.verify import convert_file
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -127,14 +128,72 @@ def test_what_only_resembles_a_second_model_is_no_choice():
     for beside in (
         under("decoder.", blocks),
         under("optimizer.state.exp_avg.", state),
+        under("optimizer_state_dict.exp_avg.", state) | under("optimizer_state_dict.exp_avg_sq.", state),
+        under("optim_state_dict.exp_avg.", state),
+        under("optim.exp_avg.", state) | under("adam.exp_avg.", state) | under("adamw_state.exp_avg.", state),
         under("text.", blocks | {"pos_embed": torch.ones(1, 77, 128)}),
     ):
-        converted = convert(under("model.", state) | beside)
-        assert converted.report.notes == [] and converted.report.prefix == "model."
+        for outer in ("", "state_dict."):
+            converted = convert(under(outer, under("model.", state) | beside))
+            assert converted.report.notes == [] and converted.report.prefix == f"{outer}model."
     moments = convert(vit.ViT(TINY).state_dict(), "vit", "big_vision", TINY).state_dict
     assert convert(under("params/", moments) | under("opt/0/mu/", moments)).report.prefix == "params/"
     bare = {key: tensor for key, tensor in state.items() if not key.startswith("head")}
     assert convert(under("student.", state) | under("teacher.backbone.", bare)).report.prefix == "teacher.backbone."
+
+
+def without(name: str) -> dict:
+    return {key: tensor for key, tensor in timm_state().items() if key != name}
+
+
+def renamed(old: str, new: str) -> dict:
+    return {key.replace(old, new): tensor for key, tensor in timm_state().items()}
+
+
+UNREADABLE = {  # a moving average: of the trained parameters alone, with a projection head, with LoRA, reparametrized
+    "without positions": without("pos_embed"),
+    "without a class token": without("cls_token"),
+    "with more": timm_state() | {"head.mlp.0.weight": torch.ones(3, 3)},
+    "LoRA": renamed("qkv.weight", "qkv.base_layer.weight"),
+    "LoRA of a part": under("base_model.model.", renamed("qkv.weight", "qkv.base_layer.weight")),
+    "reparametrized": renamed("qkv.weight", "qkv.parametrizations.weight.original"),
+    "in a wrapper": under("module.backbone.", without("pos_embed")),
+    "the last block": {key: tensor for key, tensor in timm_state().items() if key.startswith("blocks.1.")},
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+@pytest.mark.parametrize(("better", "worse"), [("model_ema.", "model."), ("teacher.", "student.")])
+def test_a_better_model_that_cannot_be_read_is_not_passed_over(better, worse, case):
+    state = timm_state()
+    both = under(worse, state) | under(better, UNREADABLE[case])
+    with pytest.raises(CheckpointError, match=f"'{better}.* comes before '{worse}'.*one, prefix='{worse}' or prefix="):
+        convert(both)
+    assert torch.equal(convert(both, prefix=worse).state_dict["class_token"], state["cls_token"])
+    with pytest.raises(CheckpointError):
+        convert(both, prefix=better)
+    swapped = under(better, state) | under(worse, UNREADABLE[case])  # what is left out comes after what is read
+    assert convert(swapped).report.prefix == better
+
+
+@pytest.mark.parametrize("better", ["model_ema", "ema.module"])
+def test_a_better_model_that_is_an_object_is_not_passed_over(better, tmp_path):
+    state, network = timm_state(), torch.nn.Linear(2, 2)
+    outer, _, inner = better.partition(".")
+    torch.save({"model": state, outer: {inner: network} if inner else network}, tmp_path / "c.pth")
+    with (
+        pytest.warns(UserWarning, match=f"the tensors within {better}, which is Linear, are not read"),
+        pytest.raises(CheckpointError, match=f"'{better}.' comes before 'model.'.*: state one, prefix='model.' "),
+    ):
+        vit.load_pretrained(tmp_path / "c.pth")
+    with pytest.warns(UserWarning, match="left behind"):
+        model = vit.load_pretrained(tmp_path / "c.pth", prefix="model.")
+    assert torch.equal(model.class_token, state["cls_token"])
+
+
+def test_numbers_and_texts_in_the_place_of_a_better_model_are_none(tmp_path):
+    torch.save({"model": timm_state(), "model_ema": None, "ema": 0.99, "teacher": "deit_base"}, tmp_path / "c.pth")
+    assert vit.load_pretrained(tmp_path / "c.pth").provenance.part is None
 
 
 def test_an_averaged_model_counts_its_averages():
@@ -147,8 +206,36 @@ def test_an_averaged_model_counts_its_averages():
     assert convert(both, config=TINY).report.prefix == "swa_model.module."
 
 
-def test_the_heads_of_dino_and_ibot_are_beside_the_backbone():
-    backbone, head = timm_state(num_classes=0), {"mlp.0.weight": torch.ones(2), "last_layer.weight_v": torch.ones(2)}
+@pytest.mark.parametrize("wrapper", ["ema.", "ema.module.", "ema_state_dict.module.backbone."])
+@pytest.mark.parametrize("name", ["num_updates", "updates", "steps", "step", "initted", "decay"])
+def test_what_keeps_moving_averages_counts(name, wrapper, tmp_path):
+    state, container = timm_state(), wrapper.partition(".")[0]
+    for value in (torch.tensor(3), 0.99):
+        for front in {f"{container}.", wrapper}:
+            both = under("student.", state) | under(wrapper, state) | {f"{front}{name}": value}
+            torch.save(both, tmp_path / "c.pth")
+            report = convert_file(tmp_path / "c.pth", tmp_path / "m.safetensors", "vit")
+            assert set(report["dropped"]) == {f"{front}{name}"} and f"took {wrapper!r}" in report["notes"][0]
+    with pytest.raises(CheckpointError, match=f"unexpected keys: {name}.bias"):
+        convert(under(wrapper, state | {f"{name}.bias": torch.ones(2)}))
+
+
+def test_numbers_and_texts_beside_the_model_are_dropped_and_objects_are_not(tmp_path):
+    content = {"backbone": timm_state(num_classes=0), "momentum": 0.9, "name": "x", "next": None}
+    torch.save({"ema": content}, tmp_path / "c.pth")
+    report = convert_file(tmp_path / "c.pth", tmp_path / "m.safetensors", "vit")
+    assert report["dropped"] == {
+        f"ema.{name}": f"beside the model, and not a tensor but of type {kind}"
+        for name, kind in (("momentum", "float"), ("name", "str"), ("next", "NoneType"))
+    }
+    torch.save({"ema": content | {"head": torch.nn.Linear(2, 2)}}, tmp_path / "c.pth")
+    with pytest.warns(UserWarning, match="are not read"), pytest.raises(CheckpointError, match="keys: ema.head"):
+        vit.load_pretrained(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("last", ["weight_v", "parametrizations.weight.original1"])  # by an old torch, by a newer
+def test_the_heads_of_dino_and_ibot_are_beside_the_backbone(last):
+    backbone, head = timm_state(num_classes=0), {"mlp.0.weight": torch.ones(2), f"last_layer.{last}": torch.ones(2)}
     student = under("student.module.", under("backbone.", backbone) | under("head.", head))
     assert convert(student).report.source == "dino"
     teacher = under("teacher.", under("backbone.", backbone) | under("head.", head))
@@ -292,7 +379,7 @@ def test_a_stated_layout_needs_no_markers(layout):
 def test_a_stated_layout_does_not_swallow_a_classifier():
     state = timm_state()
     assert convert(state, "timm").report.why == "stated by the caller"
-    lacks = r"do not fit the dino layout \(stated by the caller, and it lacks head.last_layer.weight_v\)"
+    lacks = r"do not fit the dino layout \(stated by the caller, and it lacks head.last_layer.\)"
     with pytest.raises(CheckpointError, match=lacks + ": unexpected keys: head.weight, head.bias"):
         convert(state, "dino")
     moco = under("base_encoder.", state)  # a probe on it

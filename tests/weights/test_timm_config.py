@@ -88,9 +88,8 @@ def test_what_timm_cannot_hold_is_refused_and_nothing_is_written(tmp_path):
 
 BAD_CONFIGS = {
     "is not JSON": "{",
-    "holds list, expected an object": "[]",
     "is not timm's config.json: it has no 'architecture'": '{"pretrained_cfg": {}}',
-    "the architecture 'resnet50' is not one of timm's plain ViTs": '{"architecture": "resnet50"}',
+    "the architecture 'resnet50' is not one of timm's plain ViTs": '{"architecture": "resnet50", "pretrained_cfg": {}}',
     "timm's argument qk_norm=True is not supported": '{"architecture": "X", "model_args": {"qk_norm": true}}',
     "crop_mode 'border', expected 'center'": (
         '{"architecture": "X", "pretrained_cfg": {"input_size": [3, 224, 224], "mean": [0.5], "crop_mode": "border"}}'

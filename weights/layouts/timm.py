@@ -90,7 +90,7 @@ DINO = Layout(
     "dino",
     "DINO, Meta's full checkpoints",
     _entries()[:-2],  # without a head
-    Detection((_QKV, "head.last_layer.weight_v")),
+    Detection((_QKV, "head.last_layer.")),  # weight_v, or parametrizations.weight.original1 by a newer torch
     Naming(
         prefix="backbone.",
         always_prefixed=True,

@@ -38,11 +38,24 @@ _PLAIN = re.compile(
     r"(_plus|_36x1)?(_reg[0-9]+)?(_[0-9]+|_dinov2)?(_in21k|_in21ft1k|_dino|_sam)?"
     r"|vit_(base|large|so400m)_patch14_reg1_tipsv2|flexivit_(small|base|large)|eva_large_patch14_[0-9]+|test_vit"
 )
+_VIT = re.compile("vit|deit|eva|beit")  # in the names of timm's ViTs, plain or not
 # a word in the name -> heads and width, if model_args state no others; the first word counts
 _SIZES = {
     "plus": (14, 896), "test": (2, 64), "tiny": (3, 192), "small": (6, 384), "medium": (8, 512), "base": (12, 768),
     "large": (16, 1024), "huge": (16, 1280), "giant": (16, 1408), "gigantic": (16, 1664), "so400m": (16, 1152),
 }  # fmt: skip
+
+
+def names_a_vit(content: dict[str, Any]) -> bool:
+    """Whether the architecture is a ViT, plain or not, and so may be the part that is read out of a larger model."""
+    architecture = content.get("architecture")
+    return isinstance(architecture, str) and _VIT.search(architecture) is not None
+
+
+def computes_otherwise(content: dict[str, Any]) -> bool:
+    """Whether the architecture is one of timm's ViTs that are not plain, whose weights a plain one may load wrongly."""
+    name = str(content.get("architecture")).partition(".")[0]
+    return names_a_vit(content) and "_patch" in name and not _PLAIN.fullmatch(name)
 
 
 def read_config(content: dict[str, Any], where: str) -> Description:

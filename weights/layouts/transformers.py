@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+
+from torch import Tensor
 
 from vit.metadata import Preprocessing
 
@@ -57,6 +59,16 @@ _DINOV2 = (
     *pair("head", "classifier"),
 )
 
+
+def _join(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without `vit.` if the blocks lack it: version 5 writes a ViTMSN's so, and all else of its model with it."""
+    names = {key: key.removeprefix("vit.") for key in state_dict}
+    bare = any(key.startswith("encoder.") for key in state_dict)
+    if not bare or len(set(names.values())) < len(names) or any(key.startswith("vit.encoder.") for key in state_dict):
+        return dict(state_dict)
+    return {names[key]: tensor for key, tensor in state_dict.items()}
+
+
 _VIT_MARKERS = (
     "encoder.layer.0.attention.attention.query.weight",
     "encoder.layer.0.layernorm_before.weight",
@@ -71,7 +83,7 @@ TRANSFORMERS = Layout(
     "transformers' ViT",
     (*_VIT_BODY, *pair("head", "classifier")),
     Detection(_VIT_MARKERS, absent=("embeddings.distillation_token",)),
-    Naming(prefix="vit.", drops={"pooler.": _POOLER, **_MASK, **_DECODERS}),
+    Naming(prefix="vit.", drops={"pooler.": _POOLER, **_MASK, **_DECODERS}, unpack=_join),
     Assumptions(
         head_width=64,
         defaults={"eps": 1e-12, "position_rule": "transformers"},
