@@ -10,6 +10,10 @@ from pathlib import Path
 _AGAIN = "download the file itself; a login, error or preview page came instead"
 _UNPACK = "unpack it, and load the file that was in it"
 _FOREIGN = "save the weights as safetensors from the library that wrote it"
+_PLAIN = (
+    "a plain pickle, as pickle.dump writes",
+    "load it in Python if you trust it, and save its tensors with torch.save or safetensors",
+)
 
 # What a file begins with, in lower case: what it is, and what to do.
 _STARTS: tuple[tuple[bytes, str, str], ...] = (
@@ -40,7 +44,7 @@ _FORMATS = {
     "json": ("a JSON text", ".json"),
 }
 _BY_ENDING = {".safetensors": "safetensors", ".npz": "npz", ".onnx": "onnx", ".json": "json"}  # all others: "torch"
-_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before 1.6
+_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save's first pickle before 1.6, after the protocol or a frame
 _TABLE = b"W\xfb\x80\x8b$uG\xdb"  # how LevelDB's tables end
 _TEXT = "a text that begins with"
 _UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".download", ".aria2", ".tmp")
@@ -88,8 +92,8 @@ def recognise(path: Path) -> str | tuple[str, str] | None:
         return "safetensors"
     if start.startswith(b"PK\x03\x04"):
         return _in_zip(path)
-    if start.startswith(_TORCH):
-        return "torch"
+    if re.match(rb"\x80[\x02-\x05]", start):
+        return "torch" if _MAGIC in start[:32] else _PLAIN
     if re.match(rb"\x08[\x01-\x20][\x12\x1a\x22\x3a]", start):  # the version of ONNX, then its maker or the graph
         return "onnx"
     if start[257:262] == b"ustar":

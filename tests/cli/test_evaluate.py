@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 
 import pytest
 import timm
@@ -151,9 +152,27 @@ def test_optimized(optimized_dtype, tmp_path, capsys, monkeypatch, rows):
     assert main(["evaluate", *map(str, args), "--optimize", dtype]) == 0
     assert capsys.readouterr().out.startswith(f"{DIGITS} optimized in {dtype} on digits")
 
-    before = {name: value for name, value in plain.items() if name not in ("optimize", "reused")}
-    file.write_text(json.dumps(before) + "\n")  # as written before --optimize existed
-    assert rows(*args)[1][0]["reused"] and not rows(*args, "--optimize", dtype)[1][0]["reused"]
+
+def test_results_of_what_was_read_otherwise_are_not_reused(tmp_path, digits, rows):
+    """The same file, but another model of those in it, another config or another preprocessing."""
+    other = vit.create_model(DIGITS).state_dict()
+    torch.save({"model": other, "model_ema": digits.state_dict()}, tmp_path / "model.pth")
+    file = tmp_path / "results.jsonl"
+    args = ("digits", "--model", tmp_path / "model.pth", "--set", "num_heads=3", "--limit", "9", "--results", file)
+
+    def reused():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # which of the models was read
+            return rows(*args)[1][0]["reused"]
+
+    assert not reused() and reused()
+    row = json.loads(file.read_text())
+    assert row["part"] == "model_ema." and row["config"]["num_heads"] == 3
+    for change in ({"part": "model."}, {"config": row["config"] | {"num_heads": 6}}, {"mean": [0.4] * 3}):
+        file.write_text(json.dumps(row | change) + "\n")
+        assert not reused() and reused(), change
+    file.write_text(json.dumps({name: row[name] for name in row if name not in ("part", "config", "mean")}) + "\n")
+    assert not reused()  # an earlier version's row, which does not say what was read
 
 
 def test_an_interruption_keeps_what_is_finished(tmp_path, labelled, monkeypatch, rows):

@@ -85,7 +85,7 @@ class _Nothing:
     def __setstate__(self, state: Any) -> None: ...
 
 
-class _Harmless(pickle.Unpickler):
+class _Harmless(pickle._Unpickler):  # Python's, because C's allocates a memo of any size that the file asks for
     """Makes tensors and dictionaries only."""
 
     def find_class(self, module: str, name: str) -> Any:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import pickle
 import tarfile
 import warnings
 import zipfile
@@ -66,6 +67,12 @@ CONTENTS = {
     "TensorFlow": (b"\0\x01\x02" * 9 + b"W\xfb\x80\x8b$uG\xdb", "a part of a TensorFlow checkpoint"),
     "GGUF": (b"GGUF\x03\0\0\0" + bytes(9), "is a GGUF file"),
     "npy": (written(np.save, np.ones(3)), r"is a single NumPy array \(.npy\): save all"),
+    "pickle": (
+        pickle.dumps(STATE),
+        "is a plain pickle, as pickle.dump writes: load it .* with torch.save or safetensors",
+    ),
+    "pickle 2": (pickle.dumps(STATE, 2), "is a plain pickle"),
+    "pickled arrays": (pickle.dumps({"norm.weight": np.ones(4)}, 5), "is a plain pickle"),
     "picture": (b"\x89PNG\r\n\x1a\n" + bytes(9), "is a picture"),
 }
 

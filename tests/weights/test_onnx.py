@@ -406,16 +406,32 @@ def test_weights_in_another_file(tmp_path: Path) -> None:
     assert read_onnx(path).sha256 != checkpoint.sha256
 
 
+def test_weights_below_the_graphs_folder(tmp_path: Path) -> None:
+    """ONNX allows any path from the graph's folder that does not lead out of it."""
+    (tmp_path / "data" / "more").mkdir(parents=True)
+    for number, name in enumerate(("w.bin", "data/w.bin", "data/more/w.bin")):
+        (tmp_path / name).write_bytes(np.full(2, number, np.float32).tobytes())
+    (tmp_path / "linked").symlink_to("data")
+    names = ["./w.bin", "data/w.bin", "./data//more/w.bin", "w.bin", "linked/w.bin"]
+    protos = [external(f"w{i}", location=name) for i, name in enumerate(names)]
+    tensors = read_onnx(write(tmp_path / "model.onnx", [], protos)).tensors
+    assert [tensors[f"w{i}"].tolist() for i in range(5)] == [[0, 0], [1, 1], [2, 2], [0, 0], [1, 1]]
+
+
 @pytest.mark.parametrize(
     ("place", "message"),
     [
-        ({"location": "../m.data"}, r"a.weight is in '../m.data', expected the name of a file beside it"),
-        ({"location": "/etc/passwd"}, "expected the name of a file beside it"),
-        ({"location": "..\\m.data"}, "expected the name of a file beside it"),
-        ({"location": ".."}, "expected the name of a file beside it"),
-        ({"location": ""}, "expected the name of a file beside it"),
-        ({"location": "m\0.data"}, "expected the name of a file beside it"),
-        ({"location": "link.data"}, "link.data is a link to .*secret, expected a file beside model.onnx"),
+        ({"location": "../m.data"}, r"a.weight is in '../m.data', expected a file in the graph's folder"),
+        ({"location": "/etc/passwd"}, "expected a file in the graph's folder"),
+        ({"location": "..\\m.data"}, "expected a file in the graph's folder"),
+        ({"location": ".."}, "expected a file in the graph's folder"),
+        ({"location": ""}, "expected a file in the graph's folder"),
+        ({"location": "m\0.data"}, "expected a file in the graph's folder"),
+        ({"location": "data/../m.data"}, "expected a file in the graph's folder"),
+        ({"location": "data/../../m.data"}, "expected a file in the graph's folder"),
+        ({"location": "./."}, "expected a file in the graph's folder"),
+        ({"location": "out/secret"}, "out/secret is a link to .*secret, expected a file in the folder of model.onnx"),
+        ({"location": "link.data"}, "link.data is a link to .*secret, expected a file in the folder of model.onnx"),
         ({"offset": 28, "length": 8}, "m.data has 32 bytes, but a.weight ends at 36: it is another model's"),
         ({"offset": 2**70, "length": 8}, "is damaged: a.weight lies at"),
         ({"offset": -8, "length": 8}, "is damaged: a.weight lies at"),
@@ -429,6 +445,8 @@ def test_other_places_are_refused(place: dict[str, Any], message: str, tmp_path:
     for file in (tmp_path / "secret", tmp_path / "m.data", folder / "m.data"):
         file.write_bytes(bytes(32))
     (folder / "link.data").symlink_to(tmp_path / "secret")
+    (folder / "data").mkdir()
+    (folder / "out").symlink_to(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         read_onnx(write(folder / "model.onnx", [], [external(**place)]))
 
@@ -439,6 +457,16 @@ def test_links_as_in_the_hubs_cache(tmp_path: Path) -> None:
     (tmp_path / "blobs" / "1").write_bytes(np.ones(2, np.float32).tobytes())
     write(tmp_path / "blobs" / "2", [], [external()])
     (tmp_path / "snapshot" / "m.data").symlink_to("../blobs/1")
+    (tmp_path / "snapshot" / "model.onnx").symlink_to("../blobs/2")
+    assert read_onnx(tmp_path / "snapshot" / "model.onnx").tensors["a.weight"].tolist() == [1, 1]
+
+
+def test_links_as_in_the_hubs_cache_below_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot" / "data").mkdir(parents=True)
+    (tmp_path / "blobs" / "1").write_bytes(np.ones(2, np.float32).tobytes())
+    write(tmp_path / "blobs" / "2", [], [external(location="data/m.bin")])
+    (tmp_path / "snapshot" / "data" / "m.bin").symlink_to("../../blobs/1")
     (tmp_path / "snapshot" / "model.onnx").symlink_to("../blobs/2")
     assert read_onnx(tmp_path / "snapshot" / "model.onnx").tensors["a.weight"].tolist() == [1, 1]
 
@@ -464,7 +492,8 @@ def test_unclear_places_are_refused(tmp_path: Path) -> None:
 def test_one_place_under_a_thousand_names_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.data").write_bytes(bytes(8))
     for nodes, count in (([], 3), ([node("Identity", "a0", name) for name in "bc"], 1)):
-        path = write(tmp_path / "model.onnx", nodes, [external(f"a{i}") for i in range(count)])
+        protos = [external(f"a{i}", location="./" * i + "m.data") for i in range(count)]  # one file in any spelling
+        path = write(tmp_path / "model.onnx", nodes, protos)
         with pytest.raises(CheckpointError, match="repeats its weights until they outgrow its files"):
             read_onnx(path)
 

@@ -88,6 +88,7 @@ def test_training_checkpoints_are_flattened(tmp_path: Path, new: bool) -> None:
         "sizes": torch.Size((3, 4)),
         "device": torch.device("cpu"),
         "queue": [torch.ones(2), (torch.zeros(2), "x")],
+        "losses": [0.1, [0.2, {"epoch": 3}]],
         5: torch.tensor(5.0),
     }
     save(tmp_path / "a.pth", content, new)
@@ -104,8 +105,8 @@ def test_training_checkpoints_are_flattened(tmp_path: Path, new: bool) -> None:
     assert same(checkpoint.tensors, expected)
     others = {name: kind for name, kind in checkpoint.others.items() if not name.startswith("optimizer.")}
     assert others == {"args": "Namespace", "epoch": "int", "device": "device", "queue.1.1": "str",
-                      "sizes.0": "int", "sizes.1": "int"}  # fmt: skip
-    assert checkpoint.others["optimizer.param_groups.0.lr"] == "float"
+                      "sizes": "tuple", "losses": "list"}  # fmt: skip
+    assert checkpoint.others["optimizer.param_groups"] == "list"
 
 
 @NEW_AND_OLD
@@ -157,6 +158,7 @@ def test_files_without_checksums_are_read(tmp_path: Path) -> None:
         ({"a.b": torch.ones(2), "a": {"b": torch.ones(3)}}, "two values named 'a.b'"),
         ({"a": {"b": torch.ones(3)}, "a.b": 1}, "two values named 'a.b'"),
         ({"a.b": 1, "a": {"b": torch.ones(3)}}, "two values named 'a.b'"),
+        ({"a": {"b": torch.ones(3)}, "a.b": [1]}, "two values named 'a.b'"),
         ({"1": torch.ones(2), 1: torch.ones(3)}, "two values named '1'"),
     ],
 )
@@ -382,7 +384,7 @@ def test_memo_bombs_take_no_memory(tmp_path: Path, new: bool) -> None:
 
 def test_names_without_end_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
-    value = b"}" + text("x") + integer(1) + b"s"
+    value = b"}" + text("x") + tensor() + b"s"
     for i in range(40):  # each dictionary holds the one before twice
         value += b"q" + bytes([i])
         value = b"}(" + text("a") + value + text("b") + b"h" + bytes([i]) + b"u"
@@ -391,6 +393,56 @@ def test_names_without_end_are_refused(tmp_path: Path) -> None:
     long = b"}(" + b"".join(text(str(i)) + b"N" for i in range(300)) + b"u"
     refused(read_pickled, path, pth(b"\x80\x02}" + text("x" * 60_000) + long + b"s."), "names of more than")
     refused(read_pickled, path, pth(good(b"]" * 5000 + b"a" * 4999)), "names of more than|RecursionError")
+
+
+def test_records_of_a_training_do_not_stand_in_the_way(tmp_path: Path) -> None:
+    """However long, under names that occur twice, or of types of modules that a file could do harm with."""
+    content = {
+        "model": {"w": torch.ones(3)},
+        "losses": [float(i) for i in range(400_000)],
+        "log": {1: 0.1, "1": "x", "rows": [{"step": i, "loss": 0.5} for i in range(1000)]},
+        "cfg": {"a.b": 1, "a": {"b": 2}},
+        "machine": [os.uname(), os.stat(tmp_path), os.times(), os.terminal_size((80, 24))],
+    }
+    save(tmp_path / "a.pth", content)
+    checkpoint = read_pickled(tmp_path / "a.pth")
+    assert same(checkpoint.tensors, {"model.w": torch.ones(3)})
+    assert checkpoint.others == {
+        "losses": "list", "log.1": "str", "log.rows": "list", "cfg.a.b": "int", "machine.0": "uname_result",
+        "machine.1": "stat_result", "machine.2": "times_result", "machine.3": "terminal_size",
+    }  # fmt: skip
+    save(tmp_path / "a.pth", {"model": {"w": torch.ones(3)}, "losses": {i: float(i) for i in range(290_000)}})
+    assert read_pickled(tmp_path / "a.pth").tensors.keys() == {"model.w"}
+
+
+def test_a_list_that_contains_itself(tmp_path: Path) -> None:
+    path, ends = tmp_path / "a.pth", b"s" + text("w") + tensor() + b"s."
+    path.write_bytes(pth(b"\x80\x02}" + text("x") + b"]q\0h\0a" + ends))
+    assert read_pickled(path).others == {"x": "list"}
+    refused(read_pickled, path, pth(b"\x80\x02}" + text("x") + b"]q\0h\0a" + tensor() + b"a" + ends), "Recursion")
+
+
+@NEW_AND_OLD
+@pytest.mark.filterwarnings("ignore:torch.(ao.quantization|quantize_per)", "ignore:TypedStorage")
+def test_quantized_tensors_are_named_and_left(tmp_path: Path, new: bool) -> None:
+    path = tmp_path / "a.pth"
+    whole = torch.quantize_per_tensor(torch.ones(3, 2), 0.1, 0, torch.qint8)
+    rows = torch.quantize_per_channel(torch.ones(3, 2), torch.ones(3), torch.zeros(3), 0, torch.quint8)
+    layer = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(2, 3)), {nn.Linear}).state_dict()
+    save(path, {"model": {"w": torch.ones(3)}, "q": {"a": whole, "b": rows, **layer}}, new)
+    match = r"a.pth: q.a is quantized \(of 3 such tensors\), so it is not read; save the state dict of the model before"
+    with pytest.warns(UserWarning, match=match):
+        checkpoint = read_pickled(path)
+    assert same({key: checkpoint.tensors[key] for key in ("model.w",)}, {"model.w": torch.ones(3)})
+    assert checkpoint.others["q.b"] == checkpoint.others["q.0._packed_params._packed_params.0"] == "a quantized tensor"
+
+    state = vit.create_model("vit_digits_patch4_32", depth=1).state_dict()
+    save(path, {**state, "head.weight": torch.quantize_per_tensor(state["head.weight"], 0.1, 0, torch.qint8)}, new)
+    with (
+        pytest.warns(UserWarning, match="head.weight is quantized"),
+        pytest.raises(CheckpointError, match="head.weight is of type a quantized tensor, expected a tensor"),
+    ):
+        vit.load_pretrained(path, num_heads=2)
 
 
 def test_views_that_would_be_copied_without_end_are_refused(tmp_path: Path) -> None:
@@ -542,7 +594,7 @@ def test_what_is_not_a_tensor_does_not_stand_in_the_way(tmp_path: Path, new: boo
     checkpoint = read_pickled(tmp_path / "a.pth")
     assert same(checkpoint.tensors, {"state_dict.w": torch.arange(6.0), "again.w": torch.ones(2)})
     assert checkpoint.others.items() >= {
-        "epoch": "scalar", "best": "scalar", "out": "PosixPath", "options": "Namespace", "log.a.0": "int",
+        "epoch": "scalar", "best": "scalar", "out": "PosixPath", "options": "Namespace", "log.a": "list",
         "level": "Level", "config": "Options", "none": "a tensor without values", "scores.tuple[0]": "float",
         "dtype": "dtype", "kind": "Linear", "when": "datetime", "scores.NoneType[1]": "int",
     }.items()  # fmt: skip

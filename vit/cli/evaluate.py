@@ -158,15 +158,20 @@ def make_transforms(model: ViT, args: argparse.Namespace) -> list[Transform]:
 
 
 def settings(args: argparse.Namespace, model: ViT, samples: Sequence[Sample], truth: Tensor) -> dict[str, Any]:
-    """All that a measurement depends on, except the size; "digest" stands for the images and their classes."""
+    """All that a measurement depends on, except the transform; "digest" stands for the images and their classes.
+
+    What was read of the file is among it, because a file beside the weights or a newer version can read it otherwise.
+    """
     digest = hashlib.sha256()
     for (image, _), label in zip(samples, truth.tolist()):
         facts: list[Any] = [hashlib.sha256(image.tobytes()).hexdigest()] if isinstance(image, Image.Image) else []
         if isinstance(image, Path):  # by size and time: hashing the content would mean reading all of it
             facts = [image.relative_to(args.data).as_posix(), image.stat().st_size, image.stat().st_mtime_ns]
         digest.update(f"{json.dumps([*facts, label])}\n".encode())
+    source = model.provenance
     return {
-        "sha256": model.provenance.sha256 if model.provenance else None,
+        "sha256": source and source.sha256, "part": source and source.part,
+        "config": json.loads(json.dumps(model.config.to_dict())),  # tuples as lists, as in a row that was read
         "reading": [args.layout, args.prefix, *(f"{name}={value}" for name, value in args.settings)],
         "digest": digest.hexdigest(), "max_tokens": args.max_tokens, "dtype": args.dtype,
         "optimize": loading.optimized(model), "device": str(args.device), "batch_size": args.batch_size,
@@ -174,8 +179,11 @@ def settings(args: argparse.Namespace, model: ViT, samples: Sequence[Sample], tr
 
 
 def describe(transform: Transform) -> dict[str, Any]:
-    """The size and how images are brought to it, for one row."""
-    return {"size": size_name(transform), "mode": transform.mode, "crop_pct": transform.crop_pct}
+    """The size and how images are brought to it and normalised, for one row."""
+    return {
+        "size": size_name(transform), "mode": transform.mode, "crop_pct": transform.crop_pct,
+        "interpolation": transform.interpolation, "mean": list(transform.mean), "std": list(transform.std),
+    }  # fmt: skip
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:
@@ -195,7 +203,7 @@ def read_results(file: Path) -> list[dict[str, Any]]:
             raise ValueError(
                 f"line {i} of {file} is not a result of vit evaluate: remove the line, or choose another file"
             )
-        rows.append({"optimize": None} | row)  # rows from before --optimize existed have no such entry
+        rows.append(row)
     return rows
 
 

@@ -46,8 +46,8 @@ _FOLDED = "pkg.onnxscript.optimizer.folded_from"  # "['blocks.0.attn.qkv.weight'
 def read_onnx(path: Path) -> Checkpoint:
     """Read an ONNX file's weights, each into its own memory, with its name and layout in PyTorch.
 
-    The weights may lie in other files of the same folder, as torch.onnx.export puts them into model.onnx.data; the
-    hash is then that of all the files' hashes.
+    The weights may lie in other files of the same folder or below it, as torch.onnx.export puts them into
+    model.onnx.data; the hash is then that of all the files' hashes.
 
     Weights of linear layers become [out, in], position embeddings [1, 1 + N, D]. `metadata` lists constants without a
     name ("float32 [384, 384]") and those that are not weights ("int64 constant").
@@ -55,7 +55,7 @@ def read_onnx(path: Path) -> Checkpoint:
     Raises:
         FileNotFoundError: a file that holds its weights is missing.
         CheckpointError: the package onnx is missing; not an ONNX file, a damaged or inconsistent one, one with weights
-            in another folder, or names that contradict each other.
+            outside its folder, or names that contradict each other.
     """
     try:
         import onnx

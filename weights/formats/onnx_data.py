@@ -1,6 +1,6 @@
 """The files beside an ONNX graph that hold its weights, as PyTorch's exporter writes them (model.onnx.data).
 
-ONNX calls this external data: a tensor names a file, an offset and a length
+ONNX calls this external data: a tensor names a file in the graph's folder or below it, an offset and a length
 (https://github.com/onnx/onnx/blob/main/docs/ExternalData.md).
 """
 
@@ -76,9 +76,9 @@ class DataFiles:
     def _place(self, proto: Any) -> tuple[io.BufferedReader, int, int]:
         """The file of a tensor's values, where they begin in it, and their number of bytes."""
         entries = {entry.key: entry.value for entry in proto.external_data}
-        name = entries.get("location", "")
+        name = self._checked(proto.name, entries.get("location", ""))
         if name not in self._open:
-            file = self._stack.enter_context(self._checked(proto.name, name).open("rb"))
+            file = self._stack.enter_context(self._found(name).open("rb"))
             self._open[name] = file, os.fstat(file.fileno())
             self._room += 2 * self._open[name][1].st_size  # equal weights are kept once, and copied by Identity nodes
         file, status = self._open[name]
@@ -94,10 +94,18 @@ class DataFiles:
             )
         return file, offset, length
 
-    def _checked(self, tensor: str, name: str) -> Path:
-        """The path of a file, which must lie beside the graph: a graph from elsewhere must not read any other file."""
-        if not name.isprintable() or "\\" in name or Path(name).name != name or name in ("", ".."):
-            raise CheckpointError(f"{self._graph}: {tensor} is in {name!r}, expected the name of a file beside it")
+    def _checked(self, tensor: str, name: str) -> str:
+        """A file's path from the graph's folder, in one spelling: a graph from elsewhere must not read other files."""
+        path = Path(name)
+        if not name.isprintable() or "\\" in name or path.anchor or ".." in path.parts or not path.name:
+            raise CheckpointError(
+                f"{self._graph}: {tensor} is in {name!r}, expected a file in the graph's folder: export it again, with "
+                "its data beside it"
+            )
+        return path.as_posix()
+
+    def _found(self, name: str) -> Path:
+        """The path of a file that exists in the graph's folder or below it."""
         path = self._graph.parent / name
         if not path.is_file():
             raise FileNotFoundError(
@@ -105,6 +113,9 @@ class DataFiles:
                 "external_data=False"
             )
         # in the Hub's cache, both are links into one folder
-        if path.resolve().parent not in (self._graph.parent.resolve(), self._graph.resolve().parent):
-            raise CheckpointError(f"{path} is a link to {path.resolve()}, expected a file beside {self._graph.name}")
+        folders = (self._graph.parent.resolve(), self._graph.resolve().parent)
+        if not any(path.resolve().is_relative_to(folder) for folder in folders):
+            raise CheckpointError(
+                f"{path} is a link to {path.resolve()}, expected a file in the folder of {self._graph.name}"
+            )
         return path

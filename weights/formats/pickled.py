@@ -26,15 +26,18 @@ from ..checkpoint import Checkpoint, CheckpointError
 from .npz import checked_entries, file_sha256, reading, unpack
 
 _PICKLE = 2**22  # bytes: ViT-H/14 with its optimizer's state needs 2**18, and one byte can take 100 in memory
-_NAMES = 2**22  # characters of all names together: dictionaries that contain each other have endless names
+_NAMES = 2**23  # characters of all names together: dictionaries that contain each other have endless names
 _MAGIC = 0x1950A86A20F9469CFC6C  # begins the files of torch before 1.6
 # The opcodes that torch.save writes and torch's unpickler knows. Some of the others allocate any amount of memory.
 _OPCODES = b"()].}NQRGJKMUXabcehjqrstu\x80\x81\x85\x86\x87\x88\x89\x8a"
-# Modules and functions that no checkpoint needs: a file that names them means to do something.
+# Modules and functions that no checkpoint needs: a file that names them means to do something. The records that some of
+# these functions return are data: os.uname() is among the settings of trainings.
 _HOSTILE = {"os", "posix", "nt", "sys", "subprocess"}
 _HOSTILE |= {
     f"{module}.{name}" for module in ("builtins", "__builtin__", "io", "_io") for name in ("eval", "exec", "open")
 }
+_QUANTIZED = "a quantized tensor"
+_RECORDS = {"stat_result", "statvfs_result", "terminal_size", "times_result", "uname_result"}
 
 _STORAGES = {
     ("torch", "DoubleStorage"): torch.float64, ("torch", "FloatStorage"): torch.float32,
@@ -44,6 +47,9 @@ _STORAGES = {
     ("torch", "ByteStorage"): torch.uint8, ("torch", "BoolStorage"): torch.bool,
     ("torch", "ComplexFloatStorage"): torch.complex64, ("torch", "ComplexDoubleStorage"): torch.complex128,
     ("torch.storage", "UntypedStorage"): torch.uint8,
+    ("torch", "QInt8Storage"): torch.int8, ("torch", "QInt32Storage"): torch.int32,  # quantized: only passed over
+    ("torch", "QUInt8Storage"): torch.uint8, ("torch", "QUInt4x2Storage"): torch.uint8,
+    ("torch", "QUInt2x4Storage"): torch.uint8,
 }  # fmt: skip
 
 
@@ -51,9 +57,10 @@ def read_pickled(path: Path) -> Checkpoint:
     """Read a file that torch.save wrote, from any torch since 0.4.
 
     Nested dictionaries, lists and tuples are flattened: "model.norm.weight", "optimizer.state.0.exp_avg". Values that
-    are not dense tensors go to `others`, whatever class they are of (a path, a NumPy scalar, a module); a warning names
-    objects that have tensors within. Tensors are contiguous, detached and on the CPU; views of larger memory are copied
-    out of it; tied tensors stay tied.
+    are not dense tensors go to `others`, whatever class they are of (a path, a NumPy scalar, a module), and so do whole
+    lists of numbers and texts, such as a log of losses. Warnings name objects that have tensors within, and quantized
+    tensors. Tensors are contiguous, detached and on the CPU; views of larger memory are copied out of it; tied tensors
+    stay tied.
 
     Raises:
         FileNotFoundError: no such file.
@@ -86,11 +93,12 @@ def _flatten(path: Path, content: Any, memory: dict[str, Tensor]) -> tuple[dict[
     others: dict[str, str] = {}
     length = 0
     seen: set[int] = set()
-    for name, value in _walk("", content):
+    plain: dict[int, bool] = {}
+    for name, value in _walk("", content, plain):
         length += len(name) + 1
         if length > _NAMES:
             raise CheckpointError(f"{path} has names of more than {_NAMES} characters in total")
-        if name in tensors or name in others:
+        if name in tensors or (name in others and isinstance(value, _Tensor)):
             raise CheckpointError(f"{path} has two values named {name!r}")
         if isinstance(value, _Tensor):
             tensors[name] = value.of(memory)
@@ -98,22 +106,36 @@ def _flatten(path: Path, content: Any, memory: dict[str, Tensor]) -> tuple[dict[
             others[name] = value.kind
             if _has_tensors(value, seen):
                 warnings.warn(f"{path}: the tensors within {name}, which is {value.kind}, are not read", stacklevel=4)
-        elif not isinstance(value, (dict, list, tuple)):
+        elif not isinstance(value, dict) and _is_plain(value, plain):
             others[name] = type(value).__name__
+    if quantized := [name for name, kind in others.items() if kind == _QUANTIZED]:
+        what = f"{quantized[0]} is quantized (of {len(quantized)} such tensors), so it is not read"
+        warnings.warn(f"{path}: {what}; save the state dict of the model before quantization", stacklevel=4)
     if not tensors:
         found = ", ".join(f"{name} ({kind})" for name, kind in list(others.items())[:3]) or "nothing"
         raise CheckpointError(f"{path} holds no dense tensors, but {found}: save model.state_dict()")
     return tensors, others
 
 
-def _walk(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """All values within a container, including containers, with their names."""
+def _walk(name: str, value: Any, plain: dict[int, bool]) -> Iterator[tuple[str, Any]]:
+    """All values within a container, including containers, with their names. `plain` lists are not entered."""
     for i, (key, item) in enumerate(value.items() if isinstance(value, dict) else enumerate(value)):
         key = f"{key.kind}[{i}]" if isinstance(key, _Object) else key
         inner = f"{name}.{key}" if name else str(key)
         yield inner, item
-        if isinstance(item, (dict, list, tuple)):
-            yield from _walk(inner, item)
+        if isinstance(item, dict) or (isinstance(item, (list, tuple)) and not _is_plain(item, plain)):
+            yield from _walk(inner, item, plain)
+
+
+def _is_plain(value: Any, known: dict[int, bool]) -> bool:
+    """Whether all is data that Python has a literal for, without tensors and objects. `known`: containers seen."""
+    if not isinstance(value, (dict, list, tuple)):
+        return not isinstance(value, (_Tensor, _Object))
+    if id(value) not in known:
+        known[id(value)] = True  # where it contains itself
+        items = value.values() if isinstance(value, dict) else value
+        known[id(value)] = all(_is_plain(item, known) for item in items)
+    return known[id(value)]
 
 
 def _has_tensors(value: _Object, seen: set[int]) -> bool:
@@ -333,6 +355,7 @@ class _Unpickler(pickle._Unpickler):  # Python's, because C's allocates a memo o
             ("collections", "defaultdict"): _defaultdict,
             ("torch._utils", "_rebuild_tensor_v2"): self._rebuild_tensor_v2,
             ("torch._utils", "_rebuild_tensor_v3"): self._rebuild_tensor_v3,
+            ("torch._utils", "_rebuild_qtensor"): self._rebuild_quantized,
             ("torch._utils", "_rebuild_parameter"): self._rebuild_parameter,
             ("torch", "Size"): self._size,
         }
@@ -345,7 +368,7 @@ class _Unpickler(pickle._Unpickler):  # Python's, because C's allocates a memo o
         dtype = vars(torch).get(name) if module == "torch" else None
         if isinstance(dtype, torch.dtype) and not name.startswith("q"):  # quantized
             return dtype
-        if module.partition(".")[0] in _HOSTILE or f"{module}.{name}" in _HOSTILE:
+        if (module.partition(".")[0] in _HOSTILE and name not in _RECORDS) or f"{module}.{name}" in _HOSTILE:
             raise CheckpointError(
                 f"{self._path} contains {module}.{name}, which is not data but code that a checkpoint has no need of "
                 "(it was not run): do not trust this file"
@@ -394,6 +417,9 @@ class _Unpickler(pickle._Unpickler):  # Python's, because C's allocates a memo o
                 "values for it"
             )
         return _Tensor(storage, dtype, offset, size, stride)
+
+    def _rebuild_quantized(self, *args: Any) -> _Object:
+        return _Object(_QUANTIZED)
 
     def _rebuild_parameter(self, data: Any, gradient: Any, hooks: Any) -> _Tensor | _Object:
         if not isinstance(data, (_Tensor, _Object)) or type(gradient) is not bool or hooks:
