@@ -194,6 +194,9 @@ def _read_zip(path: Path, file: io.BufferedReader) -> tuple[Any, dict[str, Tenso
         if damaged is not None:
             raise CheckpointError(f"{path}: {damaged} is damaged: it does not match its CRC")
 
+        version = names.get(f"{prefix}/version") or names.get(f"{prefix}/.data/version")
+        if version is None or not archive.read(version).strip().isdigit():
+            raise CheckpointError(f"{path} is damaged: it has no version of torch.save's format")
         order = names.get(f"{prefix}/byteorder")
         if order is not None and archive.read(order) != b"little":
             raise CheckpointError(f"{path} was written on a big-endian machine: load it there, and save safetensors")

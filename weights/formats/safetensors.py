@@ -116,7 +116,7 @@ def read_sharded(index: Path) -> Checkpoint:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {name!r}, expected .safetensors files beside it")
         if not (index.parent / name).is_file():
-            raise FileNotFoundError(f"{index.parent / name} does not exist, but {index.name} names it")
+            raise FileNotFoundError(f"{index.parent} has no file {name!r}, but {index.name} names it")
         if text := mistaken(index.parent / name, ".safetensors"):
             raise CheckpointError(text)
         shard = read_safetensors(index.parent / name)

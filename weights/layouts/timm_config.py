@@ -155,6 +155,8 @@ def _read_preprocessing(settings: dict[str, Any], where: str) -> Preprocessing |
     values = {name: settings.get(name, default) for name, default in _DEFAULTS.items()}
     channels, *size = values.pop("input_size")
     require_int("input_size's channels", channels, least=1)
+    if channels > 10_000:  # the mean of each would be kept
+        raise CheckpointError(f"{where}: input_size has {channels} channels, expected as many as the images have")
     mode = "squash" if crop_mode == "squash" else "crop"
     return Preprocessing(tuple(size), **values, mode=mode).with_channels(channels)
 
