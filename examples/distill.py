@@ -76,7 +76,7 @@ if __name__ == "__main__":
     parser.add_argument("--teacher", default="vit_digits_patch4_32", help="a checkpoint; default: %(default)s")
     parser.add_argument("--depth", type=int, default=4, help="the student's blocks; default: %(default)s")
     parser.add_argument("--patch-size", type=int, default=8, help="the student's; default: %(default)s")
-    parser.add_argument("--steps", type=int, default=500, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=300, help="default: %(default)s")
     parser.add_argument("-b", "--batch-size", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=2.0, help="default: %(default)s")
     parser.add_argument("--scale", type=float, default=0.7, help="the least share of a crop; default: %(default)s")
