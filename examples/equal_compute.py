@@ -10,7 +10,10 @@ forward pass is counted: for the backward pass of depthwise convolutions PyTorch
 one group, and finds 40 forward passes in a step of EfficientNet, not 3. From random weights, on the 360 held-out digits
 at 32x32, it draws the losses and the accuracies, and prints
 
-    @@@
+                     weights  steps  seconds  forward, G  training, T  accuracy
+    vit_small         random     52     17.3       0.108         0.27    49.17%
+    resnet50          random     50     17.5       0.083         0.20    20.56%
+    efficientnet_b0   random    116     24.5       0.008         0.05    25.00%
 
 On your own images, from pretrained weights if you have the files (nothing is downloaded; DATA as for `vit finetune`):
 

@@ -2,12 +2,16 @@
 
     python examples/pretraining.py -o pretraining.png
 
-Takes @@@ minutes on one core. All models are ViT-S, see the same 3x3 patches (48 px for patches of 16, 42 px for
+Takes 3 minutes on one core. All models are ViT-S, see the same 3x3 patches (48 px for patches of 16, 42 px for
 patches of 14), and are trained alike by `vit.training.train`: 60 steps of 16 whole images, of the last three blocks,
 with a head of zeros at first. So few steps undo more in the other blocks than they teach; random weights, trained whole
 for 100 steps, reached 14 to 25 %. On the 360 held-out digits it draws, and prints
 
-    @@@
+    labels        1 %     10 %     50 %    100 %
+    images         14      144      719     1437
+    AugReg    not loaded: cannot get config.json of hf-hub:timm/vit_small_patch16_224.augreg_in21k_ft_in1k ...
+    DINOv2     55.00%   86.39%   87.78%   88.33%
+    random     41.11%   55.83%   57.78%   52.50%
 
 On your own images, at the models' real sizes (DATA as for `vit finetune`):
 
