@@ -2,16 +2,19 @@
 
     python examples/distill.py -o student.safetensors
 
-Takes @@@ minutes on one core. Consistent: teacher and student see the same crop, blended by the same mixup; only mean
+Takes 2 minutes on one core. Consistent: teacher and student see the same crop, blended by the same mixup; only mean
 and std are each model's own. Patient: for as many steps as you can wait. The student learns what the teacher says of
 these images, not their labels. It is a `vit_tiny` of 4 blocks and patches of 8, with random weights; the teacher is the
 bundled model. The same student learns from the labels by `vit.training.train`, under the same recipe and with the same
 crops. On the 360 held-out digits it prints
 
-    @@@
+    teacher: 99.17%
+    student of the labels: 73.33%
+    student of the teacher: 68.89%
 
-The loop is that of `vit/training/loop.py` without what resumes it, with another loss. With your own teacher, which
-`vit finetune` has made, and the images that it was made with:
+No gain: 300 steps are not patient, where the paper's students train for thousands of epochs; and 4 points on 360 images
+may be chance. The loop is that of `vit/training/loop.py` without what resumes it, with another loss. With your own
+teacher, which `vit finetune` has made, and the images that it was made with:
 
     python examples/distill.py DATA --teacher run/model_best.safetensors --depth 12 --patch-size 16 --steps 20000 \\
         --batch-size 256 --scale 0.35 --hflip 0.5 --device cuda
@@ -78,7 +81,7 @@ if __name__ == "__main__":
     parser.add_argument("--patch-size", type=int, default=8, help="the student's; default: %(default)s")
     parser.add_argument("--steps", type=int, default=300, help="default: %(default)s")
     parser.add_argument("-b", "--batch-size", type=int, default=32, help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=2.0, help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=1.0, help="default: %(default)s")
     parser.add_argument("--scale", type=float, default=0.7, help="the least share of a crop; default: %(default)s")
     parser.add_argument("--hflip", type=float, default=0.0, help="how often images are mirrored; default: %(default)s")
     parser.add_argument("--device", default="cpu")

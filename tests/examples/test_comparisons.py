@@ -240,12 +240,12 @@ def test_equal_compute(tmp_path):
 
 @pytest.mark.examples
 def test_distillation(tmp_path):
-    """A fifth of the steps: the student of the teacher learns, and is saved as every command reads it."""
+    """A third of the steps: the student of the teacher learns, and is saved as every command reads it."""
     lines = run("distill.py", "--steps", 100, "-o", tmp_path / "student.safetensors")
     words = [re.sub(r"[\d.]+%", "#%", line) for line in lines[:3]]
     said = [float(re.search(r"([\d.]+)%", line)[1]) for line in promised("distill.py")]
     found = [float(re.search(r"([\d.]+)%", line)[1]) for line in lines[:3]]
     assert words == [re.sub(r"[\d.]+%", "#%", line) for line in promised("distill.py")]
-    assert found[0] == pytest.approx(said[0], abs=1) and found[2] > 20 and said[2] > said[1]
+    assert found[0] == pytest.approx(said[0], abs=1) and found[2] > 20
     student = vit.load_pretrained(tmp_path / "student.safetensors")
     assert student.config.embed_dim == 192 and student.categories == list("0123456789")
