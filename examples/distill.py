@@ -13,8 +13,9 @@ crops. On the 360 held-out digits it prints
     student of the teacher: 68.89%
 
 No gain: 300 steps are not patient, where the paper's students train for thousands of epochs; and 4 points on 360 images
-may be chance. The loop is that of `vit/training/loop.py` without what resumes it, with another loss. With your own
-teacher, which `vit finetune` has made, and the images that it was made with:
+may be chance. Two temperatures were tried on these images: at 2 it is 65.56 %. The loop is that of
+`vit/training/loop.py` without what resumes it, with another loss. With your own teacher, which `vit finetune` has made,
+and the images that it was made with:
 
     python examples/distill.py DATA --teacher run/model_best.safetensors --depth 12 --patch-size 16 --steps 20000 \\
         --batch-size 256 --scale 0.35 --hflip 0.5 --device cuda
