@@ -3,8 +3,8 @@
     python examples/pretraining.py -o pretraining.png
 
 Takes 3 minutes on one core. All models are ViT-S, see the same 3x3 patches (48 px for patches of 16, 42 px for patches
-of 14), and are trained alike by `vit.training.train`: 60 steps of 16 whole images, of the last three blocks, with a head
-of zeros at first. Frozen blocks, layer decay and whole images were chosen by DINOv2's accuracy on the held-out images
+of 14), and are trained alike by `vit.training.train`: 60 steps of 16 whole images, of the last three blocks, with a
+head of zeros at first. Frozen blocks, layer decay and whole images were chosen by DINOv2's accuracy on the images
 below, out of about ten settings, so its row is too good by some points; nothing was chosen for random weights, whose
 frozen blocks stay random. One seed each. On the 360 held-out digits it draws, and prints
 
