@@ -160,9 +160,8 @@ class Report:
     def __init__(self, recipe: Recipe, images: int) -> None:
         self.recipe, self.epoch = recipe, images // recipe.batch_size
         self.losses: list[float] = []  # of the steps since the last validation
-        self.times: list[float] = []  # seconds
+        self.timed, self.seconds = 0, 0.0  # steps, without validations
         self.last: float | None = None  # when the last step ended
-        self.told = False
 
     def __enter__(self) -> Callable[[dict[str, Any]], None]:
         self.bar: tqdm | None = None
@@ -183,25 +182,24 @@ class Report:
             return
         now = time.perf_counter()
         if self.last is not None:  # not after a validation, whose time would count
-            self.times.append(now - self.last)
+            self.timed, self.seconds = self.timed + 1, self.seconds + now - self.last
+            if self.timed == 10:
+                left = self.seconds / 10 * (self.recipe.steps - record["step"])
+                self.bar.write(f"about {duration(left)} to go, without validation")
         self.last = now
         self.losses.append(record["loss"])
         self.bar.update()
-        if len(self.times) == 10 and not self.told:
-            self.told = True
-            left = sum(self.times) / 10 * (self.recipe.steps - record["step"])
-            self.bar.write(f"about {duration(left)} to go, without validation")
 
     def row(self, record: dict[str, Any]) -> None:
-        """A validation, with the mean loss and the rate of the steps before it."""
+        """A validation, with the mean loss of the steps before it, and the rate of all steps."""
         assert self.bar is not None
-        rate = self.recipe.batch_size * len(self.times) / sum(self.times) if self.times else math.nan
+        rate = self.recipe.batch_size * self.timed / self.seconds if self.timed else math.nan
         loss = sum(self.losses) / max(1, len(self.losses))
         self.bar.write(
             f"{record['step']:8} {record['step'] / self.epoch:7.1f} {loss:10.4f} {record['val_loss']:10.4f}"
             f" {record['accuracy']:10.2%} {record['balanced_accuracy']:10.2%} {rate:10.1f}"
         )
-        self.losses, self.times, self.last = [], [], None
+        self.losses, self.last = [], None
 
 
 def duration(seconds: float) -> str:
