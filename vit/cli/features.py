@@ -137,6 +137,7 @@ def describe(model: ViT, transform: Transform, args: argparse.Namespace) -> dict
         "kind": args.kind, "dtype": args.save_dtype, "model": args.model, "model_sha256": str(sha256),
         "model_config": json.dumps(model.config.to_dict()), "transform": repr(transform), "computed": args.dtype,
         "optimize": str(loading.optimized(model)), "prefix": args.prefix or "",  # which of two models in one file
+        "part": str(model.provenance and model.provenance.part),  # the same, chosen by rank
     }  # fmt: skip
 
 
