@@ -82,7 +82,8 @@ class _Nothing:
 
     def __init__(self, *_: Any) -> None: ...
 
-    def __setstate__(self, state: Any) -> None: ...
+    @staticmethod  # a damaged file may set the state of the class itself
+    def __setstate__(*_: Any) -> None: ...
 
 
 class _Harmless(pickle._Unpickler):  # Python's, because C's allocates a memo of any size that the file asks for
@@ -98,8 +99,10 @@ class _Harmless(pickle._Unpickler):  # Python's, because C's allocates a memo of
 def _by_torch(content: bytes) -> Any:
     """What torch.load finds; if its check of the zip file or of the classes is stricter than ours, without these."""
     if content.startswith(b"PK"):
+        # numbers that torch checks and that say nothing of the tensors
+        numbers = {"version": b"3\n", ".format_version": b"1", ".storage_alignment": b"64"}
         parts = members(content)
-        content = zipped([(name, b"3\n" if name.endswith("/version") else part) for name, part in parts.items()])
+        content = zipped([(name, numbers.get(name.rpartition("/")[2], part)) for name, part in parts.items()])
     try:
         return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception:  # its UnpicklingError, mostly
