@@ -63,7 +63,9 @@ def weight_to_match(patch_embed: nn.Module) -> Tensor | None:
     and quantised layers replace the convolution: wrappers, subclasses of modules and tensors, or hooks show that.
     """
     proj = patch_embed._modules.get("proj")  # none of a wrapper's own
-    weight = proj._parameters.get("weight") if type(proj) is nn.Conv2d else None
+    if type(proj) is not nn.Conv2d:
+        return None
+    weight = proj._parameters.get("weight")
     if weight is None or type(weight) not in (nn.Parameter, Tensor):  # a plain tensor comes from functional_call
         return None
     changed = any(layer._forward_pre_hooks or "forward" in layer.__dict__ for layer in (patch_embed, proj))

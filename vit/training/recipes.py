@@ -124,7 +124,7 @@ def parameter_groups(
     if layer_decay != 1.0 and not isinstance(model, ViT):
         raise ValueError(f"layer_decay is for a vit.ViT: give {type(model).__name__} layer_decay=1.0")
     top = model.config.depth + 1 if isinstance(model, ViT) else 0
-    own = getattr(model, "no_weight_decay", set)()  # timm's models name theirs
+    own: set[str] = getattr(model, "no_weight_decay", set)()  # timm's models name theirs
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

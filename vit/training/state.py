@@ -46,7 +46,7 @@ class State:
 
     def moments(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's tensors by the names of their parameters, which may be without any."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self.model.named_parameters()}
         return {names[parameter]: dict(values) for parameter, values in self.optimizer.state.items()}
 
     def make_room(self, shapes: Mapping[str, Any]) -> None:
