@@ -1,13 +1,11 @@
 """The comparisons run, print what they promise, and compute what they say."""
 
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -24,22 +22,6 @@ pytest.importorskip("sklearn", reason="the comparisons use scikit-learn's digits
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = vit.ViTConfig(img_size=16, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3)
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """A function that imports an example; what this imports of other examples is forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-
-    def load_example(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    yield load_example
-    for name in ("train_digits", "labelled_images"):
-        sys.modules.pop(name, None)
 
 
 def data(count: int) -> list[tuple[Image.Image, int]]:

@@ -1,13 +1,11 @@
 """The examples run, print what they promise, and wrote what ships with the package."""
 
-import importlib.util
 import math
 import re
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -168,21 +166,6 @@ def test_research_says_what_to_expect(name):
     assert docstring.splitlines()[2] == f"    python examples/{name}.py -o {name}.png"
     assert re.search(r"^Takes .*(second|minute)", docstring, re.MULTILINE)
     assert any(NUMBER.search(line) for line in promised(f"{name}.py"))
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """A function that imports an example. If the example imports another, that one is forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-
-    def load_example(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    yield load_example
-    sys.modules.pop("train_digits", None)
 
 
 def qkv(T: int, seed: int = 0) -> Tensor:

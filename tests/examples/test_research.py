@@ -1,7 +1,5 @@
 """The research examples compute what they say: the central function of each, on small random models."""
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -21,19 +19,9 @@ def tiny() -> vit.ViT:
     return randomize(vit.ViT(TINY)).eval().requires_grad_(False)
 
 
-def load(name: str) -> ModuleType:
-    """Import an example as a module, under a name that no test module has."""
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def head_ablation(monkeypatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(EXAMPLES))  # it imports train_digits, as scripts there may
-    yield load("head_ablation")
-    sys.modules.pop("train_digits", None)
+def head_ablation(load) -> ModuleType:
+    return load("head_ablation")
 
 
 def shake_values(model: vit.ViT, block: int, head: int) -> None:
@@ -72,7 +60,7 @@ def test_an_ablated_head_gives_its_mean(tiny, head_ablation):
     assert difference(head_ablation.mean_heads(tiny, two)[0], (found[:1] + found[1:]) / 2) <= FLOAT32
 
 
-def test_merging_none_is_the_model(tiny):
+def test_merging_none_is_the_model(load, tiny):
     x = images(2, 3, 32, 56)
     expected = tiny(x)
     logits, sizes, places = load("token_merging").merging(tiny, x, 0)
@@ -81,7 +69,7 @@ def test_merging_none_is_the_model(tiny):
 
 
 @pytest.mark.parametrize("r", [1, 8, 100])
-def test_no_token_is_lost(tiny, r):
+def test_no_token_is_lost(load, tiny, r):
     """Each token is in one remaining token, whose size counts them; the class token stays alone."""
     x = images(2, 3, 32, 56)  # 113 tokens
     _, sizes, places = load("token_merging").merging(tiny, x, r)
@@ -93,7 +81,7 @@ def test_no_token_is_lost(tiny, r):
     assert (places[:, 0] == 0).all() and (sizes[:, 0] == 1).all()
 
 
-def test_the_most_alike_are_matched():
+def test_the_most_alike_are_matched(load):
     """Six tokens: 4 points as 1 does, 2 almost as 5; the class token, number 0, points exactly as 3."""
     angles = torch.tensor([[2.0, 0.0, 1.0, 2.0, 0.0, 1.1]])
     k = torch.stack([angles.cos(), angles.sin()], dim=2) * torch.arange(1, 7)[:, None]
@@ -103,7 +91,7 @@ def test_the_most_alike_are_matched():
     assert match(k, 2).tolist() == [[0, 1, 3, 2, 1, 3]]
 
 
-def test_size_weighs_like_the_tokens_themselves(tiny):
+def test_size_weighs_like_the_tokens_themselves(load, tiny):
     """Five kinds of patches, no positions: only equal tokens are merged, and if weighed they leave the logits alone."""
     merging = load("token_merging").merging
     tiny.position_embedding[:, 1:] = 0
@@ -118,7 +106,7 @@ def test_size_weighs_like_the_tokens_themselves(tiny):
     assert difference(merging(tiny, x, 20, weigh=False)[0], expected) > 0.01
 
 
-def test_numpy_is_pytorch(tiny):
+def test_numpy_is_pytorch(load, tiny):
     x = images(2, 3, 24, 40)
     weights = {name: tensor.numpy() for name, tensor in tiny.state_dict().items()}
     logits, attention = load("numpy_forward").forward(weights, TINY, x.numpy())
@@ -133,7 +121,7 @@ def test_numpy_is_pytorch(tiny):
         assert difference(torch.from_numpy(changed), tiny(x)) > 10 * FLOAT32, name
 
 
-def test_numpy_is_pytorch_in_double_precision(tiny):
+def test_numpy_is_pytorch_in_double_precision(load, tiny):
     x = images(2, 3, 24, 40).double()
     weights = {name: tensor.numpy() for name, tensor in tiny.double().state_dict().items()}
     logits, _ = load("numpy_forward").forward(weights, TINY, x.numpy())

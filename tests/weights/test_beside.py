@@ -20,7 +20,7 @@ from vit.weights.verify import convert_file
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SIZES = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256,
          "image_size": 32, "patch_size": 8}  # fmt: skip
-# heads 64 wide, the exact GELU and 0.5 are what is assumed if nobody reads these
+# unlike what is assumed without them: heads 64 wide, the exact GELU and a mean of 0.5
 CONFIG = transformers.ViTConfig(**SIZES, hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-3, num_labels=5)
 
 

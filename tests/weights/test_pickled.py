@@ -26,7 +26,8 @@ from torch import Tensor, nn
 import vit
 from vit.weights.checkpoint import CheckpointError
 from vit.weights.formats.npz import read_npz, write_npz
-from vit.weights.formats.pickled import _OPCODES, read_pickled
+from vit.weights.formats.pickled import read_pickled
+from vit.weights.formats.unpickler import OPCODES
 
 
 @pytest.mark.parametrize("format", ["npz", "pickled"])
@@ -249,7 +250,7 @@ def test_only_opcodes_that_torch_knows_are_followed() -> None:
             torch._weights_only_unpickler.load(io.BytesIO(bytes([code]) + bytes(100)))
         except Exception as error:
             unknown = "Unsupported operand" in str(error) and str(code) in str(error)
-            assert unknown == (code not in _OPCODES) or bytes([code]) == pickle.EMPTY_SET
+            assert unknown == (code not in OPCODES) or bytes([code]) == pickle.EMPTY_SET
 
 
 @NEW_AND_OLD

@@ -204,13 +204,9 @@ class Report:
 
 def duration(seconds: float) -> str:
     """Seconds in words."""
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 100
-        else f"{seconds / 60:.0f} min"
-        if seconds < 6000
-        else f"{seconds / 3600:.1f} h"
-    )
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def finish(folder: Path, test: list[Any], device: torch.device) -> None:

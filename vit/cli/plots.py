@@ -27,7 +27,7 @@ def figure_class() -> Any:
     try:
         return importlib.import_module("matplotlib.figure").Figure
     except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install 'vit-small[viz]'") from None
+        raise ValueError("plots need matplotlib: pip install 'vit-small[viz]'") from None
 
 
 def speed(rows: Sequence[dict[str, Any]]) -> Any:

@@ -46,7 +46,7 @@ def read_features(name: str) -> Stored:
     """The features of one file, or of all the files of its index. Maps are averaged over their patches.
 
     An image's class is the name of its folder. The folders must lie side by side: of x/cat/1.png and x/cat/more/2.png,
-    nobody knows whether cat or more is the class.
+    the class may be cat or more.
 
     Raises:
         OSError, ValueError: no such file, one that `vit features` did not write, features that are not finite, or

@@ -60,18 +60,13 @@ def same_when_resumed(
 ) -> dict[str, Any]:
     """All that decides a run's result, as plain data; of a caller's own transforms only that they are there."""
     config = model.config.to_dict() if isinstance(model, ViT) else {}
-    for name in ("drop_path_rate", "grad_checkpointing"):  # the recipe has the first, the second changes no bit
-        config.pop(name, None)
+    elsewhere = ("drop_path_rate", "grad_checkpointing")  # the recipe has the first, the second changes no bit
     return {
         **asdict(recipe),
         "categories": getattr(model, "categories", None),
         "labels": some_labels(data) + some_labels(validation),
         "model": type(model).__name__,
-        **{
-            f"model {name}": value
-            for name, value in config.items()
-            if name not in ("drop_path_rate", "grad_checkpointing")
-        },
+        **{f"model {name}": value for name, value in config.items() if name not in elsewhere},
         "images": len(data),
         "validation images": len(validation),
         "augment": repr(augment) if isinstance(augment, RandomCrop) else "the caller's",
