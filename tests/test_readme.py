@@ -20,7 +20,10 @@ from vit.kernels.cpu.model import missing
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
-    *(f"{folder}/README.md" for folder in ("vit", "vit/training", "weights", "kernels", "tests", "examples")),
+    *(
+        f"{folder}/README.md"
+        for folder in ("vit", "vit/training", "vit/exporting", "weights", "kernels", "tests", "examples")
+    ),
 )
 READMES = [name for name in (*PAGES, "CONTRIBUTING.md") if (ROOT / name).exists()]
 TEXT = {name: (ROOT / name).read_text(encoding="utf-8") for name in READMES}

@@ -20,13 +20,15 @@ from .registry import attention_names, register_attention
 
 if TYPE_CHECKING:
     from vit import kernels, weights
+    from vit.exporting import export, load_exported
     from vit.weights import load_pretrained, save_checkpoint
 
     __version__: str
 
 __all__ = [
     "FeaturePyramid", "Preprocessing", "Provenance", "ViT", "ViTConfig", "attention_maps", "attention_names",
-    "create_model", "create_transform", "kernels", "list_models", "load_image", "load_pretrained", "patch", "record",
+    "create_model", "create_transform", "export", "kernels", "list_models", "load_exported", "load_image",
+    "load_pretrained", "patch", "record",
     "register_attention", "save_checkpoint", "weights",
 ]  # fmt: skip
 
@@ -37,6 +39,8 @@ def __getattr__(name: str) -> Any:
         return import_module("importlib.metadata").version("vit-small")
     if name in ("load_pretrained", "save_checkpoint"):
         return getattr(_import("vit.weights"), name)
+    if name in ("export", "load_exported"):
+        return getattr(import_module("vit.exporting"), name)
     if name in ("weights", "kernels"):
         return _import(f"vit.{name}")
     raise AttributeError(f"module 'vit' has no attribute {name!r}")

@@ -25,7 +25,17 @@ from torch import Tensor
 from .checks import nearest_multiple, require_int, unknown, whole_patches
 
 if TYPE_CHECKING:
-    from .model import ViT
+    from typing import Protocol
+
+    from .config import ViTConfig
+    from .metadata import Preprocessing
+
+    class Model(Protocol):
+        """A `ViT` or an exported model."""
+
+        config: ViTConfig
+        preprocessing: Preprocessing
+
 
 MODES = ("crop", "squash", "native")
 
@@ -269,7 +279,7 @@ def _crop_start(side: int, crop: int) -> int:
 
 
 def create_transform(
-    model: ViT,
+    model: Model,
     size: int | tuple[int, int] | None = None,
     crop_pct: float | None = None,
     mode: str | None = None,

@@ -7,6 +7,7 @@ from typing import Any
 
 from .checks import as_pair, require_float, unknown
 
+EXPORTED_KEY = "vit.version"  # a key in the metadata of files that `vit.export` writes
 MODES = ("crop", "squash")
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 

@@ -21,6 +21,11 @@ _STARTS: tuple[tuple[bytes, str, str], ...] = (
     (b"/annex/objects/", "a git-annex pointer", "run `git annex get` on it"),
     (b"<!doctype html", "a web page (HTML)", _AGAIN),
     (b"<html", "a web page (HTML)", _AGAIN),
+    (
+        b'<?xml version="1.0"?>\n<net ',
+        "a graph of OpenVINO's",
+        "name the checkpoint that it was made from; vit.load_exported opens exported files",
+    ),
     (b"<", "an XML or HTML text", _AGAIN),
     (b"\x1f\x8b", "a gzip archive", _UNPACK),
     (b"bzh", "a bzip2 archive", _UNPACK),

@@ -84,8 +84,9 @@ def test_the_help_opens_with_commands_that_parse(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert stop.value.code == 0 and lines[4] == "" and lines[5].startswith("usage: vit")
-    for line in lines[:4]:
+    last = lines.index("")
+    assert stop.value.code == 0 and last >= 4 and lines[last + 1].startswith("usage: vit")
+    for line in lines[:last]:
         command, _ = re.split(r"   +", line)
         program, *arguments = shlex.split(command)
         assert program == "vit" and make_parser().parse_args(arguments).run

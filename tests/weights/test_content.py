@@ -52,6 +52,10 @@ def graph() -> bytes:
 TORCH, LEGACY = written(torch.save, STATE), written(torch.save, STATE, _use_new_zipfile_serialization=False)
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 88202656\n"
 CONTENTS = {
+    "OpenVINO": (
+        b'<?xml version="1.0"?>\n<net name="main_graph">',
+        "is a graph of OpenVINO's: name the checkpoint that",
+    ),
     "LFS": (POINTER, "is a Git LFS pointer: run `git lfs pull`"),
     "annex": (b"/annex/objects/SHA256E-s88--ab.pth\n", "is a git-annex pointer: run `git annex get`"),
     "old annex": (b"../.git/annex/objects/x1/y2/SHA256E-s88--ab.pth", "is a git-annex pointer: run `git annex get`"),

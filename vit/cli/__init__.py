@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any, NoReturn
 
-from . import attention, bench, convert, demo, evaluate, features, finetune, inspect, predict, probe
+from . import attention, bench, convert, demo, evaluate, export, features, finetune, inspect, predict, probe
 
 EXAMPLES = """\
 vit demo                                      classify bundled digits and draw attention; needs no network
 vit predict photo.jpg --img-size native       name what is in a photograph, at its own size and proportions
 vit finetune photos/ -o run/                  train it on your own classes, one folder per class
+vit export run/ -o model.onnx                  write it for another runtime, checked against the model there
 vit attention a.jpg b.jpg -o attention.png    draw where each head of the last block looks
 """
 
@@ -88,6 +89,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser = _TopParser(prog="vit", description="A Vision Transformer Small in plain PyTorch.")
     parser.add_argument("--version", action="version", version=version("vit-small"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for module in (demo, predict, finetune, probe, features, evaluate, bench, attention, inspect, convert):
+    for module in (demo, predict, finetune, probe, features, evaluate, bench, attention, inspect, convert, export):
         module.add_parser(commands)
     return parser

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from vit.image import ImageError, Transform
-from vit.model import ViT
 
 from .datasets import DIGITS
 from .images import Decoded, batches, decode, progress, usable
+from .loading import Model
 from .timing import synchronize
 
 
@@ -33,7 +33,7 @@ class Counts(NamedTuple):
 
 
 def measure(
-    model: ViT,
+    model: Model,
     transform: Transform,
     images: Sequence[Path | Image.Image],
     truth: Tensor,
@@ -61,7 +61,7 @@ def measure(
 
 @torch.inference_mode()
 def count(
-    model: ViT,
+    model: Model,
     transform: Transform,
     images: Sequence[Path | Image.Image],
     truth: Tensor,
@@ -119,7 +119,7 @@ def read(images: Sequence[Path | Image.Image], transform: Transform) -> Iterator
     return ((Path(DIGITS), transform(image)) for image in images if isinstance(image, Image.Image))
 
 
-def forward(model: ViT, images: list[Tensor], packed: bool) -> tuple[Tensor, float]:
+def forward(model: Model, images: list[Tensor], packed: bool) -> tuple[Tensor, float]:
     """[B, classes] float32 logits on the CPU, and the seconds that the model took; `packed` if the sizes differ."""
     device = images[0].device
     batch = None if packed else torch.stack(images)  # [B, C, H, W]

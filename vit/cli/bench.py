@@ -17,11 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vit.checks import whole_patches
+from vit.exporting import ExportedModel
 from vit.model import ViT
 from vit.presets import create_model, list_models
 from vit.registry import get_attention
 
 from . import loading, options, plots, timing
+from .loading import Model
 from .timing import Case
 
 MODEL = "vit_small_patch16_224"
@@ -49,7 +51,7 @@ def add_parser(commands: Any) -> None:
     threads = torch.get_num_threads()
     for flags, one, default, text in (
         (("-b", "--batch-size"), options.positive, [1, 8], "images per call; default: 1,8"),
-        (("--img-size",), side, [None], "224,384x160 (height x width); default: the model's"),
+        (("--img-size",), options.fixed_size, [None], "224,384x160 (height x width); default: the model's"),
         (("--dtype",), options.one_of(*options.DTYPES), ["float32"], "float32,bfloat16,float16; default: float32"),
         (("--attention",), str, None, "registered names; default: sdpa, or what --optimize chooses"),
         (("--threads",), processors, [threads], f"default: {threads}"),
@@ -65,14 +67,6 @@ def add_parser(commands: Any) -> None:
         "--plot", type=Path, metavar="FILE", help="draw images per second against batch size: .png, .svg or .pdf"
     )
     parser.set_defaults(run=run)
-
-
-def side(text: str) -> tuple[int, int]:
-    """ "224" -> (224, 224), for argparse."""
-    found = options.image_size(text)
-    if isinstance(found, str):
-        raise argparse.ArgumentTypeError(f"expected 384 or 224x448 (height x width), got {text!r}")
-    return (found, found) if isinstance(found, int) else found
 
 
 def processors(text: str) -> int:
@@ -110,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(
-    args: argparse.Namespace, models: Mapping[str | None, ViT | str]
+    args: argparse.Namespace, models: Mapping[str | None, Model | str]
 ) -> tuple[list[dict[str, Any]], dict[Case, str]]:
     """The rows of the table, and why the other cases cannot run here. Leaves the number of threads changed.
 
@@ -132,11 +126,13 @@ def measure(
     return rows, refused
 
 
-def load(args: argparse.Namespace) -> dict[str | None, ViT | str]:
+def load(args: argparse.Namespace) -> dict[str | None, Model | str]:
     """{dtype it is optimized to, or None: the model}; with random weights if --model names an architecture.
 
     If there are several dtypes and one cannot run here, it gets the reason instead of a model.
     """
+    if loading.is_exported_file(args.model):
+        return {None: load_exported_file(args)}
     file = loading.is_optimized_file(args.model)
     wanted = [name for name in args.optimize if name is not None]
     if args.dtype != ["float32"] and (file or None not in args.optimize):
@@ -148,15 +144,23 @@ def load(args: argparse.Namespace) -> dict[str | None, ViT | str]:
     if file:
         if wanted:
             raise ValueError(f"{args.model} is optimized already, so --optimize cannot go with it")
-        model = loading.load(one)
+        model = loading.load_vit(one)
         return {loading.optimized(model): model}
     if args.model in list_models() and args.model not in list_models(pretrained=True):
         if any(value not in (None, []) for value in (args.layout, args.prefix, args.sha256)):
             raise ValueError(f"{args.model} gets random weights: --layout, --prefix and --sha256 are for checkpoints")
         model = create_model(args.model, **dict(args.settings)).eval().to(args.device)
     else:
-        model = loading.load(one)
+        model = loading.load_vit(one)
     return {name: model if name is None else optimized(model, name, len(args.optimize) > 1) for name in args.optimize}
+
+
+def load_exported_file(args: argparse.Namespace) -> Model:
+    """An exported file; ValueError for options that are for checkpoints."""
+    given = {"dtype": "float32" if args.dtype == ["float32"] else args.dtype, "optimize": args.optimize != [None]}
+    if args.profile:
+        raise ValueError(f"{args.model} is an exported file, whose runtime --profile does not see into")
+    return loading.load(argparse.Namespace(**vars(args) | given))
 
 
 def optimized(model: ViT, dtype: str, others: bool) -> ViT | str:
@@ -171,9 +175,9 @@ def optimized(model: ViT, dtype: str, others: bool) -> ViT | str:
         return str(error)
 
 
-def cases(args: argparse.Namespace, models: Mapping[str | None, ViT | str]) -> list[Case]:
+def cases(args: argparse.Namespace, models: Mapping[str | None, Model | str]) -> list[Case]:
     """All combinations; an optimized model has its own dtype."""
-    own = next((model.preprocessing.size for model in models.values() if isinstance(model, ViT)), (0, 0))
+    own = next((model.preprocessing.size for model in models.values() if not isinstance(model, str)), (0, 0))
     return [
         Case(size or own, batch, optimize, dtype, attention, threads)
         for size, batch in itertools.product(args.img_size, args.batch_size)
@@ -184,24 +188,25 @@ def cases(args: argparse.Namespace, models: Mapping[str | None, ViT | str]) -> l
     ]
 
 
-def attention_of(model: ViT | str) -> str:
+def attention_of(model: Model | str) -> str:
     """The names of a model's attention functions, joined by +."""
     names = [attend.name or "own" for attend in model.attends] if isinstance(model, ViT) else ["-"]
     return "+".join(dict.fromkeys(names))
 
 
 def prepare(
-    models: Mapping[str | None, ViT | str],
+    models: Mapping[str | None, Model | str],
     cases: list[Case],
     device: torch.device,
     bar: Callable[..., Iterable[Case]],
 ) -> tuple[dict[Case, partial[Tensor]], dict[Case, str]]:
     """What to call for each case, and why the others cannot run here; each is tried once."""
-    made: dict[tuple[str | None, str, str], ViT] = {}
+    made: dict[tuple[Any, ...], Model] = {}
     calls: dict[Case, partial[Tensor]] = {}
     refused: dict[Case, str] = {}
     for case in bar(cases, "first calls"):
-        key, source = (case.optimize, case.dtype, case.attention), models[case.optimize]
+        source = models[case.optimize]
+        key = case.optimize, case.dtype, case.attention, isinstance(source, ExportedModel) and case.threads
         if isinstance(source, str):
             refused[case] = source
             continue
@@ -219,8 +224,10 @@ def prepare(
     return calls, refused
 
 
-def variant(model: ViT, case: Case) -> ViT:
-    """A copy of a model with a case's dtype and attention."""
+def variant(model: Model, case: Case) -> Model:
+    """A copy of a model with a case's dtype and attention; of an exported one, with its number of threads."""
+    if isinstance(model, ExportedModel):
+        return ExportedModel(model.path, case.threads)
     copied = copy.deepcopy(model)
     if case.optimize is None:
         copied.to(options.DTYPES[case.dtype])
@@ -242,19 +249,19 @@ def describe(
         "ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high,
         "images_per_s": case.batch / median, "gflops": speed / 1e9,
         "share_of_peak": speed / peak, "peak_gflops": peak / 1e9,
-        "peak_mib": timing.peak_memory(call, device), "rounds": len(times),
+        "peak_mib": None if isinstance(model, ExportedModel) else timing.peak_memory(call, device),
+        "rounds": len(times),
     }  # fmt: skip
 
 
-def show(args: argparse.Namespace, models: Mapping[str | None, ViT | str], rows: list[dict[str, Any]]) -> None:
+def show(args: argparse.Namespace, models: Mapping[str | None, Model | str], rows: list[dict[str, Any]]) -> None:
     """Print the table, or JSON lines."""
     where = timing.environment(args.device)
     if args.json:
         for row in rows:
             print(json.dumps({"model": args.model} | row | {"environment": where}))
         return
-    provenances = [model.provenance for model in models.values() if isinstance(model, ViT)]
-    weights = provenances[0].source if provenances and provenances[0] else "random weights"
+    weights = next((weights_of(model) for model in models.values() if not isinstance(model, str)), "random weights")
     print(f"{args.model} ({weights}) on {where['processor']}, torch {where['torch']}")
     print(TABLE)
     for row in rows:
@@ -268,6 +275,13 @@ def show(args: argparse.Namespace, models: Mapping[str | None, ViT | str], rows:
         print(f"peak: {peak:.0f} GFLOP/s, a {product} in {kind} with {threads} thread{'s' * (threads > 1)}")
 
 
+def weights_of(model: Model) -> str:
+    """Where a model's weights came from; of an exported file, its runtime."""
+    if isinstance(model, ExportedModel):
+        return model.session.name
+    return model.provenance.source if model.provenance else "random weights"
+
+
 def line(row: dict[str, Any]) -> str:
     """A row as text."""
     height, width = row["size"]
@@ -278,5 +292,5 @@ def line(row: dict[str, Any]) -> str:
     quartiles = f"{row['low']:.1f} to {row['high']:.1f}"
     return (
         f"{what} {row['ms']:11.1f}   {quartiles:18} {row['images_per_s']:9.1f} {row['gflops']:9.0f} "
-        f"{row['share_of_peak']:8.0%} {row['peak_mib']:10.0f}"
+        f"{row['share_of_peak']:8.0%} {'-' if row['peak_mib'] is None else format(row['peak_mib'], '.0f'):>10}"
     )

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from vit.model import ViT
 from vit.resources import digit_images, imagenet_categories, imagenet_synsets
 
 from .images import ENDINGS, find_images
+from .loading import Model
 
 DIGITS = "digits"  # the name of the data set that ships with the package
 
@@ -49,7 +49,7 @@ def draw_samples(samples: list[Sample], limit: int | None, seed: int) -> list[Sa
 
 
 def match(
-    samples: Sequence[Sample], model: ViT, data: str, class_map: Path | None, order: str | None = None
+    samples: Sequence[Sample], model: Model, data: str, class_map: Path | None, order: str | None = None
 ) -> tuple[dict[str, int], str]:
     """The model's output for each class of the data, and the rule that found it.
 

@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from vit.image import Transform, create_transform
-from vit.model import ViT
 from vit.training.distributed import rank_and_world
 
 from . import loading, options, plots
 from .accuracy import count, figures, size_name
 from .datasets import DIGITS, Sample, draw_samples, find_samples, match
 from .images import counted
+from .loading import Model
 from .processes import gather, share, sharing
 
 TABLE = "image size   tokens   ms/image     top-1   95 % interval        top-5   right"
@@ -138,7 +138,7 @@ def show(row: dict[str, Any], args: argparse.Namespace, reused: bool) -> None:
     )
 
 
-def make_transforms(model: ViT, args: argparse.Namespace) -> list[Transform]:
+def make_transforms(model: Model, args: argparse.Namespace) -> list[Transform]:
     """One transform per size, all checked before the first is used. --mode and --crop-pct do not apply to "native"."""
     if all(size == "native" for size in args.img_size) and (args.mode or args.crop_pct):
         raise ValueError("--img-size native neither crops nor squashes, so --mode and --crop-pct cannot go with it")
@@ -157,7 +157,7 @@ def make_transforms(model: ViT, args: argparse.Namespace) -> list[Transform]:
     return transforms
 
 
-def settings(args: argparse.Namespace, model: ViT, samples: Sequence[Sample], truth: Tensor) -> dict[str, Any]:
+def settings(args: argparse.Namespace, model: Model, samples: Sequence[Sample], truth: Tensor) -> dict[str, Any]:
     """All that a measurement depends on, except the transform; "digest" stands for the images and their classes.
 
     What was read of the file is among it, because a file beside the weights or a newer version can read it otherwise.

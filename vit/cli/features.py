@@ -17,6 +17,7 @@ from vit.training.distributed import rank_and_world
 
 from . import loading, options
 from .images import Decoded, batches, counted, decode, find_images, progress, usable
+from .loading import Model
 from .pca import draw_components
 from .processes import gather, sharing
 from .shards import check_files, name_files, read_metadata, state, write_file, write_index
@@ -74,15 +75,16 @@ def run(args: argparse.Namespace) -> int:
     sizing = options.sizing(args)
     paths = list(dict.fromkeys(find_images(args.images)))  # each once
     model = loading.load(args)
+    check_kind(args, model)
     transform = create_transform(model, **sizing)
-    if args.pca:
+    if args.pca and isinstance(model, ViT):
         return draw_components(model, transform, paths, args.output)
     if args.kind == "dense":
         check_names(paths)
     return write(model, transform, paths, args)
 
 
-def write(model: ViT, transform: Transform, paths: list[Path], args: argparse.Namespace) -> int:
+def write(model: Model, transform: Transform, paths: list[Path], args: argparse.Namespace) -> int:
     """Write the files that do not exist yet, of which each process takes its share, and the index."""
     files = name_files(args.output, len(paths), args.shard or shard_size(args.kind, transform))
     settings = describe(model, transform, args)
@@ -123,6 +125,16 @@ def finish(output: Path, files: Iterable[Path], done: set[Path], images: int) ->
     return 1 if skipped else 0
 
 
+def check_kind(args: argparse.Namespace, model: Model) -> None:
+    """Refuse, before an image is read, features that an exported file does not give."""
+    if isinstance(model, ViT):
+        return
+    if args.kind != "pooled" or args.pca:
+        what = "--pca" if args.pca else f"--kind {args.kind}"
+        raise ValueError(f"{args.model} is an exported file, which gives pooled features only, not {what}")
+    model.require("features")
+
+
 def shard_size(kind: str, transform: Transform) -> int:
     """How many images go into a file by default."""
     if kind != "dense":
@@ -130,7 +142,7 @@ def shard_size(kind: str, transform: Transform) -> int:
     return LARGE_MAPS if transform.mode == "native" else MAPS
 
 
-def describe(model: ViT, transform: Transform, args: argparse.Namespace) -> dict[str, str]:
+def describe(model: Model, transform: Transform, args: argparse.Namespace) -> dict[str, str]:
     """All settings that the numbers depend on, besides the images."""
     sha256 = None if model.provenance is None else model.provenance.sha256
     return {
@@ -150,7 +162,7 @@ def check_names(paths: Iterable[Path]) -> None:
 
 
 def compute(
-    model: ViT, transform: Transform, paths: list[Path], args: argparse.Namespace, bar: tqdm
+    model: Model, transform: Transform, paths: list[Path], args: argparse.Namespace, bar: tqdm
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The features of one file's images.
 
@@ -174,7 +186,7 @@ def compute(
     return tensors, {name: json.dumps(value) for name, value in lists.items()}
 
 
-def join(model: ViT, args: argparse.Namespace, rows: list[Tensor]) -> Tensor:
+def join(model: Model, args: argparse.Namespace, rows: list[Tensor]) -> Tensor:
     """Rows [D] -> [rows, D]; [0, D] if there are none."""
     if rows:
         return torch.stack(rows)
@@ -183,21 +195,26 @@ def join(model: ViT, args: argparse.Namespace, rows: list[Tensor]) -> Tensor:
 
 
 @torch.inference_mode()
-def extract(model: ViT, batch: list[Decoded], kind: str, packed: bool) -> Iterator[tuple[Path, Tensor | ImageError]]:
+def extract(model: Model, batch: list[Decoded], kind: str, packed: bool) -> Iterator[tuple[Path, Tensor | ImageError]]:
     """Each image's features, [D] or [D, h, w] float32 on the CPU, in the batch's order; `packed` for several sizes."""
-    found: Iterable[Tensor] = ()
-    if images := usable(batch, model):
-        inputs: Any = images if packed else torch.stack(images)  # a list of [C, H, W], or [B, C, H, W]
-        if kind == "dense":
-            forward: Any = model.forward_intermediates_packed if packed else model.forward_intermediates
-            (found,) = forward(inputs, [-1], norm=True)  # each [D, h, w]
-        else:
-            forward = model.forward_features_packed if packed else model.forward_features
-            tokens = forward(inputs)  # each [P + N, D]
-            found = (one[0] if kind == "class" else model.forward_head(one[None], pre_logits=True)[0] for one in tokens)
-    rows = iter(found)
+    images = usable(batch, model)
+    rows = iter(compute_features(model, images, kind, packed) if images else ())
     for path, outcome in batch:
         yield path, outcome if isinstance(outcome, ImageError) else next(rows).float().cpu()
+
+
+def compute_features(model: Model, images: list[Tensor], kind: str, packed: bool) -> Iterable[Tensor]:
+    """The features of some images, each [D] or [D, h, w]."""
+    if not isinstance(model, ViT):
+        parts = [image[None] for image in images] if packed else [torch.stack(images)]  # each [B, C, H, W]
+        return torch.cat([model.run(part)["features"] for part in parts])  # [images, D]
+    inputs: Any = images if packed else torch.stack(images)  # a list of [C, H, W], or [B, C, H, W]
+    if kind == "dense":
+        forward: Any = model.forward_intermediates_packed if packed else model.forward_intermediates
+        return forward(inputs, [-1], norm=True)[0]  # each [D, h, w]
+    forward = model.forward_features_packed if packed else model.forward_features
+    tokens = forward(inputs)  # each [P + N, D]
+    return (one[0] if kind == "class" else model.forward_head(one[None], pre_logits=True)[0] for one in tokens)
 
 
 def lower(values: Tensor, dtype: torch.dtype, path: Path) -> Tensor:

@@ -21,6 +21,8 @@ from vit.model import ViT
 from vit.packed import BUDGET
 from vit.training.distributed import rank_and_world
 
+from .loading import Model
+
 # The endings that count as images when a folder is searched. A file named by the user is read whatever its ending.
 ENDINGS = {
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".jp2", ".avif",
@@ -101,10 +103,10 @@ def batches(items: Iterable[Decoded], size: int, transform: Transform) -> Iterat
         yield batch
 
 
-def usable(batch: Iterable[Decoded], model: ViT) -> list[Tensor]:
+def usable(batch: Iterable[Decoded], model: Model) -> list[Tensor]:
     """The images of a batch that could be read, each [C, H, W] on the model's device and in its dtype."""
-    weights = model.patch_embed.proj.weight
-    return [outcome.to(weights.device, weights.dtype) for _, outcome in batch if isinstance(outcome, Tensor)]
+    place = model.patch_embed.proj.weight if isinstance(model, ViT) else model
+    return [outcome.to(place.device, place.dtype) for _, outcome in batch if isinstance(outcome, Tensor)]
 
 
 def counted(number: int, noun: str) -> str:

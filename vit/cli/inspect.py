@@ -6,7 +6,9 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from . import options
+from vit.exporting import load_exported
+
+from . import export, loading, options
 from .convert import assumptions
 
 
@@ -27,11 +29,20 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the tensors and, if they make up a model, its config; if not, raise CheckpointError after printing."""
+    if loading.is_exported_file(args.checkpoint) and args.other is None:
+        return show_exported(args)
     reading = options.reading(args)
     overrides = {name: reading.pop(name) for name, _ in args.settings}
     if args.other is not None:
         return compare(args, overrides)
     return show(args, reading, overrides)
+
+
+def show_exported(args: argparse.Namespace) -> int:
+    """What an exported file says of itself."""
+    model = load_exported(args.checkpoint)
+    print(json.dumps(asdict(model.metadata), indent=2) if args.json else "\n".join(export.describe(model.metadata)))
+    return 0
 
 
 def show(args: argparse.Namespace, reading: dict[str, Any], overrides: dict[str, Any]) -> int:

@@ -5,11 +5,18 @@ import hashlib
 from contextlib import suppress
 from pathlib import Path
 
+from vit.exporting import ExportedModel, load_exported
+from vit.exporting.runtimes import RUNTIMES
+from vit.exporting.to_onnx import is_ours
 from vit.metadata import Provenance
 from vit.model import ViT
 
 from . import options
 
+Model = ViT | ExportedModel  # what `load` returns
+EXPORTED = (
+    "is an exported file, which predict, evaluate, features and bench run: name the checkpoint that it was made from"
+)
 OPTIMIZE = ("float32", "int8", "bfloat16", "float16")
 
 
@@ -22,14 +29,17 @@ def add_optimize(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def load(args: argparse.Namespace) -> ViT:
-    """The model that --model names, in --dtype, optimized to --optimize.
+def load(args: argparse.Namespace) -> Model:
+    """The model that --model names, in --dtype, optimized to --optimize; or an exported file, in its runtime.
 
     Raises:
-        ValueError, OSError: those of `load_pretrained`, `vit.kernels.load` and `vit.kernels.optimize`.
+        ValueError, OSError: those of `load_pretrained`, `load_exported`, `vit.kernels.load` and `vit.kernels.optimize`.
     """
     from vit.weights import load_pretrained
 
+    if is_exported_file(args.model):
+        check_exported(args)
+        return load_exported(args.model)
     if is_optimized_file(args.model):
         return load_optimized(args)
     if args.optimize:
@@ -43,12 +53,21 @@ def load(args: argparse.Namespace) -> ViT:
     return kernels.optimize(model, args.optimize)
 
 
-def optimized(model: ViT) -> str | None:
+def load_vit(args: argparse.Namespace) -> ViT:
+    """As `load`, for commands that read what lies inside a model."""
+    if is_exported_file(args.model):
+        raise ValueError(f"{args.model} {EXPORTED}")
+    model = load(args)
+    assert isinstance(model, ViT)
+    return model
+
+
+def optimized(model: Model) -> str | None:
     """The dtype that a model was optimized to, such as "int8"; None for any other model."""
     return getattr(model, "optimized", None)
 
 
-def title(args: argparse.Namespace, model: ViT) -> str:
+def title(args: argparse.Namespace, model: Model) -> str:
     """--model and the dtype it is optimized to, for the head of a table."""
     return args.model + (f" optimized in {optimized(model)}" if optimized(model) else "")
 
@@ -62,6 +81,22 @@ def check(args: argparse.Namespace, dtype: str) -> None:
         raise ValueError(f"a model optimized in {dtype} runs on {machine(dtype)}, so {why}")
     if args.dtype != "float32":
         raise ValueError(f"an optimized model takes images in float32, so --dtype {args.dtype} cannot go with it")
+
+
+def is_exported_file(name: str) -> bool:
+    """Whether `vit export` wrote it; any other .onnx file is a checkpoint, whose weights are read."""
+    path = Path(name)
+    return path.suffix in RUNTIMES and path.is_file() and (path.suffix != ".onnx" or is_ours(path))
+
+
+def check_exported(args: argparse.Namespace) -> None:
+    """Refuse options of the model that an exported file has settled."""
+    given = [f"--{name}" for name in ("optimize", "attention", "layout", "prefix", "sha256") if vars(args).get(name)]
+    given += ["--set"] * bool(args.settings) + ["--dtype"] * (args.dtype != "float32")
+    if given:
+        raise ValueError(f"{args.model} is an exported file, which holds all of that: leave out {', '.join(given)}")
+    if args.device.type != "cpu":
+        raise ValueError(f"{args.model} is an exported file, which runs on the CPU here, not on {args.device}")
 
 
 def is_optimized_file(name: str) -> bool:

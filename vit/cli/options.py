@@ -153,6 +153,14 @@ def image_size(text: str) -> int | tuple[int, int] | str:
         raise argparse.ArgumentTypeError(f"expected 384, 224x448 (height x width) or native, got {text!r}") from None
 
 
+def fixed_size(text: str) -> tuple[int, int]:
+    """ "224" -> (224, 224), "224x448" -> (224, 448), for argparse."""
+    found = image_size(text)
+    if isinstance(found, str):
+        raise argparse.ArgumentTypeError(f"expected 384 or 224x448 (height x width), got {text!r}")
+    return (found, found) if isinstance(found, int) else found
+
+
 def auto_device(text: str) -> torch.device:
     """A device of this machine, or "auto": a GPU where there is one, else the CPU, for argparse."""
     return device(("cuda" if torch.cuda.is_available() else "cpu") if text == "auto" else text)

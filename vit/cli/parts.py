@@ -53,7 +53,7 @@ def from_images(args: argparse.Namespace) -> tuple[ViT, Transform, Data]:
     fit, choice, test = splits.train, splits.val, splits.test
     if not test:
         fit, choice, test = *hold_out(fit, args.holdout, args.seed), choice
-    model = loading.load(args)
+    model = loading.load_vit(args)
     if args.output is not None and loading.optimized(model):
         raise ValueError(f"{args.model} is optimized, so --output cannot save it: give the original checkpoint")
     transform = create_transform(model, **sizing)
@@ -132,7 +132,7 @@ def load_same(stored: Stored, args: argparse.Namespace) -> tuple[ViT, Transform]
     """The model that the features are of, and the transform that their images went through."""
     args.model = args.model or stored.settings["model"]
     args.prefix = args.prefix or stored.settings["prefix"] or None
-    model = loading.load(args)
+    model = loading.load_vit(args)
     transform = create_transform(model, **options.sizing(args))
     sha256 = None if model.provenance is None else model.provenance.sha256
     if str(sha256) != stored.settings["model_sha256"]:

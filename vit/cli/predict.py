@@ -12,11 +12,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vit.image import ImageError, create_transform
-from vit.model import ViT
 from vit.resources import imagenet_categories, imagenet_synsets
 
 from . import loading, options
 from .images import Decoded, batches, counted, decode, find_images, progress, usable
+from .loading import Model
 from .processes import in_order, share, sharing
 
 
@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 @torch.inference_mode()
-def label(model: ViT, batch: list[Decoded], top_k: int, packed: bool) -> Iterator[tuple[Path, list[dict] | ImageError]]:
+def label(
+    model: Model, batch: list[Decoded], top_k: int, packed: bool
+) -> Iterator[tuple[Path, list[dict] | ImageError]]:
     """The `top_k` most probable classes of each image of a batch, in its order; `packed` if the sizes differ."""
     rows: Iterator[Tensor] = iter(())
     if images := usable(batch, model):
@@ -76,7 +78,7 @@ def label(model: ViT, batch: list[Decoded], top_k: int, packed: bool) -> Iterato
         yield path, outcome if isinstance(outcome, ImageError) else describe(model, next(rows), top_k)
 
 
-def describe(model: ViT, probabilities: Tensor, top_k: int) -> list[dict]:
+def describe(model: Model, probabilities: Tensor, top_k: int) -> list[dict]:
     """The most probable classes: number, probability, the label if known, and the synset for ImageNet's classes."""
     values, classes = probabilities.topk(min(top_k, len(probabilities)))
     synsets = imagenet_synsets() if model.categories == imagenet_categories() else None

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vit.metadata import EXPORTED_KEY
+
 from ..checkpoint import Checkpoint, CheckpointError, joint_sha256
 from .onnx_data import DataFiles
 
@@ -64,10 +66,17 @@ def read_onnx(path: Path) -> Checkpoint:
     data = path.read_bytes()
     size, sha256 = len(data), hashlib.sha256(data).hexdigest()
     try:
-        graph = onnx.load_model_from_string(data).graph  # does not open files of external data
+        model = onnx.load_model_from_string(data)  # does not open files of external data
+        exported = any(entry.key == EXPORTED_KEY for entry in model.metadata_props)
     except Exception as error:  # protobuf's DecodeError, mostly
         raise CheckpointError(f"{path} is not a complete ONNX file: {error}") from None
+    if exported:
+        raise CheckpointError(
+            f"{path} is an exported file: vit.load_exported runs it (vit predict, evaluate, features and bench do);"
+            " name the checkpoint that it was made from"
+        )
     del data  # the graph has a copy
+    graph = model.graph
     _check_names(path, graph)
     with DataFiles(path) as beside:
         reader = _Reader(path, graph, size, beside)

@@ -1,0 +1,94 @@
+"""`vit export`: a checkpoint to a file for another runtime, checked there before it gets its name."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from vit.exporting import FORMATS, Metadata, Report, export
+from vit.exporting.graph import OUTPUTS
+from vit.exporting.to_onnx import DEFAULT_OPSET
+
+from . import loading, options
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the command and its options."""
+    parser = commands.add_parser(
+        "export",
+        help="write a model for another runtime",
+        description="Write a checkpoint as a file for another runtime, with its preprocessing and categories inside. "
+        "The file gets its name only after it was run against the model; `vit predict --model FILE` then runs it.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a name, a file or a folder, as for vit predict")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="model.onnx or model.xml")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="default: by the ending of FILE, .xml for OpenVINO, else onnx"
+    )
+    parser.add_argument(
+        "--dynamic", action="store_true", help="one file for all sizes and batches, the default without a size"
+    )
+    parser.add_argument(
+        "--img-size", type=options.fixed_size, metavar="SIZE",
+        help="224 or 224x448 (height x width), the only size that the file takes; faster than a dynamic file",
+    )  # fmt: skip
+    parser.add_argument(
+        "-b", "--batch-size", type=options.positive, metavar="N",
+        help="images per call of a file for one size, no more and no less; default: 1",
+    )  # fmt: skip
+    parser.add_argument("--half", action="store_true", help="weights in float16; images and outputs stay float32")
+    parser.add_argument(
+        "--opset", type=options.positive, metavar="N",
+        help=f"of ONNX, 18 to 23; 20 has GELU as one operation, 23 attention; default: {DEFAULT_OPSET}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--outputs", type=options.listed(options.one_of(*OUTPUTS)), metavar="LIST",
+        help="logits,features,attention: features are what the classifier reads, attention is the class token's in the "
+        "last block; default: logits, or features of a model without a classifier",
+    )  # fmt: skip
+    parser.add_argument("--no-check", action="store_true", help="do not run the file; its metadata say so")
+    parser.add_argument("--force", action="store_true", help="replace FILE, after the check")
+    parser.add_argument("--json", action="store_true", help="print the whole report")
+    options.add_reading(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Load, export, print the report."""
+    from vit.weights import load_pretrained
+
+    if loading.is_exported_file(args.model):
+        raise ValueError(f"{args.model} {loading.EXPORTED}")
+    form = args.format or ("openvino" if args.output.suffix == FORMATS["openvino"].ending else "onnx")
+    report = export(
+        load_pretrained(args.model, **options.reading(args)), args.output, form, dynamic=args.dynamic or None,
+        img_size=args.img_size, batch_size=args.batch_size, half=args.half, opset=args.opset, outputs=args.outputs,
+        check=not args.no_check, force=args.force,
+    )  # fmt: skip
+    print(json.dumps(report.to_dict(), indent=2) if args.json else as_text(report))
+    return 0
+
+
+def as_text(report: Report) -> str:
+    """What was written, what it takes and gives, and how far it is from its model."""
+    what = f"{report.files[0]}: {report.bytes / 1e6:.1f} MB"
+    return "\n".join([what, *describe(report.metadata)])
+
+
+def describe(metadata: Metadata) -> list[str]:
+    """What an exported file takes and gives, and how far it was from its model, in lines."""
+    size = f"H x W, multiples of {metadata.config.patch_size}"
+    if metadata.size is not None:
+        size = "{} x {}".format(*metadata.size)
+    batch = "any number of images" if metadata.batch is None else f"{metadata.batch} image{'s' * (metadata.batch > 1)}"
+    lines = [
+        f"images      {batch}, {metadata.config.in_chans} x {size}",
+        f"outputs     {', '.join(metadata.outputs)}",
+        f"weights     {metadata.precision}",
+    ]
+    if metadata.parity is None:
+        return [*lines, "checked     no"]
+    versions = ", ".join(f"{name} {number}" for name, number in metadata.versions.items())
+    lines.append(f"checked     {metadata.processor}; {versions}")
+    lines.append("difference, over the largest value, from the model:")
+    return lines + [f"  {row['error']:.1e}   {row['output']:10} {row['input']}" for row in metadata.parity]

@@ -1,0 +1,149 @@
+"""Exported files, opened and called like the model that they were made of."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vit.checks import require_int, warn
+from vit.metadata import Provenance
+
+from .metadata import Metadata
+from .runtimes import Port, open_file
+
+
+def load_exported(path: str | Path, threads: int | None = None) -> ExportedModel:
+    """Open a file that `vit.export` wrote, in its own runtime. Nothing is unpickled.
+
+    Args:
+        path: a `.onnx` file, or the `.xml` of OpenVINO with its `.bin` beside it.
+        threads: of the runtime; None for as many as PyTorch uses now.
+
+    Returns:
+        A model that is called as the original is: images in, logits out. It takes the sizes that it was exported for.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file of another kind, a damaged one, one without the metadata of `vit.export`, or one whose
+            metadata contradict its graph; the package of its runtime is missing.
+    """
+    if threads is not None:
+        require_int("threads", threads, 1)
+    model = ExportedModel(Path(path), threads)
+    if model.metadata.parity is None:
+        warn(f"{path} was exported without a check against its model")
+    return model
+
+
+class ExportedModel:
+    """A model in the runtime of an exported file.
+
+    It has the `config`, `preprocessing`, `categories` and `provenance` of a `ViT`, so that `vit.create_transform` and
+    the commands take it; `metadata` is all that the file says of itself.
+    """
+
+    device, dtype = torch.device("cpu"), torch.float32  # of images and outputs
+
+    def __init__(self, path: Path, threads: int | None = None) -> None:
+        self.path, self.session = path, open_file(path, threads)
+        try:
+            self.metadata = Metadata.from_strings(self.session.metadata)
+            check(self.metadata, self.session.inputs, self.session.outputs)
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be used: {error}") from error
+        self.config, self.categories = self.metadata.config, self.metadata.categories
+        self.preprocessing = self.metadata.preprocessing
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.provenance = Provenance(str(path), sha256, path.suffix[1:], parent=self.metadata.source)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[B, in_chans, H, W] images, normalised as `preprocessing` says -> [B, num_classes] logits.
+
+        Of a model without a head, [B, D] features, as the model itself returns them.
+
+        Raises:
+            ValueError: images of another kind or size, or a file that holds no logits.
+        """
+        name = "logits" if self.config.num_classes else "features"
+        self.require(name)
+        return self.run(images)[name]
+
+    def run(self, images: Tensor) -> dict[str, Tensor]:
+        """The same images -> all outputs of the file, by name: "logits", "features", "attention".
+
+        A file for one batch size is called as often as needed, the last time with zeros in place of missing images.
+        """
+        images = self.accept(images)
+        batch = self.metadata.batch or len(images)
+        missing = -len(images) % batch
+        if missing:
+            images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
+        parts = [self.session.run(part.numpy()) for part in images.contiguous().split(batch)]
+        joined = (torch.cat([torch.from_numpy(array) for array in arrays]) for arrays in zip(*parts))
+        kept = (output[: len(images) - missing] for output in joined)
+        return dict(zip(self.metadata.outputs, kept))
+
+    def require(self, output: str) -> None:
+        """ValueError if the file does not give an output; the message says how to get it."""
+        outputs = self.metadata.outputs
+        if output not in outputs:
+            names = ",".join([*outputs, output])
+            raise ValueError(f"{self.path} gives {', '.join(outputs)}, not {output}: export it with --outputs {names}")
+
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """As `ViT.grid_of`."""
+        return images.shape[2] // self.config.patch_size, images.shape[3] // self.config.patch_size
+
+    def forward_packed(self, images: Sequence[Tensor]) -> Tensor:
+        """[C, H_i, W_i] images of any sizes that the file takes, one after the other -> [images, num_classes]."""
+        return torch.cat([self(image[None]) for image in images])
+
+    def accept(self, images: Tensor) -> Tensor:
+        """Check images: a runtime takes some wrong ones in silence. ONNX Runtime drops rows beyond whole patches."""
+        config, size = self.config, self.metadata.size
+        sides = f"{size[0]}, {size[1]}" if size else "H, W"
+        expected = f"{self.path} expects [B, {config.in_chans}, {sides}] images in float32 on the CPU"
+        if not isinstance(images, Tensor) or images.ndim != 4:
+            found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"{expected}; got {found}")
+        if images.dtype != self.dtype or images.device != self.device:
+            raise ValueError(f"{expected}; got {images.dtype} on {images.device}")
+        H, W = images.shape[2:]
+        if images.shape[1] != config.in_chans or 0 in images.shape or (size and size != (H, W)):
+            raise ValueError(f"{expected}; got {list(images.shape)}")
+        if H % config.patch_size or W % config.patch_size:
+            raise ValueError(f"{expected}, H and W multiples of {config.patch_size}; got {list(images.shape)}")
+        return images.detach()
+
+    def __repr__(self) -> str:
+        size = "any size" if self.metadata.size is None else "{} x {}".format(*self.metadata.size)
+        return f"ExportedModel({str(self.path)!r}, {', '.join(self.metadata.outputs)}, {size})"
+
+
+def check(metadata: Metadata, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
+    """ValueError if a graph is not the one that its metadata describe."""
+    config, size = metadata.config, metadata.size or (None, None)
+    p = config.patch_size
+    width = config.embed_dim * (1 + (config.global_pool == "token_avg"))
+    grid = [side and side // p for side in size]
+    shapes = {
+        "images": (metadata.batch, config.in_chans, *size),
+        "logits": (metadata.batch, config.num_classes),
+        "features": (metadata.batch, width),
+        "attention": (metadata.batch, config.num_heads, *grid),
+    }
+    wanted = [Port(name, "float32", shapes[name]) for name in ("images", *metadata.outputs)]
+    for found, expected in zip([*inputs, *outputs], wanted):
+        if found != expected:
+            raise ValueError(f"its metadata describe {_describe(expected)}, and its graph has {_describe(found)}")
+    if len(inputs) != 1 or len(outputs) != len(metadata.outputs):
+        names = ", ".join(port.name for port in (*inputs, *outputs))
+        raise ValueError(f"its metadata describe images, {', '.join(metadata.outputs)}, and its graph has {names}")
+
+
+def _describe(port: Port) -> str:
+    return f"{port.name} {port.dtype} [{', '.join('any' if n is None else str(n) for n in port.shape)}]"

@@ -1,0 +1,117 @@
+"""The runtimes: a file opened for the CPU, from arrays to arrays. Each package is imported when it is used."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from .packages import need
+from .to_openvino import DIGEST, SECTION
+
+
+class Port(NamedTuple):
+    """An input or output of a graph."""
+
+    name: str
+    dtype: str  # numpy's name
+    shape: tuple[int | None, ...]  # None: any
+
+
+class Session(Protocol):
+    """A graph that was opened by a runtime."""
+
+    name: str  # of the runtime
+    inputs: list[Port]
+    outputs: list[Port]
+    metadata: dict[str, str]
+
+    def run(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """The inputs, in order -> the outputs, in order."""
+        ...
+
+
+class OnnxRuntime:
+    """ONNX Runtime on the CPU, in the precision of the file."""
+
+    name = "onnxruntime"
+
+    def __init__(self, path: Path, threads: int) -> None:
+        runtime = need("onnxruntime", "onnx")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        try:
+            self.session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # it has a class for each kind of failure, without a common base
+            raise ValueError(f"onnxruntime cannot open {path}: {' '.join(str(error).split())}") from error
+        self.inputs, self.outputs = (
+            [Port(x.name, _numpy_name(x.type), _numbers(x.shape)) for x in ports]
+            for ports in (self.session.get_inputs(), self.session.get_outputs())
+        )
+        self.metadata = dict(self.session.get_modelmeta().custom_metadata_map)
+
+    def run(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """As `Session.run`."""
+        return self.session.run(None, {port.name: array for port, array in zip(self.inputs, arrays)})
+
+
+class OpenVINO:
+    """OpenVINO on the CPU. It computes in float32 where it would choose bfloat16 by itself."""
+
+    name = "openvino"
+
+    def __init__(self, path: Path, threads: int) -> None:
+        runtime = need("openvino", "openvino")
+        options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+        weights = path.with_suffix(".bin")
+        if not weights.is_file():
+            raise FileNotFoundError(f"{weights}, which holds the weights of {path}, is not there: copy both files")
+        try:
+            model = runtime.Core().read_model(path)
+            section = model.get_rt_info([SECTION]).value if model.has_rt_info([SECTION]) else {}
+            self.metadata = {key: str(value) for key, value in section.items()}
+            if self.metadata.get(DIGEST) not in (None, hashlib.sha256(weights.read_bytes()).hexdigest()):
+                raise ValueError(f"{weights} does not hold the weights of {path}: copy both files, or export again")
+            self.compiled = runtime.compile_model(model, "CPU", options)
+        except RuntimeError as error:
+            raise ValueError(f"openvino cannot open {path}: {' '.join(str(error).split())}") from error
+        self.inputs, self.outputs = (
+            [Port(x.any_name, x.element_type.to_dtype().name, _shape(x.partial_shape)) for x in ports]
+            for ports in (self.compiled.inputs, self.compiled.outputs)
+        )
+
+    def run(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """As `Session.run`."""
+        return list(self.compiled(arrays).to_tuple())
+
+
+def _numpy_name(kind: str) -> str:
+    """ "tensor(float)" -> "float32"."""
+    name = kind.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(name, name)
+
+
+def _numbers(shape: list[Any]) -> tuple[int | None, ...]:
+    """ONNX Runtime's shape: None for a side that has a name."""
+    return tuple(side if isinstance(side, int) else None for side in shape)
+
+
+def _shape(shape: Any) -> tuple[int | None, ...]:
+    """OpenVINO's partial shape: None for a side that is dynamic."""
+    return tuple(None if side.is_dynamic else side.get_length() for side in shape)
+
+
+RUNTIMES: dict[str, Callable[[Path, int], Session]] = {".onnx": OnnxRuntime, ".xml": OpenVINO}
+
+
+def open_file(path: Path, threads: int | None = None) -> Session:
+    """Open a file in the runtime of its format, with as many threads as PyTorch uses unless they are given."""
+    if path.suffix not in RUNTIMES:
+        raise ValueError(f"expected an exported file, {' or '.join(RUNTIMES)}, not {str(path)!r}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    return RUNTIMES[path.suffix](path, threads or torch.get_num_threads())

@@ -1,0 +1,117 @@
+"""To ONNX, by PyTorch's own exporter: one file, without what it says of the machine that wrote it."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from vit.metadata import EXPORTED_KEY
+from vit.model import ViT
+
+from .graph import Graph, at_size
+from .metadata import Metadata
+from .packages import need
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+OPSETS = range(18, 24)  # 20 has GELU as one operation, 23 attention
+DEFAULT_OPSET = 20
+LARGEST = 2**31 - 1  # bytes of a protobuf message
+
+
+def convert(model: ViT, metadata: Metadata, opset: int) -> ModelProto:
+    """A model as an ONNX graph that takes and gives what the metadata say.
+
+    Raises:
+        ValueError: PyTorch cannot export it; or the weights are larger than one ONNX file can be.
+    """
+    dtype = torch.float16 if metadata.precision == "float16" else torch.float32
+    graph = Graph(at_size(model, metadata.size, dtype), metadata.outputs)
+    weights = sum(tensor.nbytes for tensor in graph.parameters())
+    if weights > LARGEST:
+        raise ValueError(
+            f"the weights take {weights / 2**30:.1f} GiB, and one ONNX file holds less than 2 GiB: half=True (--half)"
+            " halves them"
+        )
+    p = model.config.patch_size
+    shape = (metadata.batch or 2, model.config.in_chans, *(metadata.size or (3 * p, 5 * p)))  # of an example
+    dynamic = None
+    if metadata.size is None:
+        B, h, w = (torch.export.Dim(name, min=1) for name in ("batch", "h", "w"))
+        dynamic = ({0: B, 2: p * h, 3: p * w},)
+    with quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                graph, (torch.zeros(shape),), dynamo=True, dynamic_shapes=dynamic, opset_version=opset,
+                input_names=["images"], output_names=list(metadata.outputs), verbose=False,
+            )  # fmt: skip
+        except Exception as error:  # torch.onnx.OnnxExporterError, which says little: its cause says what and where
+            raise ValueError(f"PyTorch cannot export this model: {reason(model, error)}") from error
+    assert program is not None
+    return tidy(program.model_proto, dynamic is not None)
+
+
+def tidy(model: ModelProto, dynamic: bool) -> ModelProto:
+    """Take out stack traces and other notes, which hold paths of this machine; name the sides that are dynamic."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        part.doc_string = ""
+        part.ClearField("metadata_props")
+    if dynamic:
+        graph.ClearField("value_info")  # shapes in symbols of PyTorch's; a runtime infers its own
+        for value in (*graph.input, *graph.output):
+            names = {"images": ("batch", None, "height", "width"), "attention": ("batch", None, "rows", "columns")}
+            dims = value.type.tensor_type.shape.dim
+            for dim, name in zip(dims, names.get(value.name, ("batch", None))):
+                if name is not None:
+                    dim.dim_param = name
+    return model
+
+
+def save(model: ModelProto, metadata: Metadata, path: Path) -> None:
+    """Write a graph with its weights and metadata to one file."""
+    model.ClearField("metadata_props")
+    for key, value in metadata.to_strings().items():
+        model.metadata_props.add(key=key, value=value)
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def is_ours(path: Path) -> bool:
+    """Whether `vit.export` wrote an ONNX file; False for a damaged one."""
+    onnx = need("onnx", "onnx")
+    try:
+        return any(one.key == EXPORTED_KEY for one in onnx.load(path, load_external_data=False).metadata_props)
+    except Exception:  # protobuf's DecodeError, mostly
+        return False
+
+
+def reason(model: ViT, error: BaseException) -> str:
+    """The innermost cause, on one line, and the attention that is set, if it is not the usual one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    names = list(dict.fromkeys(attend.choice.called for attend in model.attends))
+    ours = "" if names == ["sdpa"] else f" (it attends by {', '.join(map(repr, names))}; 'sdpa' can be exported)"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{ours}"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the exporter's notes and warnings, which concern its own authors."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels):
+                logger.setLevel(level)

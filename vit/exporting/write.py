@@ -1,0 +1,205 @@
+"""A model to a file for another runtime: converted, checked, then named."""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from vit.checks import inside, require_int, unknown, whole_patches
+from vit.model import ViT
+
+from . import gate, to_onnx, to_openvino
+from .graph import check_outputs
+from .metadata import Metadata, processor
+from .packages import need
+from .read import ExportedModel
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a format needs, and what can be asked of it."""
+
+    module: ModuleType  # has `convert` and `save`
+    ending: str
+    packages: tuple[str, ...]
+    extra: str  # of this package, which installs those
+    opset: bool  # whether it takes one
+
+
+FORMATS = {
+    "onnx": Format(to_onnx, ".onnx", ("onnx", "onnxscript", "onnxruntime"), "onnx", opset=True),
+    "openvino": Format(to_openvino, ".xml", ("openvino", "onnx", "onnxscript"), "openvino", opset=False),
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `export` wrote."""
+
+    files: tuple[str, ...]  # the first is the one to open
+    bytes: int  # of all of them
+    metadata: Metadata  # as it is in the file; its `parity` has the figures of the check
+    seconds: dict[str, float]  # "convert" and "check"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return asdict(self)
+
+
+def export(
+    model: ViT,
+    path: str | Path,
+    format: str = "onnx",
+    *,
+    dynamic: bool | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    batch_size: int | None = None,
+    half: bool = False,
+    opset: int | None = None,
+    outputs: Sequence[str] | None = None,
+    check: bool = True,
+    force: bool = False,
+) -> Report:
+    """Write a model as a file for another runtime, and run it there against the model before it gets its name.
+
+    The file holds all that is needed to use it: preprocessing, categories, what it takes and gives, and the figures of
+    that check; `load_exported` opens it. The same model, versions and threads give the same bytes.
+
+    Args:
+        model: in float32. It is exported as it is in eval mode, and not changed.
+        path: the file to write: `.onnx`, or `.xml` for OpenVINO, which gets a `.bin` beside it.
+        format: "onnx" or "openvino".
+        dynamic: one file for all sizes and batches; None: unless a size or a batch size is given.
+        img_size: (H, W) or one number for a square, the only size that the file will take, in multiples of the patch;
+            None, if the file is not dynamic: the model's own.
+        batch_size: images per call, no more and no less; None, if the file is not dynamic: 1.
+        half: weights in float16. Images and outputs stay float32.
+        opset: of ONNX, 18 to 23; None for 20. 20 has GELU as one operation, 23 attention.
+        outputs: one or more of "logits", "features" (what the head reads) and "attention" (of the class token in the
+            last block, [B, A, h, w]); None for logits, or for features if the model has no head.
+        check: run the file against the model: noise of several sizes and a photograph, prepared as the file's own
+            preprocessing says. At most 1e-5 of the largest value may differ, with `half` 2e-3.
+        force: replace files that exist; only after the check.
+
+    Returns:
+        What was written, with the figures.
+
+    Raises:
+        ParityError: a ValueError: the file does not compute what the model does. Nothing is written.
+        ValueError: a model, option or path that does not fit, a missing package, attention that cannot be exported.
+        FileExistsError: a file exists, and `force` is False.
+    """
+    if format not in FORMATS:
+        raise ValueError(unknown("format", format, FORMATS))
+    form = FORMATS[format]
+    path = check_path(path, form.ending, force)
+    check_model(model)
+    names = check_outputs(outputs, model)
+    size, batch = shape(model, dynamic, img_size, batch_size)
+    opset = check_opset(opset, format)
+    for package in form.packages:
+        need(package, form.extra)
+
+    start = time.perf_counter()
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    metadata = Metadata(
+        config=model.config,
+        preprocessing=replace(model.preprocessing, size=size or model.preprocessing.size),
+        categories=model.categories,
+        outputs=names,
+        precision="float16" if half else "float32",
+        input="float32",
+        size=size,
+        batch=batch,
+        source=model.provenance,
+        versions={name: version(name) for name in ("vit-small", "torch", *form.packages)},
+        processor=processor(),
+        parity=None,
+    )
+    converted = form.module.convert(model, metadata, opset)
+    seconds = {"convert": time.perf_counter() - start}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        file = Path(folder) / path.name
+        form.module.save(converted, metadata, file)
+        if check:
+            start = time.perf_counter()
+            rows = gate.compare(model, ExportedModel(file))
+            gate.judge(rows)
+            metadata = replace(metadata, parity=tuple(rows))
+            form.module.save(converted, metadata, file)
+            ExportedModel(file)  # that it opens
+            seconds["check"] = time.perf_counter() - start
+        return Report(*publish(Path(folder), path), metadata, seconds)
+
+
+def publish(folder: Path, path: Path) -> tuple[tuple[str, ...], int]:
+    """Move files to their final names, that of `path` last; returns the names, that of `path` first, and the bytes."""
+    files = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
+    total = sum(file.stat().st_size for file in files)
+    for file in files:
+        os.replace(file, path.with_name(file.name))
+    return tuple(str(path.with_name(file.name)) for file in reversed(files)), total
+
+
+def check_path(path: str | Path, ending: str, force: bool) -> Path:
+    """The file to write, through a symbolic link to its target."""
+    if Path(path).suffix != ending or Path(path).is_dir():
+        raise ValueError(f"expected the name of a {ending} file to write, not {str(path)!r}")
+    path = Path(os.path.realpath(path))
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists: force=True (--force) replaces it, after the check")
+    return path
+
+
+def check_model(model: object) -> None:
+    """ValueError for what cannot be exported, with what to do instead."""
+    if not isinstance(model, ViT):
+        where = inside(model, ViT)
+        hint = f": export the ViT in it, model.{where}" if where else ""
+        raise ValueError(f"expected a vit.ViT to export, not {type(model).__name__}{hint}")
+    if kind := getattr(model, "optimized", None):
+        raise ValueError(f"this model is optimized in {kind} for PyTorch: export the model that it was made from")
+    if model.class_token.dtype != torch.float32:
+        raise ValueError(
+            f"expected a model in float32, not {model.class_token.dtype}: use model.float(), and half=True (--half) for"
+            " weights in float16"
+        )
+
+
+def shape(
+    model: ViT, dynamic: bool | None, img_size: int | tuple[int, int] | None, batch_size: int | None
+) -> tuple[tuple[int, int] | None, int | None]:
+    """((H, W), images) that a file will take; None and None for all."""
+    if batch_size is not None:
+        require_int("batch_size", batch_size, 1)
+    size = None if img_size is None else whole_patches(img_size, model.config.patch_size)
+    given = [f"img_size={img_size!r}"] * (size is not None) + [f"batch_size={batch_size!r}"] * (batch_size is not None)
+    if dynamic and given:
+        raise ValueError(f"a dynamic file takes all sizes and batches, so {' and '.join(given)} cannot go with it")
+    if dynamic is None:
+        dynamic = not given
+    return (None, None) if dynamic else (size or model.preprocessing.size, batch_size or 1)
+
+
+def check_opset(opset: int | None, format: str) -> int:
+    """The opset of ONNX to convert to."""
+    if not FORMATS[format].opset:
+        if opset is not None:
+            raise ValueError(f"opset={opset!r} is for ONNX, and the format is {format}")
+        return to_onnx.OPSETS[-1]
+    if opset is None:
+        return to_onnx.DEFAULT_OPSET
+    if isinstance(opset, bool) or opset not in to_onnx.OPSETS:
+        raise ValueError(f"opset must lie between {to_onnx.OPSETS[0]} and {to_onnx.OPSETS[-1]}, not {opset!r}")
+    return opset
