@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import cosine_similarity, interpolate
 
 from vit.image import create_transform
 from vit.maps import attention_maps
@@ -16,6 +18,7 @@ from vit.resources import DATA
 from .read import ExportedModel
 
 BARS = {"float32": 1e-5, "float16": 2e-3}  # of the largest value of an output; the first is what "equal" means here
+COSINE = 0.998  # of int8: the least similarity with the model's output, of any image that was held out
 
 
 class ParityError(ValueError):
@@ -23,46 +26,90 @@ class ParityError(ValueError):
 
 
 @torch.inference_mode()
-def compare(model: ViT, exported: ExportedModel) -> list[dict[str, Any]]:
-    """Run both on noise of several sizes, and on a photograph that each prepares as its own preprocessing says.
+def compare(model: ViT, exported: ExportedModel, held_out: Sequence[Tensor] = ()) -> list[dict[str, Any]]:
+    """Run both on inputs of several sizes, and on a photograph that each prepares as its own preprocessing says.
+
+    Args:
+        held_out: for int8, images [C, H, W] that it was not calibrated on. Others run on noise.
 
     Returns:
-        One row for each input and output: "input" in words, "output", "error" (the largest difference, over the largest
-        value of the model's output) and the "bar" that it must not exceed.
+        One row for each input and output: "input" in words, "output", and how alike they are: "measure", "value" and
+        the "bar". The measure is "error", the largest difference over the largest value of the model's output, which
+        must not exceed the bar; or "cosine" of int8, the least of all images, which must reach it.
     """
     rows = []
-    for name, ours, theirs in inputs(model, exported):
+    for name, ours, theirs in inputs(model, exported, held_out):
         found, wanted = exported.run(theirs), reference(model, ours, exported.metadata.outputs)
         for output in exported.metadata.outputs:
-            error = ((found[output] - wanted[output]).abs().max() / wanted[output].abs().max()).item()
-            rows.append({"input": name, "output": output, "error": error, "bar": BARS[exported.metadata.precision]})
+            row = {"input": name, "output": output}
+            rows.append(row | measure(found[output], wanted[output], exported.metadata.precision))
+        if exported.metadata.precision == "int8" and "logits" in found:
+            check_labels(name, found["logits"], wanted["logits"])
     return rows
 
 
+def measure(found: Tensor, wanted: Tensor, precision: str) -> dict[str, Any]:
+    """How alike two outputs are, and how alike they must be."""
+    if precision == "int8":
+        alike = cosine_similarity(found.flatten(1), wanted.flatten(1)).min().item()
+        return {"measure": "cosine", "value": alike, "bar": COSINE}
+    error = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    return {"measure": "error", "value": error, "bar": BARS[precision]}
+
+
+def check_labels(name: str, found: Tensor, wanted: Tensor) -> None:
+    """ParityError if a label differs although the model was sure: by more than twice the usual error of a logit."""
+    usual = (found - wanted).abs().amax(1).median()
+    first, second = wanted.topk(min(2, wanted.shape[1])).values.T[[0, -1]]
+    wrong = (found.argmax(1) != wanted.argmax(1)) & (first - second > 2 * usual)
+    if wrong.any():
+        raise ParityError(
+            f"on {name} the exported file gives {int(wrong.sum())} of {len(wrong)} another label, where the model is"
+            " sure: nothing was written"
+        )
+
+
 def judge(rows: list[dict[str, Any]]) -> None:
-    """ParityError for the first row beyond its bar; a difference that is not a number is."""
+    """ParityError for the first row beyond its bar; a value that is not a number is."""
     for row in rows:
-        if not row["error"] <= row["bar"]:
+        value, bar = row["value"], row["bar"]
+        if row["measure"] == "error" and not value <= bar:
             raise ParityError(
-                f"on {row['input']} the exported file's {row['output']} differ from the model's by {row['error']:.1e}"
-                f" of the largest, more than {row['bar']:.0e}: nothing was written"
+                f"on {row['input']} the exported file's {row['output']} differ from the model's by {value:.1e} of the"
+                f" largest, more than {bar:.0e}: nothing was written"
+            )
+        if row["measure"] == "cosine" and not value >= bar:
+            raise ParityError(
+                f"on {row['input']} the cosine of the exported file's {row['output']} with the model's is {value:.4f},"
+                f" less than {bar}: nothing was written"
             )
 
 
-def inputs(model: ViT, exported: ExportedModel) -> list[tuple[str, Tensor, Tensor]]:
+def inputs(model: ViT, exported: ExportedModel, held_out: Sequence[Tensor]) -> list[tuple[str, Tensor, Tensor]]:
     """What to run: a name, images for the model and images for the exported file."""
     found = []
     for batch, size in shapes(exported):
+        if exported.metadata.precision == "int8":  # noise is not what it was calibrated on
+            x = torch.stack([resized(image, size) for image in held_out])
+            found.append((f"{len(x)} images held out, {size[0]} x {size[1]}", x, x))
+            continue
         generator = torch.Generator().manual_seed(batch)
         x = torch.randn(batch, model.config.in_chans, *size, generator=generator)
         found.append((f"noise {batch} x {size[0]} x {size[1]}", x, x))
     if model.config.in_chans in (1, 3):
-        file = sorted((DATA / "photographs").glob("*.jpg"))[0]
+        file = DATA / "photographs" / "coffee.jpg"
         with Image.open(file) as photograph:
             size = exported.preprocessing.size
             ours, theirs = (create_transform(one, size)(photograph)[None] for one in (model, exported))
         found.append((f"the photograph {file.stem}", ours, theirs))
     return found
+
+
+def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """[C, H, W] -> [C, *size]."""
+    if tuple(image.shape[1:]) == size:
+        return image
+    return interpolate(image[None], size, mode="bicubic", antialias=True)[0]
 
 
 def shapes(exported: ExportedModel) -> list[tuple[int, tuple[int, int]]]:
@@ -71,6 +118,8 @@ def shapes(exported: ExportedModel) -> list[tuple[int, tuple[int, int]]]:
     if fixed is not None:
         return [(exported.metadata.batch or 3, fixed)]
     h, w = (side // p for side in exported.preprocessing.size)
+    if exported.metadata.precision == "int8":  # which knows images of about its own size
+        return [(1, (h * p, w * p)), (1, ((h + (h + 3) // 4) * p, w * p))]
     grids = [(3, (h, w)), (1, (1, 1)), (2, ((h + 1) // 2, 2 * w)), (1, (h + 3, (w + 2) // 3))]
     return [(batch, (rows * p, columns * p)) for batch, (rows, columns) in grids]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,10 @@ from vit.maps import attention_weights
 from vit.model import Block, ViT
 from vit.packed import Packing
 
+from .int8 import ByteAttend
+
 OUTPUTS = ("logits", "features", "attention")
+PREFIX = {"token": 1, "dist": 2}  # how many of the first tokens the head reads, if it reads no others
 
 
 class Graph(nn.Module):
@@ -35,21 +37,44 @@ class Graph(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         model = self.model
         images = model.accept(images.to(model.class_token.dtype))  # [B, C, H, W]
-        last = len(model.blocks) - 1
-        keep = {last: model.norm}
-        if "attention" in self.names:  # of the tokens that the last block reads
-            block, heads = cast(Block, model.blocks[last]), list(range(model.config.num_heads))
-            keep[last - 1] = partial(attention_weights, block, heads=heads, rows=[0])  # type: ignore[assignment]
-        grid = model.grid_of(images)
-        _, kept = model.encode(model.tokens(images), Packing(grid), keep)
+        grid, before, last = model.grid_of(images), len(model.blocks) - 2, cast(Block, model.blocks[-1])
+        _, kept = model.encode(model.tokens(images), Packing(grid), {before: lambda x: x})
+        x = kept[before]  # [B, T, D], what the last block reads
         found = {}
-        for name in self.names:
-            if name == "attention":
-                weights = kept[last - 1][:, :, 0, model.config.num_prefix_tokens :]  # [B, A, N]
-                found[name] = weights.reshape(images.shape[0], -1, *grid)  # [B, A, h, w]
-            else:
-                found[name] = model.forward_head(kept[last], pre_logits=name == "features")
+        if "attention" in self.names:
+            weights = class_attention(last, x)[:, :, model.config.num_prefix_tokens :]  # [B, A, N]
+            found["attention"] = weights.reshape(images.shape[0], -1, *grid)  # [B, A, h, w]
+        n = PREFIX.get(model.config.global_pool)
+        tokens = model.norm(first(last, x, n) if n and last.attention.attend.exact else last(x, Packing(grid)))
+        found["features"] = model.forward_head(tokens, pre_logits=True)
+        found["logits"] = model.forward_head(tokens)
         return tuple(found[name].float() for name in self.names)
+
+
+def class_attention(block: Block, x: Tensor) -> Tensor:
+    """[B, T, D] tokens before a block -> [B, A, T], the class token's softmax weights."""
+    attend: Any = block.attention.attend
+    if isinstance(attend, ByteAttend):
+        q, k, _ = heads(block, x)
+        return attend.weights(q[:, :, :1], k)[:, :, 0]
+    return attention_weights(block, x, list(range(block.attention.num_heads)), rows=[0])[:, :, 0]
+
+
+def heads(block: Block, x: Tensor) -> Tensor:
+    """[B, T, D] tokens before a block -> [3, B, A, T, d], its queries, keys and values."""
+    B, T, D = x.shape
+    A = block.attention.num_heads
+    return block.attention.qkv(block.norm1(x)).view(B, T, 3, A, D // A).permute(2, 0, 3, 1, 4)
+
+
+def first(block: Block, x: Tensor, n: int) -> Tensor:
+    """[B, T, D] -> [B, n, D], a block's result for the first n tokens; the others are only keys and values."""
+    B, _, D = x.shape
+    attention = block.attention
+    q, k, v = heads(block, x)  # each [B, A, T, d]
+    out = attention.attend(q[:, :, :n], k, v)  # [B, A, n, d]
+    x = x[:, :n] + block.residual_attention(attention.proj(out.transpose(1, 2).reshape(B, n, D)), block.scale1)
+    return x + block.residual_mlp(block.mlp(block.norm2(x)), block.scale2)  # [B, n, D]
 
 
 def check_outputs(outputs: Sequence[str] | None, model: ViT) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ class Metadata:
     preprocessing: Preprocessing
     categories: list[str] | None
     outputs: tuple[str, ...]  # in the order of the graph's
-    precision: str  # of the weights: "float32", "float16"
+    precision: str  # of the weights: "float32", "float16", "int8"
     input: str  # "float32": normalised images [B, C, H, W]
     size: tuple[int, int] | None  # (H, W), the only one that it takes; None: any multiples of the patch
     batch: int | None  # images per call; None: any number

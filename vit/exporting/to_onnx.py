@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vit.attend import Attend
 from vit.metadata import EXPORTED_KEY
 from vit.model import ViT
 
@@ -96,8 +97,8 @@ def reason(model: ViT, error: BaseException) -> str:
     """The innermost cause, on one line, and the attention that is set, if it is not the usual one."""
     while error.__cause__ is not None:
         error = error.__cause__
-    names = list(dict.fromkeys(attend.choice.called for attend in model.attends))
-    ours = "" if names == ["sdpa"] else f" (it attends by {', '.join(map(repr, names))}; 'sdpa' can be exported)"
+    names = list(dict.fromkeys(attend.choice.called for attend in model.attends if isinstance(attend, Attend)))
+    ours = "" if names in ([], ["sdpa"]) else f" (it attends by {', '.join(map(repr, names))}; 'sdpa' can be exported)"
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{ours}"
 
 

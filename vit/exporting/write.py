@@ -14,12 +14,14 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vit.checks import inside, require_int, unknown, whole_patches
 from vit.model import ViT
 
 from . import gate, to_onnx, to_openvino
 from .graph import check_outputs
+from .int8 import Images, images_for, quantized
 from .metadata import Metadata, processor
 from .packages import need
 from .read import ExportedModel
@@ -65,6 +67,8 @@ def export(
     img_size: int | tuple[int, int] | None = None,
     batch_size: int | None = None,
     half: bool = False,
+    int8: bool = False,
+    calibrate: Tensor | Sequence[Tensor] | None = None,
     opset: int | None = None,
     outputs: Sequence[str] | None = None,
     check: bool = True,
@@ -84,11 +88,16 @@ def export(
             None, if the file is not dynamic: the model's own.
         batch_size: images per call, no more and no less; None, if the file is not dynamic: 1.
         half: weights in float16. Images and outputs stay float32.
+        int8: weights and the inputs of matrix products in bytes, see `vit.exporting.int8`.
+        calibrate: for int8, 40 to 640 images like those to come, normalised as `model.preprocessing` says, [n, C, H, W]
+            or a list of [C, H, W]. A fifth, drawn with a seed, is held out for the check. None: parts of seven
+            photographs that ship with the package, one of which is held out.
         opset: of ONNX, 18 to 23; None for 20. 20 has GELU as one operation, 23 attention.
         outputs: one or more of "logits", "features" (what the head reads) and "attention" (of the class token in the
             last block, [B, A, h, w]); None for logits, or for features if the model has no head.
         check: run the file against the model: noise of several sizes and a photograph, prepared as the file's own
-            preprocessing says. At most 1e-5 of the largest value may differ, with `half` 2e-3.
+            preprocessing says. At most 1e-5 of the largest value may differ, with `half` 2e-3. In int8 it runs the
+            images that were held out: the cosine of each output must reach 0.998.
         force: replace files that exist; only after the check.
 
     Returns:
@@ -107,6 +116,7 @@ def export(
     names = check_outputs(outputs, model)
     size, batch = shape(model, dynamic, img_size, batch_size)
     opset = check_opset(opset, format)
+    precision = check_precision(half, int8, calibrate)
     for package in form.packages:
         need(package, form.extra)
 
@@ -117,7 +127,7 @@ def export(
         preprocessing=replace(model.preprocessing, size=size or model.preprocessing.size),
         categories=model.categories,
         outputs=names,
-        precision="float16" if half else "float32",
+        precision=precision,
         input="float32",
         size=size,
         batch=batch,
@@ -126,7 +136,8 @@ def export(
         processor=processor(),
         parity=None,
     )
-    converted = form.module.convert(model, metadata, opset)
+    images = images_for(model, calibrate) if int8 else Images([], [])
+    converted = form.module.convert(quantized(model, images.used) if int8 else model, metadata, opset)
     seconds = {"convert": time.perf_counter() - start}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -134,7 +145,7 @@ def export(
         form.module.save(converted, metadata, file)
         if check:
             start = time.perf_counter()
-            rows = gate.compare(model, ExportedModel(file))
+            rows = gate.compare(model, ExportedModel(file), images.held_out)
             gate.judge(rows)
             metadata = replace(metadata, parity=tuple(rows))
             form.module.save(converted, metadata, file)
@@ -190,6 +201,15 @@ def shape(
     if dynamic is None:
         dynamic = not given
     return (None, None) if dynamic else (size or model.preprocessing.size, batch_size or 1)
+
+
+def check_precision(half: bool, int8: bool, calibrate: object) -> str:
+    """The precision of the weights: "float32", "float16" or "int8"."""
+    if half and int8:
+        raise ValueError("weights are either in float16 or in int8: leave out half (--half) or int8 (--int8)")
+    if calibrate is not None and not int8:
+        raise ValueError("images to calibrate on are for int8: ask for int8=True (--int8) or leave them out")
+    return "int8" if int8 else "float16" if half else "float32"
 
 
 def check_opset(opset: int | None, format: str) -> int:

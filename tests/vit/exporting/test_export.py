@@ -132,7 +132,7 @@ def test_metadata_travel(exported, model):
     )  # fmt: skip
     assert loaded.metadata.versions["torch"] == torch.__version__.partition("+")[0]
     assert torch.backends.cpu.get_cpu_capability() in loaded.metadata.processor
-    assert all(row["error"] <= row["bar"] == FLOAT32 for row in loaded.metadata.parity)
+    assert all(row["value"] <= row["bar"] == FLOAT32 for row in loaded.metadata.parity)
     found = {one.key: one.value for one in onnx.load(exported).metadata_props}
     assert found["names"] == "{0: 'a 0', 1: 'a 1', 2: 'a 2', 3: 'a 3', 4: 'a 4'}"  # as ultralytics writes them
     assert (found["imgsz"], found["stride"]) == ("[28, 20]", "4")

@@ -24,7 +24,7 @@ def refused(monkeypatch, tmp_path, **settings) -> dict[str, float]:
     monkeypatch.undo()
     with pytest.raises(ParityError, match=r"differ from the model's by .* of the largest, more than 1e-05"):
         judge(found)
-    return {row["input"]: row["error"] for row in found}
+    return {row["input"]: row["value"] for row in found}
 
 
 def test_it_passes_a_right_one(monkeypatch, tmp_path):
@@ -66,7 +66,7 @@ def test_channels_in_the_wrong_order(monkeypatch, tmp_path):
 
 
 def test_results_that_are_not_numbers():
-    row = {"input": "noise", "output": "logits", "bar": 1e-5}
-    judge([row | {"error": 1e-5}])
+    row = {"input": "noise", "output": "logits", "measure": "error", "bar": 1e-5}
+    judge([row | {"value": 1e-5}])
     with pytest.raises(ParityError, match="by nan"):
-        judge([row | {"error": float("nan")}])
+        judge([row | {"value": float("nan")}])
