@@ -15,6 +15,7 @@ from vit.maps import attention_maps
 from vit.model import ViT
 from vit.resources import DATA
 
+from .graph import Graph
 from .read import ExportedModel
 
 BARS = {"float32": 1e-5, "float16": 2e-3}  # of the largest value of an output; the first is what "equal" means here
@@ -26,11 +27,15 @@ class ParityError(ValueError):
 
 
 @torch.inference_mode()
-def compare(model: ViT, exported: ExportedModel, held_out: Sequence[Tensor] = ()) -> list[dict[str, Any]]:
+def compare(
+    model: ViT, exported: ExportedModel, held_out: Sequence[Tensor] = (), twin: ViT | None = None
+) -> list[dict[str, Any]]:
     """Run both on inputs of several sizes, and on a photograph that each prepares as its own preprocessing says.
 
     Args:
         held_out: for int8, images [C, H, W] that it was not calibrated on. Others run on noise.
+        twin: for int8, the same in PyTorch (`vit.exporting.int8.quantized`). At other sizes than the model's own, where
+            the calibration fits less, the file is held against this one: it shows that the graph is right.
 
     Returns:
         One row for each input and output: "input" in words, "output", and how alike they are: "measure", "value" and
@@ -38,8 +43,12 @@ def compare(model: ViT, exported: ExportedModel, held_out: Sequence[Tensor] = ()
         must not exceed the bar; or "cosine" of int8, the least of all images, which must reach it.
     """
     rows = []
+    own = exported.preprocessing.size
     for name, ours, theirs in inputs(model, exported, held_out):
         found, wanted = exported.run(theirs), reference(model, ours, exported.metadata.outputs)
+        if twin is not None and tuple(ours.shape[2:]) != own:
+            graph = Graph(twin, exported.metadata.outputs)
+            name, wanted = f"{name}, against the same in PyTorch", dict(zip(graph.names, graph(ours)))
         for output in exported.metadata.outputs:
             row = {"input": name, "output": output}
             rows.append(row | measure(found[output], wanted[output], exported.metadata.precision))

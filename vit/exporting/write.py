@@ -137,7 +137,8 @@ def export(
         parity=None,
     )
     images = images_for(model, calibrate) if int8 else Images([], [])
-    converted = form.module.convert(quantized(model, images.used) if int8 else model, metadata, opset)
+    twin = quantized(model, images.used) if int8 else None
+    converted = form.module.convert(twin or model, metadata, opset)
     seconds = {"convert": time.perf_counter() - start}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
@@ -145,7 +146,7 @@ def export(
         form.module.save(converted, metadata, file)
         if check:
             start = time.perf_counter()
-            rows = gate.compare(model, ExportedModel(file), images.held_out)
+            rows = gate.compare(model, ExportedModel(file), images.held_out, twin)
             gate.judge(rows)
             metadata = replace(metadata, parity=tuple(rows))
             form.module.save(converted, metadata, file)

@@ -140,7 +140,7 @@ def test_frozen_positions_fail_the_gate(model, pictures, tmp_path, monkeypatch):
         return copied
 
     monkeypatch.setattr(to_onnx, "at_size", frozen)
-    with pytest.raises(vit.exporting.ParityError, match="on 20 images held out, 40 x 32 the"):
+    with pytest.raises(vit.exporting.ParityError, match="on 20 images held out, 40 x 32, against the same"):
         vit.export(model, tmp_path / "model.onnx", int8=True, calibrate=pictures)
 
 
