@@ -92,7 +92,7 @@ def export(
         calibrate: for int8, 40 to 640 images like those to come, normalised as `model.preprocessing` says, [n, C, H, W]
             or a list of [C, H, W]. A fifth, drawn with a seed, is held out for the check. None: parts of seven
             photographs that ship with the package, one of which is held out.
-        opset: of ONNX, 18 to 23; None for 20. 20 has GELU as one operation, 23 attention.
+        opset: of ONNX, 18 to 23, with int8 to 20; None for 20. 20 has GELU as one operation, 23 attention.
         outputs: one or more of "logits", "features" (what the head reads) and "attention" (of the class token in the
             last block, [B, A, h, w]); None for logits, or for features if the model has no head.
         check: run the file against the model: noise of several sizes and a photograph, prepared as the file's own
@@ -115,8 +115,8 @@ def export(
     check_model(model)
     names = check_outputs(outputs, model)
     size, batch = shape(model, dynamic, img_size, batch_size)
-    opset = check_opset(opset, format)
     precision = check_precision(half, int8, calibrate)
+    opset = check_opset(opset, format, int8)
     for package in form.packages:
         need(package, form.extra)
 
@@ -213,7 +213,7 @@ def check_precision(half: bool, int8: bool, calibrate: object) -> str:
     return "int8" if int8 else "float16" if half else "float32"
 
 
-def check_opset(opset: int | None, format: str) -> int:
+def check_opset(opset: int | None, format: str, int8: bool) -> int:
     """The opset of ONNX to convert to."""
     if not FORMATS[format].opset:
         if opset is not None:
@@ -223,4 +223,8 @@ def check_opset(opset: int | None, format: str) -> int:
         return to_onnx.DEFAULT_OPSET
     if isinstance(opset, bool) or opset not in to_onnx.OPSETS:
         raise ValueError(f"opset must lie between {to_onnx.OPSETS[0]} and {to_onnx.OPSETS[-1]}, not {opset!r}")
+    if int8 and opset > to_onnx.DEFAULT_OPSET:  # ONNX Runtime 1.32 takes the signed bytes of such a file for unsigned
+        raise ValueError(
+            f"opset={opset} cannot go with int8, which ONNX Runtime reads at {to_onnx.DEFAULT_OPSET} or less"
+        )
     return opset
