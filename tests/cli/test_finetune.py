@@ -156,7 +156,7 @@ def test_other_images_are_refused_on_resume(folder, tmp_path, call):
     assert call("finetune", data, "-o", tmp_path / "run", *QUICK, "--steps", "2").returncode == 0
     (data / "train" / "one" / "00.png").write_bytes((data / "train" / "two" / "00.png").read_bytes() + b"\0")
     done = call("finetune", data, "-o", tmp_path / "run", *QUICK, "--steps", "2")
-    assert done.returncode == 2 and "holds another run (data '" in done.stderr
+    assert done.returncode == 2 and "holds another run (other pictures, other data): repeat" in done.stderr
 
 
 def test_a_csv_file_and_balanced_classes(folder, tmp_path, call):

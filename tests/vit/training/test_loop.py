@@ -251,7 +251,10 @@ def test_unreadable_images_are_left_out_up_to_a_number(tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"recipe": Recipe(batch_size=64)}, "batch_size 64 is more than the 8 training images"),
+        (
+            {"recipe": Recipe(batch_size=64)},
+            "batch_size 64 is more than the 8 training images: choose 8 or less (-b 8)",
+        ),
         ({"data": [(one, 3) for one, _ in data(8)]}, "there is an image with label 3, and the model has 3 classes"),
         ({"data": [(one, -1) for one, _ in data(8)]}, "label -1"),
         ({"model": model().to(torch.bfloat16)}, "the weights are torch.bfloat16: train them in float32"),
