@@ -97,7 +97,7 @@ def train(
 
     with Folder(Path(out), max_bad, log) as folder, own_generators(device):
         restore(folder.states, state, facts)
-        folder.resume(state.step)
+        folder.resume(state.step, recipe.steps)
         channels = model.config.in_chans if isinstance(model, ViT) else 3
         train_images = Images(data, augment, recipe.seed, channels)
         val_images = Images(validation, transform, recipe.seed, channels)
@@ -128,8 +128,8 @@ def train(
                 found, errors = evaluate(judged, val_images, recipe.batch_size, workers, context)
                 folder.report(union(errors, device))
                 folder.log(step=state.step, **found)
-                if found["accuracy"] > state.best:
-                    state.best = found["accuracy"]
+                if (goodness := (found["accuracy"], -found["val_loss"])) > state.best:
+                    state.best = goodness
                     write_model(result, folder.path / "model_best.safetensors", recipe)
             if last or state.step % (save_every or validate_every) == 0:
                 write_model(result, folder.path / "model.safetensors", recipe)

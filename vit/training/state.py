@@ -35,7 +35,7 @@ class State:
     scaler: torch.amp.GradScaler
     average: nn.Module | None = None
     step: int = 0  # updates done
-    best: float = -1.0  # the best accuracy on the validation images
+    best: tuple[float, float] = (-1.0, 0.0)  # accuracy on the validation images, and minus the loss on them
 
     def tensors(self) -> dict[str, Any]:
         """What `torch.distributed.checkpoint` writes and reads in place; rates follow from the recipe and the step."""
@@ -148,7 +148,7 @@ def restore(folder: Path, state: State, facts: Mapping[str, Any]) -> None:
         with _quiet():
             dcp.load(state.tensors(), storage_reader=reader, no_dist=rank_and_world()[1] == 1)
         state.scaler.load_state_dict(run["scaler"])
-        state.step, state.best = run["step"], run["best"]
+        state.step, state.best = run["step"], tuple(run["best"])
     except AnotherRun:
         raise
     except (Exception, CheckpointException) as error:  # PyTorch wraps the reason
