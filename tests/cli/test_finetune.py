@@ -156,7 +156,7 @@ def test_other_images_are_refused_on_resume(folder, tmp_path, call):
     assert call("finetune", data, "-o", tmp_path / "run", *QUICK, "--steps", "2").returncode == 0
     (data / "train" / "one" / "00.png").write_bytes((data / "train" / "two" / "00.png").read_bytes() + b"\0")
     done = call("finetune", data, "-o", tmp_path / "run", *QUICK, "--steps", "2")
-    assert done.returncode == 2 and "holds another run (data '" in done.stderr
+    assert done.returncode == 2 and "holds another run (other pictures, other data): repeat" in done.stderr
 
 
 def test_a_csv_file_and_balanced_classes(folder, tmp_path, call):
@@ -216,7 +216,9 @@ def test_unreadable_images_are_counted(folder, tmp_path, call):
     for i in range(2):
         (data / "one" / f"{i:02}.png").write_text("not an image")
     done = call("finetune", data, "-o", tmp_path / "run", *QUICK, "--steps", "8")
-    assert done.returncode == 0 and done.stderr.count("left out: ") == 2
+    assert done.returncode == 0 and done.stderr.count("vit finetune") == 0
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()[:2]] == ["left out"] * 2
+    assert done.stderr.endswith("unreadable images left out: 2, named above\n")
     done = call("finetune", data, "-o", tmp_path / "strict", *QUICK, "--steps", "8", "--max-bad", "1")
     assert done.returncode == 2 and "2 images cannot be used, more than max_bad=1 (--max-bad)" in done.stderr
 
@@ -237,6 +239,13 @@ def test_recipes_fill_in_what_their_source_leaves_open():
 
 def test_durations():
     assert [duration(s) for s in (5, 150, 7200)] == ["5 s", "2 min", "2.0 h"]
+
+
+def test_a_file_is_no_folder(folder, tmp_path, call):
+    (tmp_path / "run").write_text("")
+    done = call("finetune", folder, "-o", tmp_path / "run", *QUICK)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == f"vit finetune: --output {tmp_path / 'run'} is a file, expected a folder\n"
 
 
 def test_a_run_within_its_data_is_refused(folder, call):
@@ -278,3 +287,29 @@ def test_an_interrupted_run_says_how_it_goes_on(folder, tmp_path, call, monkeypa
     monkeypatch.setattr(Report, "show", show)
     done = call("finetune", folder, "-o", tmp_path, *QUICK)
     assert done.returncode == 130 and "the same command goes on after step 8" in done.stderr
+
+
+def test_a_resumed_run_prints_the_rows_of_a_whole_one(folder, tmp_path, call, monkeypatch):
+    """Up to the time that it took: a row's loss is the mean of all steps since the last one."""
+    from vit.cli.finetune import Report
+
+    def rows(done):
+        lines = [line.split() for line in done.stdout.splitlines()]
+        return [line[:-1] for line in lines if line[:1] in (["8"], ["16"], ["24"])]
+
+    args = ("finetune", folder, "-o", tmp_path / "run", *QUICK, "--save-every", "3")
+    whole = rows(call("finetune", folder, "-o", tmp_path / "whole", *QUICK, "--save-every", "3"))
+    original = Report.show
+
+    def show(self, record):
+        original(self, record)
+        if record["step"] == 14:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Report, "show", show)
+    first = call(*args)
+    monkeypatch.undo()
+    then = call(*args)
+    assert then.returncode == 0 and "going on after step 12" in then.stderr
+    assert len(whole) == 3 and rows(first) + rows(then) == whole
+    assert "already finished: nothing was trained" in call(*args).stderr

@@ -94,8 +94,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--validate-every", type=options.positive, metavar="STEPS", help="default: an epoch")
     parser.add_argument("--save-every", type=options.positive, metavar="STEPS", help="default: --validate-every")
     parser.add_argument(
-        "--max-bad", type=options.natural, default=10, metavar="N", help="leave out up to N unreadable images"
-    )
+        "--max-bad", type=options.natural, default=10, metavar="N",
+        help="leave out up to N unreadable images; default: %(default)s",
+    )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="draw one batch, overfit it, and stop")
     parser.add_argument(
         "--device", type=options.auto_device, default="auto", help="auto, cpu, cuda, mps ... default: %(default)s"
@@ -113,6 +114,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--img-size native makes no batches: give a size such as 224 or 224x448")
     if args.check and args.strategy != "none":
         raise ValueError("--check draws and overfits a batch in one process: leave out --strategy and torchrun")
+    if args.output.exists() and not args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a file, expected a folder")
     if Path(args.data).is_dir() and args.output.resolve().is_relative_to(Path(args.data).resolve()):
         raise ValueError(f"--output {args.output} lies in {args.data}: its pictures would count as images of a class")
     with processes(args.device, args.strategy):
@@ -130,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
         if args.check:
             return overfit(model, data, recipe, args.output, args.device)
         weights = balanced([label for _, label in data], len(numbers)) if args.balanced else None
-        with resumable(args.output), Report(recipe, len(data)) as report:
+        with resumable(args.output), Report(recipe, len(data), args.output / "log.jsonl") as report:
             train(
                 model, data, recipe, args.output, validation=validation, class_weights=weights, device=args.device,
                 strategy=args.strategy, workers=args.workers, validate_every=args.validate_every,
@@ -157,8 +160,8 @@ def resumable(folder: Path) -> Iterator[None]:
 class Report:
     """Shows a run's log: a bar, the time to expect after ten steps, and a row per validation."""
 
-    def __init__(self, recipe: Recipe, images: int) -> None:
-        self.recipe, self.epoch = recipe, images // recipe.batch_size
+    def __init__(self, recipe: Recipe, images: int, file: Path) -> None:
+        self.recipe, self.epoch, self.file = recipe, images // recipe.batch_size, file
         self.losses: list[float] = []  # of the steps since the last validation
         self.timed, self.seconds = 0, 0.0  # steps, without validations
         self.last: float | None = None  # when the last step ended
@@ -176,6 +179,9 @@ class Report:
         if self.bar is None:
             print(TABLE, flush=True)
             first = record["step"] - 1
+            rows = read_log(self.file)[:-1]  # of the run that this one goes on with
+            since = max((i + 1 for i, row in enumerate(rows) if "loss" not in row), default=0)
+            self.losses = [row["loss"] for row in rows[since:]]
             self.bar = tqdm(total=self.recipe.steps, initial=first, unit="step", leave=False, disable=None)
         if "loss" not in record:
             self.row(record)
@@ -214,7 +220,7 @@ def finish(folder: Path, test: list[Any], device: torch.device) -> None:
     import vit
 
     rows = read_log(folder / "log.jsonl")
-    best = max((row for row in rows if "accuracy" in row), key=lambda row: row["accuracy"])
+    best = max((row for row in rows if "accuracy" in row), key=lambda row: (row["accuracy"], -row["val_loss"]))
     print(f"{folder / 'model.safetensors'}: the last weights, step {rows[-1]['step']}")
     print(f"{folder / 'model_best.safetensors'}: {best['accuracy']:.2%} of the validation images, step {best['step']}")
     try:

@@ -20,7 +20,7 @@ from .evaluation import evaluate
 from .loss import cross_entropy, mixup
 from .recipes import Recipe, learning_rate, make_optimizer, prepare, set_rates
 from .run import Folder
-from .setup import check, default_transforms, not_finite, same_when_resumed
+from .setup import check, check_data, default_transforms, not_finite, same_when_resumed, warn_of_unused_classes
 from .state import State, restore, save, write_model
 
 
@@ -73,8 +73,12 @@ def train(
         OSError: a file cannot be written.
     """
     rank, world = rank_and_world()
-    check(model, recipe, len(data), world)
     augment, transform = default_transforms(model, recipe, augment, transform)
+    check_data(data, augment)
+    check_data(validation, transform)
+    check(model, recipe, len(data), world)
+    if rank == 0:
+        warn_of_unused_classes(model, data, validation)
     facts = same_when_resumed(model, recipe, data, validation, augment, transform, class_weights, facts)
     validate_every = validate_every or len(data) // recipe.batch_size
     device = torch.device(device)
@@ -93,7 +97,7 @@ def train(
 
     with Folder(Path(out), max_bad, log) as folder, own_generators(device):
         restore(folder.states, state, facts)
-        folder.resume(state.step)
+        folder.resume(state.step, recipe.steps)
         channels = model.config.in_chans if isinstance(model, ViT) else 3
         train_images = Images(data, augment, recipe.seed, channels)
         val_images = Images(validation, transform, recipe.seed, channels)
@@ -124,8 +128,8 @@ def train(
                 found, errors = evaluate(judged, val_images, recipe.batch_size, workers, context)
                 folder.report(union(errors, device))
                 folder.log(step=state.step, **found)
-                if found["accuracy"] > state.best:
-                    state.best = found["accuracy"]
+                if (goodness := (found["accuracy"], -found["val_loss"])) > state.best:
+                    state.best = goodness
                     write_model(result, folder.path / "model_best.safetensors", recipe)
             if last or state.step % (save_every or validate_every) == 0:
                 write_model(result, folder.path / "model.safetensors", recipe)

@@ -46,12 +46,17 @@ class Folder:
         barrier()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         if self._lock is not None:
             self._lock.close()
+        if self.main and self.bad and error is None:
+            print(f"{self.path}: unreadable images left out: {len(self.bad)}, named above", file=sys.stderr)
 
-    def resume(self, step: int) -> None:
-        """Keep the lines of the log up to a step: those after it will be written again."""
+    def resume(self, step: int, steps: int) -> None:
+        """Keep the lines of the log up to a step of `steps`: those after it will be written again."""
+        if self.main and step:
+            what = f"going on after step {step}" if step < steps else "already finished: nothing was trained"
+            print(f"{self.path}: {what}", file=sys.stderr)
         if self.main and self.file.exists():
             lines = [line for line in self.file.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
             with replacing(self.file) as temporary:

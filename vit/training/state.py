@@ -35,7 +35,7 @@ class State:
     scaler: torch.amp.GradScaler
     average: nn.Module | None = None
     step: int = 0  # updates done
-    best: float = -1.0  # the best accuracy on the validation images
+    best: tuple[float, float] = (-1.0, 0.0)  # accuracy on the validation images, and minus the loss on them
 
     def tensors(self) -> dict[str, Any]:
         """What `torch.distributed.checkpoint` writes and reads in place; rates follow from the recipe and the step."""
@@ -148,7 +148,7 @@ def restore(folder: Path, state: State, facts: Mapping[str, Any]) -> None:
         with _quiet():
             dcp.load(state.tensors(), storage_reader=reader, no_dist=rank_and_world()[1] == 1)
         state.scaler.load_state_dict(run["scaler"])
-        state.step, state.best = run["step"], run["best"]
+        state.step, state.best = run["step"], tuple(run["best"])
     except AnotherRun:
         raise
     except (Exception, CheckpointException) as error:  # PyTorch wraps the reason
@@ -164,10 +164,25 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
     now = json.loads(json.dumps(now))  # as it was written: tuples are lists
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if names:
-        changes = ", ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in names)
+        changes = ", ".join(change(name, before.get(name), now.get(name)) for name in names)
+        best, last = folder / "model_best.safetensors", folder / "model.safetensors"
+        weights = best if best.exists() else last
+        longer = f"; to train its weights for more steps: --model {weights} -o ANOTHER" * ("steps" in names)
         raise AnotherRun(
             f"{folder} holds another run ({changes}): repeat the command that began it, or choose another folder"
+            + longer
         )
+
+
+def change(name: str, before: Any, now: Any, most: int = 60) -> str:
+    """How a fact differs, in words that fit on a line."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        shown = ", ".join(change(key, before.get(key, 0), now.get(key, 0)) for key in keys[:3])
+        return f"{name}: {shown}" + f" and {len(keys) - 3} more" * (len(keys) > 3)
+    if any(len(repr(value)) > most for value in (before, now)):  # a hash, or a list of all labels
+        return f"other {name}"
+    return f"{name} {before!r}, now {now!r}"
 
 
 def write_model(model: nn.Module, path: Path, recipe: Recipe) -> None:

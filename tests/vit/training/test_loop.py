@@ -135,6 +135,43 @@ def test_a_run_writes_what_it_did(tmp_path):
     assert accuracy(best, images[:5]) == pytest.approx(top)
 
 
+def test_a_lower_loss_decides_between_equal_accuracies(tmp_path, monkeypatch):
+    """Also between one before and one after an interruption."""
+    losses = {1: 2.0, 2: 1.0, 3: 1.5, 4: 0.5, 5: 0.1}
+    right = {1: 0.5, 2: 0.5, 3: 0.5, 4: 0.5, 5: 0.4}
+    weights, recipe = {}, Recipe(steps=5, warmup_steps=0, batch_size=4, lr=1e-2)
+
+    def run(out, end=0):
+        ours, done = model(), [record["step"] for record in read_log(out / "log.jsonl")] if out.exists() else []
+        steps = iter(range(max(done, default=0) + 1, 6))
+
+        def judge(*_):
+            step = next(steps)
+            weights[step] = ours.head.weight.detach().clone()
+            return {"accuracy": right[step], "val_loss": losses[step]}, []
+
+        def stop(record):
+            if record["step"] == end and "accuracy" not in record:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr("vit.training.loop.evaluate", judge)
+        train(ours, data(8), recipe, out, validation=data(4), validate_every=1, log=stop)
+
+    run(tmp_path / "whole")
+    best = vit.load_pretrained(tmp_path / "whole" / "model_best.safetensors")
+    assert torch.equal(best.head.weight, weights[4]) and not torch.equal(weights[4], weights[2])
+    for end in (3, 4, 5):
+        out = tmp_path / f"{end}"
+        with pytest.raises(KeyboardInterrupt):
+            run(out, end)
+        (out / "log.jsonl").write_text(
+            "".join(f"{line}\n" for line in (out / "log.jsonl").read_text().splitlines()[:-1])
+        )
+        run(out)
+        best = vit.load_pretrained(out / "model_best.safetensors")
+        assert torch.equal(best.head.weight, weights[4]), end
+
+
 def accuracy(ours: vit.ViT, images: list) -> float:
     transform = vit.create_transform(ours)
     with torch.no_grad():
@@ -243,7 +280,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 def test_unreadable_images_are_left_out_up_to_a_number(tmp_path, capsys):
     images = [*data(7), (tmp_path / "missing.png", 0)]
     train(model(), images, QUICK, tmp_path / "run", max_bad=1)
-    assert capsys.readouterr().err.count("missing.png") == 1
+    err = capsys.readouterr().err
+    assert err.count("missing.png") == 1
+    assert err.endswith(f"{tmp_path / 'run'}: unreadable images left out: 1, named above\n")
     with pytest.raises(ValueError, match=r"1 images cannot be used, more than max_bad=0 \(--max-bad\): .*missing.png"):
         train(model(), images, QUICK, tmp_path / "strict")
 
@@ -251,7 +290,10 @@ def test_unreadable_images_are_left_out_up_to_a_number(tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, text",
     [
-        ({"recipe": Recipe(batch_size=64)}, "batch_size 64 is more than the 8 training images"),
+        (
+            {"recipe": Recipe(batch_size=64)},
+            "batch_size 64 is more than the 8 training images: choose 8 or less (-b 8)",
+        ),
         ({"data": [(one, 3) for one, _ in data(8)]}, "there is an image with label 3, and the model has 3 classes"),
         ({"data": [(one, -1) for one, _ in data(8)]}, "label -1"),
         ({"model": model().to(torch.bfloat16)}, "the weights are torch.bfloat16: train them in float32"),

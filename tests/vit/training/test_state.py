@@ -89,10 +89,10 @@ def step(state: State) -> None:
 def test_all_of_the_state_returns(tmp_path):
     one, two = make(), make(seed=1)
     step(one), step(one)
-    one.best = 0.75
+    one.best = (0.75, -1.1)
     save(tmp_path / "state", one, {"a": (1, 2)})
     restore(tmp_path / "state", two, {"a": (1, 2)})
-    assert (two.step, two.best) == (2, 0.75)
+    assert (two.step, two.best) == (2, (0.75, -1.1))
     step(one), step(two)  # which needs AdamW's moments
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters()))
 
@@ -196,10 +196,28 @@ def test_two_runs_in_one_folder(tmp_path):
         pass
 
 
+def test_a_resumed_run_says_so(tmp_path, capsys):
+    def stop(record):
+        if record["step"] == 2:
+            raise KeyboardInterrupt
+
+    arguments = (pictures(6), Recipe(steps=3, warmup_steps=0, batch_size=2), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        train(randomize(vit.ViT(CONFIG)), *arguments, save_every=1, log=stop)
+    said = []
+    for _ in range(2):
+        said.append(capsys.readouterr().err)
+        train(randomize(vit.ViT(CONFIG)), *arguments, save_every=1)
+    said.append(capsys.readouterr().err)
+    assert said == [
+        "", f"{tmp_path}: going on after step 1\n", f"{tmp_path}: already finished: nothing was trained\n",
+    ]  # fmt: skip
+
+
 def test_the_log_has_each_step_once(tmp_path):
     rows = [{"step": i} for i in range(1, 6)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
     with Folder(tmp_path) as folder:
-        folder.resume(3)
+        folder.resume(3, 4)
         folder.log(step=4)
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4}]
