@@ -12,8 +12,7 @@ from vit.exporting import FORMATS, Metadata, Report, export
 from vit.exporting.graph import OUTPUTS
 from vit.exporting.int8 import MOST
 from vit.exporting.to_onnx import DEFAULT_OPSET
-from vit.image import ImageError, create_transform
-from vit.model import ViT
+from vit.image import ImageError, Transform, create_transform
 
 from . import loading, options
 from .images import decode, find_images
@@ -74,9 +73,9 @@ def run(args: argparse.Namespace) -> int:
 
     if loading.is_exported_file(args.model):
         raise ValueError(f"{args.model} {loading.EXPORTED}")
-    form = args.format or ("openvino" if args.output.suffix == FORMATS["openvino"].ending else "onnx")
+    form = args.format or ("openvino" if args.output.suffix == FORMATS["openvino"].endings[0] else "onnx")
     model = load_pretrained(args.model, **options.reading(args))
-    images = None if args.calibrate is None else read_images(args.calibrate, model)
+    images = None if args.calibrate is None else read_images(args.calibrate, create_transform(model, args.img_size))
     report = export(
         model, args.output, form, dynamic=args.dynamic or None, int8=args.int8, calibrate=images,
         img_size=args.img_size, batch_size=args.batch_size, half=args.half, opset=args.opset, outputs=args.outputs,
@@ -86,13 +85,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_images(names: list[str], model: ViT) -> list[Tensor]:
-    """Images to calibrate on, prepared for a model; of many, `MOST` drawn with a seed."""
+def read_images(names: list[str], transform: Transform) -> list[Tensor]:
+    """Images to calibrate on; of many, `MOST` drawn with a seed."""
     paths = find_images(names)
     if len(paths) > MOST:
         paths = sorted(Random(0).sample(paths, MOST))
     found = []
-    for _, outcome in decode(paths, create_transform(model)):
+    for _, outcome in decode(paths, transform):
         if isinstance(outcome, ImageError):
             raise outcome
         found.append(outcome)

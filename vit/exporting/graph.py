@@ -97,6 +97,8 @@ def check_outputs(outputs: Sequence[str] | None, model: ViT) -> tuple[str, ...]:
 def at_size(model: ViT, size: tuple[int, int] | None, dtype: torch.dtype) -> ViT:
     """A copy in eval mode, on the CPU and in a dtype; if a size (H, W) is given, its positions fit that size."""
     copied = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    for attend in copied.attends:
+        attend.check = False  # which looks at values
     if size is not None and size != model.config.img_size:
         p, n = model.config.patch_size, model.config.num_position_rows
         positions = copied.positions((size[0] // p, size[1] // p))  # [1, N, D]

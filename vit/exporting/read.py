@@ -127,6 +127,8 @@ class ExportedModel:
 def check(metadata: Metadata, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
     """ValueError if a graph is not the one that its metadata describe."""
     config, size = metadata.config, metadata.size or (None, None)
+    if metadata.categories is not None and len(metadata.categories) != config.num_classes:
+        raise ValueError(f"its metadata have {len(metadata.categories)} categories for {config.num_classes} classes")
     p = config.patch_size
     width = config.embed_dim * (1 + (config.global_pool == "token_avg"))
     grid = [side and side // p for side in size]

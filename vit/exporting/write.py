@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vit.checks import inside, require_int, unknown, whole_patches
+from vit.metadata import Provenance
 from vit.model import ViT
 
 from . import gate, to_onnx, to_openvino
@@ -32,15 +33,15 @@ class Format:
     """What a format needs, and what can be asked of it."""
 
     module: ModuleType  # has `convert` and `save`
-    ending: str
+    endings: tuple[str, ...]  # of its files; the first is the one to open
     packages: tuple[str, ...]
     extra: str  # of this package, which installs those
     opset: bool  # whether it takes one
 
 
 FORMATS = {
-    "onnx": Format(to_onnx, ".onnx", ("onnx", "onnxscript", "onnxruntime"), "onnx", opset=True),
-    "openvino": Format(to_openvino, ".xml", ("openvino", "onnx", "onnxscript"), "openvino", opset=False),
+    "onnx": Format(to_onnx, (".onnx",), ("onnx", "onnxscript", "onnxruntime"), "onnx", opset=True),
+    "openvino": Format(to_openvino, (".xml", ".bin"), ("openvino", "onnx", "onnxscript"), "openvino", opset=False),
 }
 
 
@@ -58,6 +59,7 @@ class Report:
         return asdict(self)
 
 
+@torch.autocast("cpu", enabled=False)
 def export(
     model: ViT,
     path: str | Path,
@@ -77,7 +79,8 @@ def export(
     """Write a model as a file for another runtime, and run it there against the model before it gets its name.
 
     The file holds all that is needed to use it: preprocessing, categories, what it takes and gives, and the figures of
-    that check; `load_exported` opens it. The same model, versions and threads give the same bytes.
+    that check; `load_exported` opens it. In ONNX the same model, versions and threads give the same
+    bytes.
 
     Args:
         model: in float32. It is exported as it is in eval mode, and not changed.
@@ -111,11 +114,11 @@ def export(
     if format not in FORMATS:
         raise ValueError(unknown("format", format, FORMATS))
     form = FORMATS[format]
-    path = check_path(path, form.ending, force)
+    path = check_path(path, form.endings, force)
     check_model(model)
     names = check_outputs(outputs, model)
     size, batch = shape(model, dynamic, img_size, batch_size)
-    precision = check_precision(half, int8, calibrate)
+    precision = check_precision(model, names, half, int8, calibrate)
     opset = check_opset(opset, format, int8)
     for package in form.packages:
         need(package, form.extra)
@@ -131,12 +134,14 @@ def export(
         input="float32",
         size=size,
         batch=batch,
-        source=model.provenance,
+        source=without_folders(model.provenance),
         versions={name: version(name) for name in ("vit-small", "torch", *form.packages)},
         processor=processor(),
         parity=None,
     )
-    images = images_for(model, calibrate) if int8 else Images([], [])
+    sized = copy.copy(model)  # with the same weights: calibrated at the size that the file takes
+    sized.preprocessing = replace(model.preprocessing, size=size or model.preprocessing.size)
+    images = images_for(sized, calibrate) if int8 else Images([], [])
     twin = quantized(model, images.used) if int8 else None
     converted = form.module.convert(twin or model, metadata, opset)
     seconds = {"convert": time.perf_counter() - start}
@@ -144,14 +149,17 @@ def export(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         file = Path(folder) / path.name
         form.module.save(converted, metadata, file)
+        exported = ExportedModel(file)  # that it opens
         if check:
             start = time.perf_counter()
-            rows = gate.compare(model, ExportedModel(file), images.held_out, twin)
+            rows = gate.compare(model, exported, images.held_out, twin)
             gate.judge(rows)
             metadata = replace(metadata, parity=tuple(rows))
             form.module.save(converted, metadata, file)
             ExportedModel(file)  # that it opens
             seconds["check"] = time.perf_counter() - start
+        if not force:
+            check_new(path, form.endings)  # nobody wrote them meanwhile
         return Report(*publish(Path(folder), path), metadata, seconds)
 
 
@@ -164,14 +172,28 @@ def publish(folder: Path, path: Path) -> tuple[tuple[str, ...], int]:
     return tuple(str(path.with_name(file.name)) for file in reversed(files)), total
 
 
-def check_path(path: str | Path, ending: str, force: bool) -> Path:
+def check_path(path: str | Path, endings: tuple[str, ...], force: bool) -> Path:
     """The file to write, through a symbolic link to its target."""
-    if Path(path).suffix != ending or Path(path).is_dir():
-        raise ValueError(f"expected the name of a {ending} file to write, not {str(path)!r}")
-    path = Path(os.path.realpath(path))
-    if path.exists() and not force:
-        raise FileExistsError(f"{path} exists: force=True (--force) replaces it, after the check")
-    return path
+    real = Path(os.path.realpath(path))
+    if Path(path).suffix != endings[0] or real.suffix != endings[0] or real.is_dir():
+        raise ValueError(f"expected the name of a {endings[0]} file to write, not {str(path)!r}")
+    if not force:
+        check_new(real, endings)
+    return real
+
+
+def check_new(path: Path, endings: tuple[str, ...]) -> None:
+    """FileExistsError if one of the files is there."""
+    for file in map(path.with_suffix, endings):
+        if file.exists():
+            raise FileExistsError(f"{file} exists: force=True (--force) replaces it, after the check")
+
+
+def without_folders(source: Provenance | None) -> Provenance | None:
+    """A record with the names of files only: the folders are this machine's own."""
+    if source is None or source.source.startswith("hf-hub:"):
+        return source
+    return replace(source, source=Path(source.source).name, parent=without_folders(source.parent))
 
 
 def check_model(model: object) -> None:
@@ -180,6 +202,9 @@ def check_model(model: object) -> None:
         where = inside(model, ViT)
         hint = f": export the ViT in it, model.{where}" if where else ""
         raise ValueError(f"expected a vit.ViT to export, not {type(model).__name__}{hint}")
+    if model.categories is not None and len(model.categories) != model.config.num_classes:
+        found, wanted = len(model.categories), model.config.num_classes
+        raise ValueError(f"the model has {wanted} classes and {found} categories: set model.categories to its names")
     if kind := getattr(model, "optimized", None):
         raise ValueError(f"this model is optimized in {kind} for PyTorch: export the model that it was made from")
     if model.class_token.dtype != torch.float32:
@@ -204,10 +229,12 @@ def shape(
     return (None, None) if dynamic else (size or model.preprocessing.size, batch_size or 1)
 
 
-def check_precision(half: bool, int8: bool, calibrate: object) -> str:
+def check_precision(model: ViT, outputs: Sequence[str], half: bool, int8: bool, calibrate: object) -> str:
     """The precision of the weights: "float32", "float16" or "int8"."""
     if half and int8:
         raise ValueError("weights are either in float16 or in int8: leave out half (--half) or int8 (--int8)")
+    if int8 and model.config.num_classes == 1 and "logits" in outputs:
+        raise ValueError("int8 is judged by cosines, and one logit has none: ask for features, or export in float32")
     if calibrate is not None and not int8:
         raise ValueError("images to calibrate on are for int8: ask for int8=True (--int8) or leave them out")
     return "int8" if int8 else "float16" if half else "float32"

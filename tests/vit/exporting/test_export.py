@@ -143,13 +143,21 @@ def test_the_checkpoints_hash_travels(tmp_path):
     loaded = vit.load_pretrained(tmp_path / "model.safetensors")
     vit.export(loaded, tmp_path / "model.onnx", img_size=8)
     exported = vit.load_exported(tmp_path / "model.onnx")
-    assert exported.metadata.source == loaded.provenance == exported.provenance.parent
+    assert exported.metadata.source == replace(loaded.provenance, source="model.safetensors")
+    assert exported.metadata.source == exported.provenance.parent
+    assert str(tmp_path).encode() not in (tmp_path / "model.onnx").read_bytes()  # the folder is not in the file
 
 
 def test_without_a_check_the_file_says_so(tmp_path):
     vit.export(small(), tmp_path / "model.onnx", img_size=8, check=False)
     with pytest.warns(UserWarning, match="exported without a check"):
         assert vit.load_exported(tmp_path / "model.onnx").metadata.parity is None
+
+
+def renamed(categories: list[str]) -> vit.ViT:
+    model = small()
+    model.categories = categories
+    return model
 
 
 @pytest.mark.parametrize(
@@ -166,6 +174,8 @@ def test_without_a_check_the_file_says_so(tmp_path):
         ({"path": "model.pt"}, "expected the name of a .onnx file to write, not 'model.pt'"),
         ({"model": torch.nn.Linear(1, 1)}, "expected a vit.ViT to export, not Linear"),
         ({"model": torch.nn.Sequential(small())}, "export the ViT in it, model.0"),
+        ({"model": renamed(["a", "b"])}, "the model has 5 classes and 2 categories"),
+        ({"model": small(num_classes=1), "int8": True}, "int8 is judged by cosines, and one logit has none"),
         ({"model": small().bfloat16()}, "expected a model in float32, not torch.bfloat16: use model.float()"),
         ({"format": "openvino", "path": "model.xml", "opset": 20}, "opset=20 is for ONNX, and the format is openvino"),
     ],
@@ -241,6 +251,51 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         vit.export(small(), tmp_path / "folder" / "model.onnx", img_size=8)
     assert not list((tmp_path / "folder").iterdir())
+
+
+class Thirds(vit.ViT):
+    """A subclass with a forward of its own, which an export of the parts would lose."""
+
+    def forward(self, images, ragged="error"):
+        return super().forward(images, ragged).softmax(dim=-1)
+
+
+@pytest.mark.parametrize("kind", ["subclass", "hook"])
+def test_what_a_model_does_beside_its_parts_is_not_lost_in_silence(kind, tmp_path):
+    model = small()
+    if kind == "subclass":
+        model.__class__ = Thirds
+    else:
+        model.register_forward_hook(lambda module, images, logits: logits / 3)
+    with pytest.raises(vit.exporting.ParityError, match="differ from the model's"):
+        vit.export(model, tmp_path / "model.onnx", img_size=8)
+
+
+def test_under_autocast_and_with_checked_attention(tmp_path):
+    model = small()
+    model.set_attention("sdpa", check=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        vit.export(model, tmp_path / "model.onnx", img_size=8)
+    assert all(attend.check for attend in model.attends)
+    check_size = images(1, 3, 8, 8)
+    with torch.no_grad():
+        assert difference(vit.load_exported(tmp_path / "model.onnx")(check_size), model(check_size)) <= FLOAT32
+
+
+def test_openvino_does_not_replace_the_weights_of_another_file(tmp_path):
+    pytest.importorskip("openvino")
+    (tmp_path / "model.bin").write_text("mine")
+    with pytest.raises(FileExistsError, match="model.bin exists"):
+        vit.export(small(), tmp_path / "model.xml", "openvino", img_size=8)
+    assert (tmp_path / "model.bin").read_text() == "mine"
+
+
+def test_a_file_that_another_wrote_meanwhile_is_kept(tmp_path, monkeypatch):
+    path, real = tmp_path / "model.onnx", write.gate.judge
+    monkeypatch.setattr(write.gate, "judge", lambda rows: (real(rows), path.write_text("mine")))
+    with pytest.raises(FileExistsError, match="--force"):
+        vit.export(small(), path, img_size=8)
+    assert path.read_text() == "mine"
 
 
 @pytest.mark.parametrize("half", [False, True])

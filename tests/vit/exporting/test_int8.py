@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 
 import vit
-from vit.exporting import int8, to_onnx
+from vit.exporting import gate, int8, to_onnx
 from vit.exporting.graph import Graph
 from vit.resources import digit_images
 
@@ -142,6 +142,26 @@ def test_frozen_positions_fail_the_gate(model, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(to_onnx, "at_size", frozen)
     with pytest.raises(vit.exporting.ParityError, match="on 20 images held out, 40 x 32, against the same"):
         vit.export(model, tmp_path / "model.onnx", int8=True, calibrate=pictures)
+
+
+def test_photographs_are_prepared_at_the_size_of_the_file(model, tmp_path, monkeypatch):
+    seen, real = [], int8.calibrate
+    monkeypatch.setattr(
+        int8, "calibrate", lambda model, images: seen.append(images[0].shape[2:]) or real(model, images)
+    )
+    vit.export(model, tmp_path / "model.onnx", int8=True, img_size=(24, 40))
+    assert seen == [(24, 40)]
+
+
+def test_an_offset_of_all_logits_hides_nothing():
+    wanted = images(9, 10)
+    found = wanted + images(9, 10, seed=2)
+    rows = [
+        gate.measure(gate.centred("logits", found - b), gate.centred("logits", wanted - b), "int8", False)
+        for b in (0, 30)
+    ]
+    assert rows[0]["value"] == pytest.approx(rows[1]["value"], abs=1e-3)
+    assert gate.measure(found - 30, wanted - 30, "int8", mean=False)["value"] > 0.998  # the control
 
 
 def test_wrong_preprocessing_fails_the_gate(model, pictures, tmp_path, monkeypatch):
