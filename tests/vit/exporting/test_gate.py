@@ -3,11 +3,10 @@
 from dataclasses import replace
 
 import pytest
-import torch
-from exporting_cases import small
+from exporting_cases import freeze_positions, small
 
 import vit
-from vit.exporting import ParityError, to_onnx, write
+from vit.exporting import ParityError, write
 from vit.exporting.gate import judge
 from vit.exporting.graph import Graph
 
@@ -32,16 +31,7 @@ def test_it_passes_a_right_one(monkeypatch, tmp_path):
 
 
 def test_frozen_positions(monkeypatch, tmp_path):
-    """The stored rows in their order, not resampled: at the own size nothing shows it."""
-    real = to_onnx.at_size
-
-    def frozen(*arguments):
-        model = real(*arguments)
-        stored = model.position_embedding[:, 1:]
-        model.positions = lambda grid: stored[:, torch.arange(grid[0] * grid[1]) % stored.shape[1]]
-        return model
-
-    monkeypatch.setattr(to_onnx, "at_size", frozen)
+    freeze_positions(monkeypatch)
     errors = refused(monkeypatch, tmp_path)
     assert errors["noise 3 x 28 x 20"] <= 1e-5
     assert errors["noise 2 x 16 x 40"] > 1e-3

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from exporting_cases import EVERYTHING
+from exporting_cases import EVERYTHING, freeze_positions
 from helpers import difference, images, refused_in_one_line
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
 import vit
-from vit.exporting import gate, int8, to_onnx
+from vit.exporting import gate, int8
 from vit.exporting.graph import Graph
 from vit.resources import digit_images
 
@@ -131,15 +131,7 @@ def test_mistakes_fail_the_gate(mistake, model, pictures, tmp_path, monkeypatch)
 
 
 def test_frozen_positions_fail_the_gate(model, pictures, tmp_path, monkeypatch):
-    real = to_onnx.at_size
-
-    def frozen(*arguments):
-        copied = real(*arguments)
-        stored = copied.position_embedding[:, 1:]
-        copied.positions = lambda grid: stored[:, torch.arange(grid[0] * grid[1]) % stored.shape[1]]
-        return copied
-
-    monkeypatch.setattr(to_onnx, "at_size", frozen)
+    freeze_positions(monkeypatch)
     with pytest.raises(vit.exporting.ParityError, match="on 20 images held out, 40 x 32, against the same"):
         vit.export(model, tmp_path / "model.onnx", int8=True, calibrate=pictures)
 
