@@ -159,7 +159,7 @@ def export(
             ExportedModel(file)  # that it opens
             seconds["check"] = time.perf_counter() - start
         if not force:
-            check_new(path, form.endings)  # nobody wrote them meanwhile
+            check_new(path, form.endings)  # again: another process may have written one in between
         return Report(*publish(Path(folder), path), metadata, seconds)
 
 
