@@ -1,0 +1,113 @@
+"""The graph behind a page in the browser: the bytes of a picture and a target size to all that the page shows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from vit.model import Block, ViT
+from vit.packed import Packing
+
+from .graph import at_size, class_attention
+from .to_onnx import quiet, reason, tidy
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+OPSET = 20
+INPUTS = ("images", "grid")
+
+
+def output_names(model: ViT) -> tuple[str, ...]:
+    """What the page of a model shows, in order."""
+    return (*(("logits",) if model.config.num_classes else ("features", "patches")), "attention", "pixels")
+
+
+class PageGraph(nn.Module):
+    """A model from one picture and a target size to what a page shows.
+
+        images     [1, H, W, 3] uint8, a picture of any size in RGB
+        grid       [h, w] uint8, whose values are not read: its shape is the number of patches to resize to
+
+        logits     [1, num_classes]; or of a model without a head:
+        features   [1, D], or [1, 2D] with global_pool "token_avg"
+        patches    [1, N, D], the patch tokens after the final norm
+        attention  [1, A, h, w], how much each head of the last block lets the class token look at each patch
+        pixels     [1, h*p, w*p, C] uint8, what the model sees
+
+    The target size is the shape of an input since sizes that are values cannot be traced through the reshapes behind.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: ViT) -> None:
+        super().__init__()
+        self.model, self.names, self.settings = model, output_names(model), model.preprocessing
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(getattr(self.settings, name)).view(1, -1, 1, 1))
+
+    def forward(self, images: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
+        model, p = self.model, self.model.config.patch_size
+        h, w = grid.shape
+        pixels = resized(images.permute(0, 3, 1, 2).float(), (h * p, w * p), self.settings)  # [1, C, h*p, w*p]
+        x = (pixels / 255 - self.mean) / self.std
+        last, before = len(model.blocks) - 1, len(model.blocks) - 2
+        keep = {before: lambda x: x, last: lambda x: x}
+        _, kept = model.encode(model.tokens(model.accept(x)), Packing((h, w)), keep)  # each [1, T, D]
+        tokens = model.norm(kept[last])
+        weights = class_attention(cast(Block, model.blocks[-1]), kept[before])  # [1, A, T]
+        n = model.config.num_prefix_tokens
+        found = {
+            "logits": model.forward_head(tokens),
+            "features": model.forward_head(tokens, pre_logits=True),
+            "patches": tokens[:, n:],
+            "attention": weights[:, :, n:].reshape(1, -1, h, w),
+            "pixels": pixels.permute(0, 2, 3, 1).to(torch.uint8),
+        }
+        return tuple(found[name] for name in self.names)
+
+
+def convert(model: ViT) -> ModelProto:
+    """A model, in float32 or quantized, as the ONNX graph of a page. ValueError if PyTorch cannot export it."""
+    graph = PageGraph(at_size(model, None, torch.float32)).eval()
+    example = (torch.zeros(1, 70, 91, 3, dtype=torch.uint8), torch.zeros(3, 5, dtype=torch.uint8))
+    H, W, h, w = (torch.export.Dim(name, min=1) for name in ("height", "width", "rows", "columns"))
+    with quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                graph, example, dynamo=True, dynamic_shapes=({1: H, 2: W}, {0: h, 1: w}), opset_version=OPSET,
+                input_names=list(INPUTS), output_names=list(graph.names), verbose=False,
+            )  # fmt: skip
+        except Exception as error:
+            raise ValueError(f"PyTorch cannot export this model: {reason(model, error)}") from error
+    assert program is not None
+    proto = tidy(program.model_proto, dynamic=False)
+    proto.graph.ClearField("value_info")  # shapes in symbols of PyTorch's; a runtime infers its own
+    return proto
+
+
+def _weights(old: int, full: int, first: int, n: int) -> Tensor:
+    from vit.position import _count, _ratio, cubic
+
+    device = torch.device("cpu")
+    ratio = _ratio(old, full, device)
+    centres = (_count(n, device) + first + 0.5) * ratio
+    w = cubic(((_count(old, device) + 0.5) - centres[:, None]).abs() / ratio.clamp(min=1), a=-0.5)
+    return w / w.sum(1, keepdim=True)
+
+
+def resized(x: Tensor, size: tuple[int, int], settings) -> Tensor:  # noqa: a stand-in until pixels.py is there
+    H, W = x.shape[2:]
+    th, tw = size
+    full, first = (th, tw), (0, 0)
+    if settings.mode == "crop":
+        q = round(settings.crop_pct * 1000)
+        ch, cw = th * 1000 // q, tw * 1000 // q
+        short = torch.sym_min(H, W)
+        full = (ch * H // short, cw * W // short)
+        first = tuple((f - t + 1) // 2 for f, t in zip(full, size))
+    x = (x @ _weights(W, full[1], first[1], tw).T + 0.5).floor().clamp(0, 255)
+    return (_weights(H, full[0], first[0], th) @ x + 0.5).floor().clamp(0, 255)

@@ -1,0 +1,252 @@
+"""To a page in the browser: a folder of static files that shows what a model sees, checked before it gets its name."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vit.image import create_transform, to_mode
+from vit.maps import attention_maps
+from vit.model import ViT
+from vit.packed import Grid
+from vit.resources import DATA, digit_images
+
+from . import gate, page_graph, to_onnx, web_runtime
+from .int8 import Images, images_for, quantized
+from .metadata import Metadata, processor
+from .runtimes import OnnxRuntime
+
+PAGE = Path(__file__).parent / "page"
+MODEL, FACTS, EXAMPLE, LICENCE = "model.onnx", "model.json", "example.png", "onnxruntime-web.LICENSE.txt"
+FILES = {*(file.name for file in PAGE.iterdir()), *web_runtime.SHA256, MODEL, FACTS, EXAMPLE, LICENCE}
+KEY = "vit"  # in FACTS, the version that wrote the folder
+DIGITS = "vit_digits_patch4_32"
+SCALES = (0.5, 0.625, 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2)  # of the own size, on the slider
+TOKENS = 1024  # on the slider, if the own size does not have more
+BAR = 2e-3  # float32: a resize in the graph rounds a few pixels otherwise than Pillow
+MOST = 12  # pictures to check on
+
+
+def write(
+    model: ViT,
+    path: Path,
+    metadata: Metadata,
+    *,
+    calibrate: Tensor | Sequence[Tensor] | None,
+    runtime_folder: str | Path | None,
+    check: bool,
+    force: bool,
+) -> tuple[tuple[str, ...], int, Metadata, dict[str, float]]:
+    """Write the folder: the names of its files, their bytes, the metadata with the check's figures, and seconds."""
+    check_folder(path, force)
+    runtime = web_runtime.runtime_files(runtime_folder)
+    start = time.perf_counter()
+    int8 = metadata.precision == "int8"
+    images = images_for(model, calibrate) if int8 else Images([], [])
+    converted = page_graph.convert(quantized(model, images.used) if int8 else model)
+    seconds = {"convert": time.perf_counter() - start}
+    with building(path) as folder:
+        file = folder / MODEL
+        to_onnx.save(converted, metadata, file)
+        if check:
+            start = time.perf_counter()
+            pictures = [picture_of(model, image) for image in images.held_out] if int8 else photographs()
+            rows = compare(model, file, pictures[:MOST], metadata.precision)
+            gate.judge(rows)
+            metadata = replace(metadata, parity=tuple(rows))
+            to_onnx.save(converted, metadata, file)
+            seconds["check"] = time.perf_counter() - start
+        for asset in (*PAGE.iterdir(), *runtime):
+            shutil.copyfile(asset, folder / asset.name)
+        (folder / LICENCE).write_text(web_runtime.licence(), encoding="utf-8")
+        example = example_for(model)
+        example.save(folder / EXAMPLE)
+        (folder / FACTS).write_text(json.dumps(facts(model, metadata, folder, example)), encoding="utf-8")
+        assert {one.name for one in folder.iterdir()} == FILES
+        total = sum(one.stat().st_size for one in folder.iterdir())
+        check_folder(path, force)  # again: another process may have written one in between
+    names = sorted(FILES, key=lambda name: (name != "index.html", name))
+    return tuple(str(path / name) for name in names), total, metadata, seconds
+
+
+def facts(model: ViT, metadata: Metadata, folder: Path, example: Image.Image) -> dict[str, Any]:
+    """What the page has to know of its model."""
+    config, steps = model.config, grids(model)
+    own = own_grid(model)
+    output = "logits" if config.num_classes else "features"
+    with torch.inference_mode():
+        values = model(create_transform(model)(example)[None])[0].tolist()
+    return {
+        KEY: version("vit-small"),
+        "name": name_of(model),
+        "file": MODEL,
+        "bytes": (folder / MODEL).stat().st_size,
+        "runtime": {"file": web_runtime.WASM, "bytes": (folder / web_runtime.WASM).stat().st_size},
+        "precision": metadata.precision,
+        "patch": config.patch_size,
+        "channels": config.in_chans,
+        "width": config.embed_dim,
+        "depth": config.depth,
+        "heads": config.num_heads,
+        "prefix": config.num_prefix_tokens,
+        "classes": config.num_classes,
+        "categories": metadata.categories,
+        "grids": steps,  # [rows, columns] of patches, one for each step of the slider
+        "own": steps.index(own),
+        "draw": is_digits(model),
+        "example": {"file": EXAMPLE, "output": output, "values": values},  # of PyTorch, at the own size
+    }
+
+
+def name_of(model: ViT) -> str:
+    """What to call a model."""
+    return Path(model.provenance.source).stem if model.provenance else "a Vision Transformer"
+
+
+def is_digits(model: ViT) -> bool:
+    """Whether it is the model of scikit-learn's digits that ships, for which one can draw."""
+    return model.provenance is not None and model.provenance.source == DIGITS
+
+
+def example_for(model: ViT) -> Image.Image:
+    """The picture that the page opens with, in RGB."""
+    if is_digits(model):
+        return digit_images()[0][2].convert("RGB")
+    with Image.open(DATA / "photographs" / "coffee.jpg") as photograph:
+        return photograph.convert("RGB")
+
+
+def own_grid(model: ViT) -> Grid:
+    """(rows, columns) of patches at the model's own size."""
+    h, w = (side // model.config.patch_size for side in model.preprocessing.size)
+    return h, w
+
+
+def grids(model: ViT) -> list[Grid]:
+    """The steps of the slider, (rows, columns) of patches in about the proportions of the own size."""
+    h, w = own_grid(model)
+    steps = sorted({(max(1, round(h * scale)), max(1, round(w * scale))) for scale in SCALES})
+    return [(rows, columns) for rows, columns in steps if rows * columns <= max(TOKENS, h * w)]
+
+
+# ---- the check
+
+
+@torch.inference_mode()
+def compare(model: ViT, file: Path, pictures: Sequence[Image.Image], precision: str) -> list[dict[str, Any]]:
+    """Run the page's graph and the model on pictures at three sizes: the slider's ends, and the model's own.
+
+    The model gets them from its own transform. The pixels that the graph makes are held against that, too.
+
+    Returns:
+        Rows as `gate.compare` gives them, the worst of all pictures.
+    """
+    session, p, steps, rows = OnnxRuntime(file, torch.get_num_threads()), model.config.patch_size, grids(model), []
+    for grid in dict.fromkeys((own_grid(model), steps[0], steps[-1])):
+        size = (grid[0] * p, grid[1] * p)
+        found = [run(session, picture, grid) for picture in pictures]
+        wanted = [reference(model, picture, size) for picture in pictures]
+        name = f"{len(pictures)} pictures at {size[0]} x {size[1]}"
+        for output in found[0]:
+            pair = [torch.cat([one[output] for one in answers]) for answers in (found, wanted)]
+            measured = gate.measure(*(gate.centred(output, x) for x in pair), precision, mean=False)
+            bar = measured["bar"] if measured["measure"] == "cosine" else BAR
+            rows.append({"input": name, "output": output} | measured | {"bar": bar})
+            if output == "logits" and precision == "int8":
+                gate.check_labels(name, *pair)
+    return rows
+
+
+def run(session: OnnxRuntime, picture: Image.Image, grid: Grid) -> dict[str, Tensor]:
+    """What the page's graph gives for a picture at a target of (rows, columns) patches."""
+    pixels = np.asarray(to_mode(picture, 3))[None]  # [1, H, W, 3]
+    arrays = session.run(pixels, np.zeros(grid, dtype=np.uint8))
+    return {port.name: torch.from_numpy(array).float() for port, array in zip(session.outputs, arrays)}
+
+
+def reference(model: ViT, picture: Image.Image, size: tuple[int, int]) -> dict[str, Tensor]:
+    """The same by the model's public functions and its own preprocessing."""
+    transform, n = create_transform(model, size), model.config.num_prefix_tokens
+    images = transform(picture)[None]
+    tokens = model.forward_features(images)
+    maps = attention_maps(model, images)[0][:, :, 0, n:]  # [1, A, N]
+    return {
+        "logits": model(images),
+        "features": model(images),
+        "patches": tokens[:, n:],
+        "attention": maps.unflatten(2, model.grid_of(images)),
+        "pixels": torch.from_numpy(np.asarray(transform.view(picture))[None].reshape(1, *size, -1)).float(),
+    }
+
+
+def photographs() -> list[Image.Image]:
+    """A wide picture and a high one."""
+    found = []
+    for name, turn in (("coffee", 0), ("rocket", 90)):
+        with Image.open(DATA / "photographs" / f"{name}.jpg") as photograph:
+            found.append(photograph.convert("RGB").rotate(turn, expand=True))
+    return found
+
+
+def picture_of(model: ViT, image: Tensor) -> Image.Image:
+    """The picture [H, W, 3] of which a normalised image [C, H, W] was made."""
+    mean, std = (torch.tensor(x)[:, None, None] for x in (model.preprocessing.mean, model.preprocessing.std))
+    pixels = ((image * std + mean) * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+    return Image.fromarray(pixels.expand(-1, -1, 3).numpy())
+
+
+# ---- the folder
+
+
+def check_folder(path: Path, force: bool) -> None:
+    """An error if a folder cannot be written, or holds what is not ours to replace."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise ValueError(f"{path} is a file: expected the name of a folder to write")
+    found = {file.name for file in path.iterdir()}
+    if not found:
+        return
+    if not is_ours(path / FACTS) or found - FILES:
+        other = min(found - FILES, default=FACTS)
+        raise FileExistsError(f"{path} holds {other}, which vit export did not write: give another folder")
+    if not force:
+        raise FileExistsError(f"{path} exists: force=True (--force) replaces it, after the check")
+
+
+def is_ours(file: Path) -> bool:
+    """Whether `vit export` wrote this model.json."""
+    try:
+        return KEY in json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+@contextmanager
+def building(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, which takes its name when the block succeeds and is removed otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        folder = Path(temporary) / "new"
+        folder.mkdir()
+        yield folder
+        if path.exists():
+            os.replace(path, Path(temporary) / "old")
+        os.replace(folder, path)
+
+
