@@ -27,6 +27,8 @@ from vit.packed import Grid
 from vit.resources import DATA, digit_images
 
 from . import gate, page_graph, to_onnx, web_runtime
+from vit.kernels.cpu.images import MOST as CALIBRATED
+
 from .int8 import Images, images_for, quantized
 from .metadata import Metadata, processor
 from .runtimes import OnnxRuntime
@@ -39,7 +41,9 @@ DIGITS = "vit_digits_patch4_32"
 SCALES = (0.5, 0.625, 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2)  # of the own size, on the slider
 TOKENS = 1024  # on the slider, if the own size does not have more
 BAR = 2e-3  # float32: a resize in the graph rounds a few pixels otherwise than Pillow
-MOST = 12  # pictures to check on
+MAPS = 0.99  # int8: the least cosine of a map, which is looked at; that of the answer is the gate's
+MOST = 6  # pictures to check on
+OTHERS = 16  # images that are also calibrated on at each other size
 
 
 def write(
@@ -57,8 +61,10 @@ def write(
     runtime = web_runtime.runtime_files(runtime_folder)
     start = time.perf_counter()
     int8 = metadata.precision == "int8"
+    if int8 and calibrate is None and is_digits(model):
+        calibrate = [create_transform(model)(image) for image in digit_images()[0]]  # photographs are unlike them
     images = images_for(model, calibrate) if int8 else Images([], [])
-    converted = page_graph.convert(quantized(model, images.used) if int8 else model)
+    converted = page_graph.convert(quantized(model, at_all_sizes(model, images.used)) if int8 else model)
     seconds = {"convert": time.perf_counter() - start}
     with building(path) as folder:
         file = folder / MODEL
@@ -144,6 +150,20 @@ def grids(model: ViT) -> list[Grid]:
     return [(rows, columns) for rows, columns in steps if rows * columns <= max(TOKENS, h * w)]
 
 
+def checked_grids(model: ViT) -> list[Grid]:
+    """The grids at which a page is calibrated and checked: the model's own and the slider's ends."""
+    steps = grids(model)
+    return list(dict.fromkeys((own_grid(model), steps[0], steps[-1])))
+
+
+def at_all_sizes(model: ViT, images: list[Tensor]) -> list[Tensor]:
+    """Images [C, H, W] to calibrate on, some of them also at the other sizes, since a page shows what sizes do."""
+    p, (_, *others) = model.config.patch_size, checked_grids(model)
+    some = images[:: max(1, len(images) // OTHERS)][:OTHERS]
+    more = [gate.resized(image, (rows * p, columns * p)) for rows, columns in others for image in some]
+    return images[: CALIBRATED - len(more)] + more
+
+
 # ---- the check
 
 
@@ -156,8 +176,8 @@ def compare(model: ViT, file: Path, pictures: Sequence[Image.Image], precision: 
     Returns:
         Rows as `gate.compare` gives them, the worst of all pictures.
     """
-    session, p, steps, rows = OnnxRuntime(file, torch.get_num_threads()), model.config.patch_size, grids(model), []
-    for grid in dict.fromkeys((own_grid(model), steps[0], steps[-1])):
+    session, p, rows = OnnxRuntime(file, torch.get_num_threads()), model.config.patch_size, []
+    for grid in checked_grids(model):
         size = (grid[0] * p, grid[1] * p)
         found = [run(session, picture, grid) for picture in pictures]
         wanted = [reference(model, picture, size) for picture in pictures]
@@ -165,7 +185,8 @@ def compare(model: ViT, file: Path, pictures: Sequence[Image.Image], precision: 
         for output in found[0]:
             pair = [torch.cat([one[output] for one in answers]) for answers in (found, wanted)]
             measured = gate.measure(*(gate.centred(output, x) for x in pair), precision, mean=False)
-            bar = measured["bar"] if measured["measure"] == "cosine" else BAR
+            answer = output in ("logits", "features")
+            bar = BAR if measured["measure"] == "error" else measured["bar"] if answer else MAPS
             rows.append({"input": name, "output": output} | measured | {"bar": bar})
             if output == "logits" and precision == "int8":
                 gate.check_labels(name, *pair)
@@ -183,11 +204,11 @@ def reference(model: ViT, picture: Image.Image, size: tuple[int, int]) -> dict[s
     """The same by the model's public functions and its own preprocessing."""
     transform, n = create_transform(model, size), model.config.num_prefix_tokens
     images = transform(picture)[None]
-    tokens = model.forward_features(images)
+    tokens, answer = model.forward_features(images), model(images)
     maps = attention_maps(model, images)[0][:, :, 0, n:]  # [1, A, N]
     return {
-        "logits": model(images),
-        "features": model(images),
+        "logits": answer,
+        "features": answer,  # of a model without a head
         "patches": tokens[:, n:],
         "attention": maps.unflatten(2, model.grid_of(images)),
         "pixels": torch.from_numpy(np.asarray(transform.view(picture))[None].reshape(1, *size, -1)).float(),

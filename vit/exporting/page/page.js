@@ -13,7 +13,7 @@ const MAGMA = [ // the colours of vit/draw.py: "magma", N. Smith and S. van der 
 let facts; // model.json
 let picture; // {rgba, width, height, note}
 let found; // the answer to it: {outputs, ms, rows, columns}
-let chosen = 0; // the patch whose like are searched
+let chosen = [0.5, 0.5]; // of the rows and columns: where the patch is whose like are searched
 let stream; // the camera's
 
 // ---- loading
@@ -346,7 +346,7 @@ function drawHeads({ data, dims: [, heads, rows, columns] }) {
   $("attention-shape").textContent = `attention 1 x ${heads} x ${rows} x ${columns}: heads x rows x columns; each picture from black, 0, to its own largest weight`;
 }
 
-const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)} %`;
+const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}\u00a0%`;
 
 function softmax(logits) {
   const most = logits.reduce((a, b) => Math.max(a, b));
@@ -381,27 +381,27 @@ function drawLabels({ data }) {
 
 // A model without a classifier: how alike the patches are to one of them, by the cosine of their features [N, D].
 function drawNear({ data, dims: [, N, D] }) {
-  chosen = Math.min(chosen, N - 1);
+  const { rows, columns } = found;
+  const here = Math.floor(chosen[0] * rows) * columns + Math.floor(chosen[1] * columns);
   const patch = (i) => data.subarray(i * D, (i + 1) * D);
   const dot = (a, b) => a.reduce((sum, x, i) => sum + x * b[i], 0);
-  const one = patch(chosen);
+  const one = patch(here);
   const alike = Float32Array.from({ length: N }, (_, i) => {
     const other = patch(i);
     return dot(one, other) / Math.sqrt(dot(one, one) * dot(other, other));
   });
-  const order = [...alike.keys()].filter((i) => i !== chosen).sort((a, b) => alike[b] - alike[a]).slice(0, NEAREST);
-  const { columns } = found;
+  const order = [...alike.keys()].filter((i) => i !== here).sort((a, b) => alike[b] - alike[a]).slice(0, NEAREST);
   const mark = (pen, i, colour, width, height) => {
-    const [w, h] = [width / columns, height / found.rows];
+    const [w, h] = [width / columns, height / rows];
     Object.assign(pen, { strokeStyle: colour, lineWidth: 3 });
     pen.strokeRect((i % columns) * w + 1, Math.floor(i / columns) * h + 1, w - 2, h - 2);
   };
   paint($("near"), (pen, w, h) => {
     order.forEach((i) => mark(pen, i, "#4ade80", w, h));
-    mark(pen, chosen, "#ffffff", w, h);
+    mark(pen, here, "#ffffff", w, h);
   }, alike.map((x) => Math.max(x, 0)));
   const place = (i) => `row ${Math.floor(i / columns) + 1}, column ${(i % columns) + 1}`;
-  $("near").setAttribute("aria-label", `Patches like the one in ${place(chosen)}; arrows choose another`);
+  $("near").setAttribute("aria-label", `Patches like the one in ${place(here)}; arrows choose another`);
   $("labels").replaceChildren(...order.map((i) => {
     const item = document.createElement("li");
     const [label, value] = [document.createElement("span"), document.createElement("span")];
@@ -410,7 +410,7 @@ function drawNear({ data, dims: [, N, D] }) {
     item.append(label, value);
     return item;
   }));
-  $("answer-shape").textContent = `patch features 1 x ${N} x ${D}; the white patch is in ${place(chosen)}`;
+  $("answer-shape").textContent = `patch features 1 x ${N} x ${D}; the white patch is in ${place(here)}`;
 }
 
 function prepareNear() {
@@ -420,21 +420,20 @@ function prepareNear() {
   $("sizes-answer").hidden = true;
   const near = $("near");
   near.hidden = false;
-  const choose = (row, column) => {
-    const fit = (x, most) => Math.min(Math.max(x, 0), most - 1);
-    chosen = fit(row, found.rows) * found.columns + fit(column, found.columns);
-    drawNear(found.outputs.patches);
+  const choose = (...place) => {
+    chosen = place.map((share) => Math.min(Math.max(share, 0), 0.9999));
+    if (found) drawNear(found.outputs.patches);
   };
   near.onclick = (event) => {
-    if (!found) return;
     const box = near.getBoundingClientRect();
-    choose(Math.floor(((event.clientY - box.top) / box.height) * found.rows), Math.floor(((event.clientX - box.left) / box.width) * found.columns));
+    choose((event.clientY - box.top) / box.height, (event.clientX - box.left) / box.width);
   };
   near.onkeydown = (event) => {
     const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
     if (!step || !found) return;
     event.preventDefault();
-    choose(Math.floor(chosen / found.columns) + step[0], (chosen % found.columns) + step[1]);
+    const sides = [found.rows, found.columns];
+    choose(...sides.map((side, i) => (Math.floor(chosen[i] * side) + step[i] + 0.5) / side));
   };
 }
 
