@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -17,8 +18,20 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars")
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
+    "--remote-debugging-pipe",
+)  # fmt: skip
+# Chromium reads messages from descriptor 3 and writes them to 4, each ended by a zero byte.
+LAUNCH = """
+import fcntl, os, sys
+read, write = (fcntl.fcntl(int(number), fcntl.F_DUPFD, 10) for number in sys.argv[1:3])
+os.dup2(read, 3)
+os.dup2(write, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -29,11 +42,12 @@ class Browser:
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         read, theirs = os.pipe()
         mine, write = os.pipe()
-        # Chromium reads messages from descriptor 3 and writes them to 4, each ended by a zero byte.
-        command = ["sh", "-c", f'exec "$@" 3<&{mine} 4>&{theirs}', "sh", CHROMIUM, *FLAGS, "--remote-debugging-pipe"]
-        command += [f"--user-data-dir={self.folder.name}", *flags, "about:blank"]
-        self.process = subprocess.Popen(command, pass_fds=(mine, theirs), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        os.close(mine), os.close(theirs)
+        command = [sys.executable, "-c", LAUNCH, str(mine), str(theirs), CHROMIUM, *FLAGS, *flags]
+        command += [f"--user-data-dir={self.folder.name}", "about:blank"]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, pass_fds=(mine, theirs), **quiet)
+        os.close(mine)
+        os.close(theirs)
         self.input, self.output = os.fdopen(write, "wb"), os.fdopen(read, "rb")
         self.count, self.session, self.events, self.rest = 0, None, [], b""
         (page,) = [one for one in self.call("Target.getTargets")["targetInfos"] if one["type"] == "page"]

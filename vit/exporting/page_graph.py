@@ -11,6 +11,7 @@ from vit.model import Block, ViT
 from vit.packed import Packing
 
 from .graph import at_size, class_attention
+from .pixels import resize
 from .to_onnx import quiet, reason, tidy
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ class PageGraph(nn.Module):
     def forward(self, images: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
         model, p = self.model, self.model.config.patch_size
         h, w = grid.shape
-        pixels = resized(images.permute(0, 3, 1, 2).float(), (h * p, w * p), self.settings)  # [1, C, h*p, w*p]
+        if model.config.in_chans == 1:
+            images = grey(images)
+        pixels = resize(images, self.settings, (h * p, w * p), p)  # [1, C, h*p, w*p]
         x = (pixels / 255 - self.mean) / self.std
         last, before = len(model.blocks) - 1, len(model.blocks) - 2
         keep = {before: lambda x: x, last: lambda x: x}
@@ -70,11 +73,19 @@ class PageGraph(nn.Module):
         return tuple(found[name] for name in self.names)
 
 
+def grey(images: Tensor) -> Tensor:
+    """[1, H, W, 3] uint8 -> [1, H, W, 1] uint8, as Pillow does it; the numbers are below 2^24, hence exact."""
+    weights = torch.tensor([19595.0, 38470.0, 7471.0])  # 0.299, 0.587 and 0.114 times 2^16
+    return ((images.float() @ weights + 2**15) / 2**16).floor().to(torch.uint8)[..., None]
+
+
 def convert(model: ViT) -> ModelProto:
     """A model, in float32 or quantized, as the ONNX graph of a page. ValueError if PyTorch cannot export it."""
     graph = PageGraph(at_size(model, None, torch.float32)).eval()
-    example = (torch.zeros(1, 70, 91, 3, dtype=torch.uint8), torch.zeros(3, 5, dtype=torch.uint8))
+    square = model.preprocessing.size[0] == model.preprocessing.size[1]  # and so at every step of the slider
+    example = (torch.zeros(1, 70, 91, 3, dtype=torch.uint8), torch.zeros(5, 5 if square else 3, dtype=torch.uint8))
     H, W, h, w = (torch.export.Dim(name, min=1) for name in ("height", "width", "rows", "columns"))
+    w = h if square else w
     with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
@@ -87,27 +98,3 @@ def convert(model: ViT) -> ModelProto:
     proto = tidy(program.model_proto, dynamic=False)
     proto.graph.ClearField("value_info")  # shapes in symbols of PyTorch's; a runtime infers its own
     return proto
-
-
-def _weights(old: int, full: int, first: int, n: int) -> Tensor:
-    from vit.position import _count, _ratio, cubic
-
-    device = torch.device("cpu")
-    ratio = _ratio(old, full, device)
-    centres = (_count(n, device) + first + 0.5) * ratio
-    w = cubic(((_count(old, device) + 0.5) - centres[:, None]).abs() / ratio.clamp(min=1), a=-0.5)
-    return w / w.sum(1, keepdim=True)
-
-
-def resized(x: Tensor, size: tuple[int, int], settings) -> Tensor:  # noqa: a stand-in until pixels.py is there
-    H, W = x.shape[2:]
-    th, tw = size
-    full, first = (th, tw), (0, 0)
-    if settings.mode == "crop":
-        q = round(settings.crop_pct * 1000)
-        ch, cw = th * 1000 // q, tw * 1000 // q
-        short = torch.sym_min(H, W)
-        full = (ch * H // short, cw * W // short)
-        first = tuple((f - t + 1) // 2 for f, t in zip(full, size))
-    x = (x @ _weights(W, full[1], first[1], tw).T + 0.5).floor().clamp(0, 255)
-    return (_weights(H, full[0], first[0], th) @ x + 0.5).floor().clamp(0, 255)

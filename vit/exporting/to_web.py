@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
@@ -21,16 +20,16 @@ from PIL import Image
 from torch import Tensor
 
 from vit.image import create_transform, to_mode
+from vit.kernels.cpu.images import MOST as CALIBRATED
 from vit.maps import attention_maps
 from vit.model import ViT
 from vit.packed import Grid
 from vit.resources import DATA, digit_images
 
 from . import gate, page_graph, to_onnx, web_runtime
-from vit.kernels.cpu.images import MOST as CALIBRATED
-
 from .int8 import Images, images_for, quantized
-from .metadata import Metadata, processor
+from .metadata import Metadata
+from .pixels import FILTERS
 from .runtimes import OnnxRuntime
 
 PAGE = Path(__file__).parent / "page"
@@ -50,14 +49,12 @@ def write(
     model: ViT,
     path: Path,
     metadata: Metadata,
-    *,
     calibrate: Tensor | Sequence[Tensor] | None,
     runtime_folder: str | Path | None,
     check: bool,
     force: bool,
 ) -> tuple[tuple[str, ...], int, Metadata, dict[str, float]]:
     """Write the folder: the names of its files, their bytes, the metadata with the check's figures, and seconds."""
-    check_folder(path, force)
     runtime = web_runtime.runtime_files(runtime_folder)
     start = time.perf_counter()
     int8 = metadata.precision == "int8"
@@ -88,6 +85,14 @@ def write(
         check_folder(path, force)  # again: another process may have written one in between
     names = sorted(FILES, key=lambda name: (name != "index.html", name))
     return tuple(str(path / name) for name in names), total, metadata, seconds
+
+
+def check(model: ViT) -> None:
+    """ValueError for a model that no page can show."""
+    if model.config.in_chans not in (1, 3):
+        raise ValueError(f"a page shows pictures of 1 or 3 channels, and the model takes {model.config.in_chans}")
+    if (kind := model.preprocessing.interpolation) not in FILTERS:
+        raise ValueError(f"a page resizes by {', '.join(FILTERS)}, and model.preprocessing asks for {kind!r}")
 
 
 def facts(model: ViT, metadata: Metadata, folder: Path, example: Image.Image) -> dict[str, Any]:
@@ -269,5 +274,3 @@ def building(path: Path) -> Iterator[Path]:
         if path.exists():
             os.replace(path, Path(temporary) / "old")
         os.replace(folder, path)
-
-

@@ -6,7 +6,7 @@ import copy
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from vit.checks import inside, require_int, unknown, whole_patches
 from vit.metadata import Provenance
 from vit.model import ViT
 
-from . import gate, to_onnx, to_openvino
+from . import gate, page_graph, to_onnx, to_openvino, to_web
 from .graph import check_outputs
 from .int8 import Images, images_for, quantized
 from .metadata import Metadata, processor
@@ -42,6 +42,7 @@ class Format:
 FORMATS = {
     "onnx": Format(to_onnx, (".onnx",), ("onnx", "onnxscript", "onnxruntime"), "onnx", opset=True),
     "openvino": Format(to_openvino, (".xml", ".bin"), ("openvino", "onnx", "onnxscript"), "openvino", opset=False),
+    "web": Format(to_web, ("",), ("onnx", "onnxscript", "onnxruntime"), "onnx", opset=False),
 }
 
 
@@ -75,6 +76,7 @@ def export(
     outputs: Sequence[str] | None = None,
     check: bool = True,
     force: bool = False,
+    runtime_folder: str | Path | None = None,
 ) -> Report:
     """Write a model as a file for another runtime, and run it there against the model before it gets its name.
 
@@ -102,6 +104,7 @@ def export(
             preprocessing says. At most 1e-5 of the largest value may differ, with `half` 2e-3. In int8 it runs the
             images that were held out: the cosine of each output must reach 0.998.
         force: replace files that exist; only after the check.
+        runtime_folder: for the web, holds the files of ONNX Runtime Web; None to fetch them with npm, once.
 
     Returns:
         What was written, with the figures.
@@ -114,6 +117,11 @@ def export(
     if format not in FORMATS:
         raise ValueError(unknown("format", format, FORMATS))
     form = FORMATS[format]
+    if format == "web":
+        others = {"batch_size": batch_size, "half": half or None, "opset": opset, "outputs": outputs}
+        return export_page(model, Path(path), others, img_size, int8, calibrate, check, force, runtime_folder)
+    if runtime_folder is not None:
+        raise ValueError(f"runtime_folder={runtime_folder!r} is for the web, and the format is {format}")
     path = check_path(path, form.endings, force)
     check_model(model)
     names = check_outputs(outputs, model)
@@ -161,6 +169,50 @@ def export(
         if not force:
             check_new(path, form.endings)  # again: another process may have written one in between
         return Report(*publish(Path(folder), path), metadata, seconds)
+
+
+def export_page(
+    model: ViT,
+    path: Path,
+    others: Mapping[str, object],
+    img_size: int | tuple[int, int] | None,
+    int8: bool,
+    calibrate: Tensor | Sequence[Tensor] | None,
+    check: bool,
+    force: bool,
+    runtime_folder: str | Path | None,
+) -> Report:
+    """`export` to a folder for a browser. `others` are options that a page does not take."""
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r} is for other formats: a page takes weights in float32 or int8, and any picture"
+            )
+    check_model(model)
+    to_web.check(model)
+    to_web.check_folder(path, force)
+    names = page_graph.output_names(model)
+    precision = check_precision(model, names, False, int8, calibrate)
+    for package in FORMATS["web"].packages:
+        need(package, FORMATS["web"].extra)
+    size, _ = shape(model, False, img_size, None)
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    model.preprocessing = replace(model.preprocessing, size=size)
+    metadata = Metadata(
+        config=model.config,
+        preprocessing=model.preprocessing,
+        categories=model.categories,
+        outputs=names,
+        precision=precision,
+        input="page",
+        size=None,
+        batch=1,
+        source=without_folders(model.provenance),
+        versions={name: version(name) for name in ("vit-small", "torch", *FORMATS["web"].packages)},
+        processor=processor(),
+        parity=None,
+    )
+    return Report(*to_web.write(model, path, metadata, calibrate, runtime_folder, check, force))
 
 
 def publish(folder: Path, path: Path) -> tuple[tuple[str, ...], int]:

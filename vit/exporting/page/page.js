@@ -382,15 +382,15 @@ function drawLabels({ data }) {
 // A model without a classifier: how alike the patches are to one of them, by the cosine of their features [N, D].
 function drawNear({ data, dims: [, N, D] }) {
   const { rows, columns } = found;
-  const here = Math.floor(chosen[0] * rows) * columns + Math.floor(chosen[1] * columns);
+  const at = Math.floor(chosen[0] * rows) * columns + Math.floor(chosen[1] * columns);
   const patch = (i) => data.subarray(i * D, (i + 1) * D);
   const dot = (a, b) => a.reduce((sum, x, i) => sum + x * b[i], 0);
-  const one = patch(here);
+  const one = patch(at);
   const alike = Float32Array.from({ length: N }, (_, i) => {
     const other = patch(i);
     return dot(one, other) / Math.sqrt(dot(one, one) * dot(other, other));
   });
-  const order = [...alike.keys()].filter((i) => i !== here).sort((a, b) => alike[b] - alike[a]).slice(0, NEAREST);
+  const order = [...alike.keys()].filter((i) => i !== at).sort((a, b) => alike[b] - alike[a]).slice(0, NEAREST);
   const mark = (pen, i, colour, width, height) => {
     const [w, h] = [width / columns, height / rows];
     Object.assign(pen, { strokeStyle: colour, lineWidth: 3 });
@@ -398,10 +398,10 @@ function drawNear({ data, dims: [, N, D] }) {
   };
   paint($("near"), (pen, w, h) => {
     order.forEach((i) => mark(pen, i, "#4ade80", w, h));
-    mark(pen, here, "#ffffff", w, h);
+    mark(pen, at, "#ffffff", w, h);
   }, alike.map((x) => Math.max(x, 0)));
   const place = (i) => `row ${Math.floor(i / columns) + 1}, column ${(i % columns) + 1}`;
-  $("near").setAttribute("aria-label", `Patches like the one in ${place(here)}; arrows choose another`);
+  $("near").setAttribute("aria-label", `Patches like the one in ${place(at)}; arrows choose another`);
   $("labels").replaceChildren(...order.map((i) => {
     const item = document.createElement("li");
     const [label, value] = [document.createElement("span"), document.createElement("span")];
@@ -410,7 +410,7 @@ function drawNear({ data, dims: [, N, D] }) {
     item.append(label, value);
     return item;
   }));
-  $("answer-shape").textContent = `patch features 1 x ${N} x ${D}; the white patch is in ${place(here)}`;
+  $("answer-shape").textContent = `patch features 1 x ${N} x ${D}; the white patch is in ${place(at)}`;
 }
 
 function prepareNear() {
