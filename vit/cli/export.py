@@ -11,6 +11,7 @@ from torch import Tensor
 from vit.exporting import FORMATS, Metadata, Report, export
 from vit.exporting.graph import OUTPUTS
 from vit.exporting.int8 import MOST
+from vit.exporting.metadata import PAGE
 from vit.exporting.pixels import INPUTS
 from vit.exporting.to_onnx import DEFAULT_OPSET
 from vit.image import ImageError, Transform, create_transform
@@ -28,9 +29,14 @@ def add_parser(commands: Any) -> None:
         "The file gets its name only after it was run against the model; `vit predict --model FILE` then runs it.",
     )
     parser.add_argument("model", metavar="MODEL", help="a name, a file or a folder, as for vit predict")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="model.onnx or model.xml")
     parser.add_argument(
-        "--format", choices=FORMATS, help="default: by the ending of FILE, .xml for OpenVINO, else onnx"
+        "-o", "--output", type=Path, required=True, metavar="FILE",
+        help="model.onnx or model.xml; for the web a folder",
+    )  # fmt: skip
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="web: a page that shows what the model sees; default: by the ending of FILE, .xml for OpenVINO, else onnx",
     )
     parser.add_argument(
         "--dynamic", action="store_true", help="one file for all sizes and batches, the default without a size"
@@ -66,6 +72,10 @@ def add_parser(commands: Any) -> None:
         help="what the file takes: float32, images resized, cropped and normalised; uint8, the same not normalised; "
         "image, whole pictures of any size; default: %(default)s",
     )  # fmt: skip
+    parser.add_argument(
+        "--runtime-folder", type=Path, metavar="DIR",
+        help="for the web, the files of ONNX Runtime Web; default: npm fetches them, once, into a cache",
+    )  # fmt: skip
     parser.add_argument("--no-check", action="store_true", help="do not run the file; its metadata say so")
     parser.add_argument("--force", action="store_true", help="replace FILE, after the check")
     parser.add_argument("--json", action="store_true", help="print the whole report")
@@ -85,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     report = export(
         model, args.output, form, dynamic=args.dynamic or None, int8=args.int8, calibrate=images,
         img_size=args.img_size, batch_size=args.batch_size, half=args.half, opset=args.opset, outputs=args.outputs,
-        input=args.input, check=not args.no_check, force=args.force,
+        input=args.input, check=not args.no_check, force=args.force, runtime_folder=args.runtime_folder,
     )  # fmt: skip
     print(json.dumps(report.to_dict(), indent=2) if args.json else as_text(report))
     return 0
@@ -106,8 +116,10 @@ def read_images(names: list[str], transform: Transform) -> list[Tensor]:
 
 def as_text(report: Report) -> str:
     """What was written, what it takes and gives, and how far it is from its model."""
-    what = f"{report.files[0]}: {report.bytes / 1e6:.1f} MB"
-    return "\n".join([what, *describe(report.metadata)])
+    lines = [f"{report.files[0]}: {report.bytes / 1e6:.1f} MB", *describe(report.metadata)]
+    if report.metadata.input == PAGE:
+        lines.append(f"to see it: python -m http.server -d {Path(report.files[0]).parent}, and open localhost:8000")
+    return "\n".join(lines)
 
 
 def describe(metadata: Metadata) -> list[str]:
@@ -121,6 +133,7 @@ def describe(metadata: Metadata) -> list[str]:
         "image": f"whole pictures, uint8, H x W x {channels}, resized to {{}} x {{}}".format(
             *metadata.preprocessing.size
         ),
+        PAGE: "a whole picture, uint8, H x W x 3, and the number of patches to resize it to",
     }[metadata.input]
     batch = "any number of images" if metadata.batch is None else f"{metadata.batch} image{'s' * (metadata.batch > 1)}"
     lines = [

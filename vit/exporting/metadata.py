@@ -14,6 +14,7 @@ from vit.config import ViTConfig
 from vit.metadata import EXPORTED_KEY, Preprocessing, Provenance
 
 VERSION = 1  # of this record
+PAGE = "page"  # an `input`: a picture and a target size, see `vit.exporting.page_graph`
 PREFIX = EXPORTED_KEY.removesuffix("version")
 
 

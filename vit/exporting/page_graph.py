@@ -11,6 +11,7 @@ from vit.model import Block, ViT
 from vit.packed import Packing
 
 from .graph import at_size, class_attention
+from .metadata import Metadata
 from .pixels import resize
 from .to_onnx import quiet, reason, tidy
 
@@ -79,7 +80,7 @@ def grey(images: Tensor) -> Tensor:
     return ((images.float() @ weights + 2**15) / 2**16).floor().to(torch.uint8)[..., None]
 
 
-def convert(model: ViT) -> ModelProto:
+def convert(model: ViT, metadata: Metadata) -> ModelProto:
     """A model, in float32 or quantized, as the ONNX graph of a page. ValueError if PyTorch cannot export it."""
     graph = PageGraph(at_size(model, None, torch.float32)).eval()
     square = model.preprocessing.size[0] == model.preprocessing.size[1]  # and so at every step of the slider
@@ -95,6 +96,4 @@ def convert(model: ViT) -> ModelProto:
         except Exception as error:
             raise ValueError(f"PyTorch cannot export this model: {reason(model, error)}") from error
     assert program is not None
-    proto = tidy(program.model_proto, dynamic=False)
-    proto.graph.ClearField("value_info")  # shapes in symbols of PyTorch's; a runtime infers its own
-    return proto
+    return tidy(program.model_proto, metadata)

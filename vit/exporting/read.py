@@ -12,7 +12,7 @@ from torch import Tensor
 from vit.checks import require_int, warn
 from vit.metadata import Provenance
 
-from .metadata import Metadata
+from .metadata import PAGE, Metadata
 from .pixels import check_picture
 from .runtimes import Port, open_file
 
@@ -143,6 +143,8 @@ def sides(images: Tensor, kind: str) -> tuple[int, int]:
 def check(metadata: Metadata, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
     """ValueError if a graph is not the one that its metadata describe."""
     config, size = metadata.config, metadata.size or (None, None)
+    if metadata.input == PAGE:
+        raise ValueError("it is the graph of a page, which also takes a size: open the page, or export to another file")
     if metadata.categories is not None and len(metadata.categories) != config.num_classes:
         raise ValueError(f"its metadata have {len(metadata.categories)} categories for {config.num_classes} classes")
     p = config.patch_size

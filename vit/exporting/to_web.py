@@ -39,8 +39,7 @@ KEY = "vit"  # in FACTS, the version that wrote the folder
 DIGITS = "vit_digits_patch4_32"
 SCALES = (0.5, 0.625, 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2)  # of the own size, on the slider
 TOKENS = 1024  # on the slider, if the own size does not have more
-BAR = 2e-3  # float32: a resize in the graph rounds a few pixels otherwise than Pillow
-MAPS = 0.99  # int8: the least cosine of a map, which is looked at; that of the answer is the gate's
+BARS = {"attention": 0.99, "patches": 0.99}  # int8: the least cosine of what is looked at; other bars are the gate's
 MOST = 6  # pictures to check on
 OTHERS = 16  # images that are also calibrated on at each other size
 
@@ -61,7 +60,8 @@ def write(
     if int8 and calibrate is None and is_digits(model):
         calibrate = [create_transform(model)(image) for image in digit_images()[0]]  # photographs are unlike them
     images = images_for(model, calibrate) if int8 else Images([], [])
-    converted = page_graph.convert(quantized(model, at_all_sizes(model, images.used)) if int8 else model)
+    twin = quantized(model, at_all_sizes(model, images.used)) if int8 else model
+    converted = page_graph.convert(twin, metadata)
     seconds = {"convert": time.perf_counter() - start}
     with building(path) as folder:
         file = folder / MODEL
@@ -69,7 +69,7 @@ def write(
         if check:
             start = time.perf_counter()
             pictures = [picture_of(model, image) for image in images.held_out] if int8 else photographs()
-            rows = compare(model, file, pictures[:MOST], metadata.precision)
+            rows = compare(model, file, pictures[:MOST], metadata)
             gate.judge(rows)
             metadata = replace(metadata, parity=tuple(rows))
             to_onnx.save(converted, metadata, file)
@@ -173,28 +173,34 @@ def at_all_sizes(model: ViT, images: list[Tensor]) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def compare(model: ViT, file: Path, pictures: Sequence[Image.Image], precision: str) -> list[dict[str, Any]]:
+def compare(model: ViT, file: Path, pictures: Sequence[Image.Image], metadata: Metadata) -> list[dict[str, Any]]:
     """Run the page's graph and the model on pictures at three sizes: the slider's ends, and the model's own.
 
-    The model gets them from its own transform. The pixels that the graph makes are held against that, too.
+    The model gets them from its own transform.
 
     Returns:
         Rows as `gate.compare` gives them, the worst of all pictures.
+
+    Raises:
+        ParityError: pixels that differ by more than a grey level; of int8, another label where the model is sure.
     """
     session, p, rows = OnnxRuntime(file, torch.get_num_threads()), model.config.patch_size, []
     for grid in checked_grids(model):
         size = (grid[0] * p, grid[1] * p)
-        found = [run(session, picture, grid) for picture in pictures]
-        wanted = [reference(model, picture, size) for picture in pictures]
+        answers = [[run(session, one, grid), reference(model, one, size)] for one in pictures]
+        found, wanted = ({name: torch.cat([one[name] for one in side]) for name in side[0]} for side in zip(*answers))
         name = f"{len(pictures)} pictures at {size[0]} x {size[1]}"
-        for output in found[0]:
-            pair = [torch.cat([one[output] for one in answers]) for answers in (found, wanted)]
-            measured = gate.measure(*(gate.centred(output, x) for x in pair), precision, mean=False)
-            answer = output in ("logits", "features")
-            bar = BAR if measured["measure"] == "error" else measured["bar"] if answer else MAPS
+        if (most := (found.pop("pixels") - wanted["pixels"]).abs().max().item()) > 1:
+            raise gate.ParityError(
+                f"on {name} the page's pixels differ from Pillow's by {most:.0f}: nothing was written"
+            )
+        for output in found:
+            pair = (gate.centred(output, one[output]) for one in (found, wanted))
+            measured = gate.measure(*pair, metadata, mean=False)
+            bar = gate.RESIZED if measured["measure"] == "error" else BARS.get(output, measured["bar"])
             rows.append({"input": name, "output": output} | measured | {"bar": bar})
-            if output == "logits" and precision == "int8":
-                gate.check_labels(name, *pair)
+        if "logits" in found and metadata.precision == "int8":
+            gate.check_labels(name, found["logits"], wanted["logits"])
     return rows
 
 
@@ -216,7 +222,7 @@ def reference(model: ViT, picture: Image.Image, size: tuple[int, int]) -> dict[s
         "features": answer,  # of a model without a head
         "patches": tokens[:, n:],
         "attention": maps.unflatten(2, model.grid_of(images)),
-        "pixels": torch.from_numpy(np.asarray(transform.view(picture))[None].reshape(1, *size, -1)).float(),
+        "pixels": torch.from_numpy(np.array(transform.view(picture)).reshape(1, *size, -1)).float(),
     }
 
 

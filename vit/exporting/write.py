@@ -23,7 +23,7 @@ from vit.model import ViT
 from . import gate, page_graph, to_onnx, to_openvino, to_web
 from .graph import check_outputs
 from .int8 import Images, images_for, quantized
-from .metadata import Metadata, processor
+from .metadata import PAGE, Metadata, processor
 from .packages import need
 from .pixels import check_input
 from .read import ExportedModel
@@ -88,8 +88,8 @@ def export(
 
     Args:
         model: in float32. It is exported as it is in eval mode, and not changed.
-        path: the file to write: `.onnx`, or `.xml` for OpenVINO, which gets a `.bin` beside it.
-        format: "onnx" or "openvino".
+        path: the file to write: `.onnx`, or `.xml` for OpenVINO, which gets a `.bin` beside it; for the web a folder.
+        format: "onnx", "openvino" or "web", static files that show in a browser what the model sees.
         dynamic: one file for all sizes and batches; None: unless a size or a batch size is given.
         img_size: (H, W) or one number for a square, the only size that the file will take, in multiples of the patch;
             None, if the file is not dynamic: the model's own.
@@ -124,6 +124,7 @@ def export(
     form = FORMATS[format]
     if format == "web":
         others = {"batch_size": batch_size, "half": half or None, "opset": opset, "outputs": outputs}
+        others["input"] = None if input == "float32" else input
         return export_page(model, Path(path), others, img_size, int8, calibrate, check, force, runtime_folder)
     if runtime_folder is not None:
         raise ValueError(f"runtime_folder={runtime_folder!r} is for the web, and the format is {format}")
@@ -212,7 +213,7 @@ def export_page(
         categories=model.categories,
         outputs=names,
         precision=precision,
-        input="page",
+        input=PAGE,
         size=None,
         batch=1,
         source=without_folders(model.provenance),
