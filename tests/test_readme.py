@@ -37,6 +37,7 @@ NOT_RUN = {
     "run/model_best": "needs such a run; run by tests/cli/test_finetune.py",
     "--device cuda": "needs an NVIDIA GPU",
     "--optimize int8": "calibrates for 20 s, on processors with VNNI; run by tests/cli/test_evaluate.py",
+    "--format web": "fetches ONNX Runtime Web with npm; run by tests/vit/exporting/test_web.py",
     "vit bench": "measures for minutes; run by tests/cli/test_bench.py",
     "vit evaluate digits --model vit_digits_patch4_32 --img-size": "run by test_accuracy_is_what_the_readmes_show",
     "vit demo": "run by test_the_demo_prints_what_the_readme_shows",
