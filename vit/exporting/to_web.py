@@ -40,6 +40,12 @@ DIGITS = "vit_digits_patch4_32"
 SCALES = (0.5, 0.625, 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2)  # of the own size, on the slider
 TOKENS = 1024  # on the slider, if the own size does not have more
 BARS = {"attention": 0.99, "patches": 0.99}  # int8: the least cosine of what is looked at; other bars are the gate's
+READS = {  # what the classifier reads
+    "token": "The class token has collected what it needs",
+    "avg": "The mean of the patches is what the answer rests on",
+    "token_avg": "The class token stands beside the mean of the patches",
+    "dist": "The class token and the distillation token each have a say",
+}
 MOST = 6  # pictures to check on
 OTHERS = 16  # images that are also calibrated on at each other size
 
@@ -112,6 +118,8 @@ def facts(model: ViT, metadata: Metadata, folder: Path, example: Image.Image) ->
         "patch": config.patch_size,
         "channels": config.in_chans,
         "width": config.embed_dim,
+        "features": config.embed_dim * (1 + (config.global_pool == "token_avg")),
+        "reads": f"{READS[config.global_pool]}; one linear layer makes of it a number for each class.",
         "depth": config.depth,
         "heads": config.num_heads,
         "prefix": config.num_prefix_tokens,

@@ -125,7 +125,9 @@ def export(
     if format == "web":
         others = {"batch_size": batch_size, "half": half or None, "opset": opset, "outputs": outputs}
         others["input"] = None if input == "float32" else input
-        return export_page(model, Path(path), others, img_size, int8, calibrate, check, force, runtime_folder)
+        return export_page(
+            model, Path(os.path.realpath(path)), others, img_size, int8, calibrate, check, force, runtime_folder
+        )
     if runtime_folder is not None:
         raise ValueError(f"runtime_folder={runtime_folder!r} is for the web, and the format is {format}")
     path = check_path(path, form.endings, force)

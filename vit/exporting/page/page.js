@@ -11,14 +11,14 @@ const MAGMA = [ // the colours of vit/draw.py: "magma", N. Smith and S. van der 
 ];
 
 let facts; // model.json
-let picture; // {rgba, width, height, note}
-let found; // the answer to it: {outputs, ms, rows, columns}
+let picture; // {rgba, width, height, note, number}
+let found; // the answer to it: {outputs, ms, rows, columns, key}
 let chosen = [0.5, 0.5]; // of the rows and columns: where the patch is whose like are searched
 let stream; // the camera's
 
 // ---- loading
 
-class Worked extends Error {} // its message is for the reader as it is
+class Plain extends Error {} // its message is for the reader as it is
 
 function say(text, bad = false) {
   $("status").textContent = text;
@@ -45,12 +45,14 @@ function startWorker() {
     else if ("error" in data) waiting.reject(new Error(data.error));
     else waiting.resolve(data.result);
   };
-  worker.onerror = () => waiting.reject(new Error("worker.js or ONNX Runtime Web cannot be loaded: copy the whole folder again"));
+  const missing = "worker.js or ONNX Runtime Web cannot be loaded: copy the whole folder again";
+  worker.onerror = () => waiting.reject(new Error(missing));
 }
 
 async function load() {
   if (typeof WebAssembly !== "object") {
-    throw new Worked("This browser has no WebAssembly, in which the model runs, or it is turned off: use another browser.");
+    const reason = "This browser has no WebAssembly, in which the model runs, or it is turned off";
+    throw new Plain(`${reason}: use another browser.`);
   }
   const response = await fetch("model.json");
   if (!response.ok) throw new Error(`model.json cannot be fetched: ${response.status} ${response.statusText}`);
@@ -73,7 +75,7 @@ async function decode(file) {
     // as Pillow reads it: upright, and the numbers as they are in the file, without its colour profile
     image = await createImageBitmap(file, { imageOrientation: "from-image", colorSpaceConversion: "none" });
   } catch {
-    throw new Worked(`This browser cannot read ${file.name ?? "the picture"}: try a PNG or JPEG file.`);
+    throw new Plain(`This browser cannot read ${file.name ?? "the picture"}: try a PNG or JPEG file.`);
   }
   return grab(image, image.width, image.height);
 }
@@ -92,10 +94,12 @@ function grab(image, width, height) {
   return { rgba: pen.getImageData(0, 0, w, h).data, width: w, height: h, note };
 }
 
-async function show(next, keepRows = false) {
-  picture = next;
+let shown = 0;
+
+async function show(next) {
+  picture = { ...next, number: shown++ };
   found = undefined;
-  if (!keepRows) $("rows").replaceChildren();
+  $("rows").replaceChildren();
   const canvas = $("source");
   canvas.width = picture.width;
   canvas.height = picture.height;
@@ -119,13 +123,13 @@ async function openExample() {
 
 async function startCamera() {
   if (!navigator.mediaDevices?.getUserMedia) {
-    throw new Worked("The camera needs a page from https or from localhost: this one comes from elsewhere.");
+    throw new Plain("The camera needs a page from https or from localhost: this one comes from elsewhere.");
   }
   try {
     stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
   } catch (error) {
     const denied = error.name === "NotAllowedError";
-    throw new Worked(denied ? "The browser was not allowed to use the camera." : "No camera was found that is free.");
+    throw new Plain(denied ? "The browser was not allowed to use the camera." : "No camera was found that is free.");
   }
   const video = $("video");
   video.srcObject = stream;
@@ -169,7 +173,8 @@ function preparePad() {
   };
   const place = (event) => {
     const box = pad.getBoundingClientRect();
-    return [((event.clientX - box.left) * pad.width) / box.width, ((event.clientY - box.top) * pad.height) / box.height];
+    const [x, y] = [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+    return [x * pad.width, y * pad.height];
   };
   pad.onpointerdown = (event) => {
     stopCamera();
@@ -186,7 +191,7 @@ function preparePad() {
   };
   pad.onpointerup = pad.onpointercancel = () => (at.down = false);
   pad.onkeydown = (event) => {
-    const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], " ": [0, 0] }[event.key];
+    const step = { " ": [0, 0], ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
     if (!step) return;
     event.preventDefault();
     stopCamera();
@@ -194,7 +199,8 @@ function preparePad() {
     const [x, y] = [at.x + step[0] * 16, at.y + step[1] * 16].map((to) => Math.min(Math.max(to, 0), pad.width));
     if (at.down) line(x, y);
     Object.assign(at, { x, y });
-    pad.setAttribute("aria-label", `Pen ${at.down ? "down" : "up"}, ${Math.round(x / 16)} from the left, ${Math.round(y / 16)} from the top`);
+    const place = `${Math.round(x / 16)} from the left, ${Math.round(y / 16)} from the top`;
+    pad.setAttribute("aria-label", `Pen ${at.down ? "down" : "up"}, ${place}`);
   };
   $("clear").onclick = clear;
   clear();
@@ -213,18 +219,16 @@ function asTheDigits(pad) {
     }
   }
   const side = Math.max(right - left, bottom - top, width / 8);
-  const [x0, y0] = [(left + right - side) / 2, (top + bottom - side) / 2];
+  const pen = new OffscreenCanvas(64, 64).getContext("2d");
+  pen.fillStyle = "black";
+  pen.fillRect(0, 0, 64, 64);
+  pen.drawImage(pad, (left + right - side) / 2, (top + bottom - side) / 2, side, side, 0, 0, 64, 64);
+  const large = pen.getImageData(0, 0, 64, 64).data;
   const rgba = new Uint8ClampedArray(4 * 64).fill(255);
   for (let i = 0; i < 64; i++) {
-    let [ink, all] = [0, 0];
-    for (let y = Math.floor(y0 + (Math.floor(i / 8) * side) / 8); all === 0 || y < y0 + ((Math.floor(i / 8) + 1) * side) / 8; y++) {
-      for (let x = Math.floor(x0 + ((i % 8) * side) / 8); x < x0 + ((i % 8 + 1) * side) / 8; x++) {
-        const inside = x >= 0 && y >= 0 && x < width && y < height;
-        ink += inside ? data[4 * (y * width + x)] : 0;
-        all++;
-      }
-    }
-    rgba.fill(ink / all, 4 * i, 4 * i + 3);
+    let ink = 0; // in the 8 x 8 pixels that become one
+    for (let j = 0; j < 64; j++) ink += large[4 * ((8 * (i >> 3) + (j >> 3)) * 64 + 8 * (i & 7) + (j & 7))];
+    rgba.fill(ink / 64, 4 * i, 4 * i + 3);
   }
   return { rgba, width: 8, height: 8, note: ": the drawing, cut out and made as small as the training pictures" };
 }
@@ -253,14 +257,7 @@ async function answerIt() {
   }
 }
 
-let pictures = new WeakMap();
-let count = 0;
-
-function key() {
-  if (!pictures.has(picture)) pictures.set(picture, count++);
-  return `${pictures.get(picture)} ${$("size").value}`;
-}
-
+const key = () => `${picture.number} ${$("size").value}`;
 const grid = () => facts.grids[$("size").value];
 
 function draw() {
@@ -324,7 +321,8 @@ function lines(pen, width, height) {
 }
 
 function drawHeads({ data, dims: [, heads, rows, columns] }) {
-  const parts = Array.from({ length: heads }, (_, head) => data.subarray(head * rows * columns, (head + 1) * rows * columns));
+  const N = rows * columns;
+  const parts = Array.from({ length: heads }, (_, head) => data.subarray(head * N, (head + 1) * N));
   const mean = parts[0].map((_, i) => parts.reduce((sum, part) => sum + part[i], 0) / heads);
   const box = $("heads");
   while (box.children.length <= heads) {
@@ -343,7 +341,9 @@ function drawHeads({ data, dims: [, heads, rows, columns] }) {
     canvas.setAttribute("aria-label", `Attention of ${name}: most, ${percent(weights[best])}, at ${where}`);
     paint(canvas, null, weights);
   });
-  $("attention-shape").textContent = `attention 1 x ${heads} x ${rows} x ${columns}: heads x rows x columns; each picture from black, 0, to its own largest weight`;
+  $("attention-shape").textContent =
+    `attention 1 x ${heads} x ${rows} x ${columns}: heads x rows x columns; ` +
+    "each picture from black, 0, to its own largest weight";
 }
 
 const percent = (share) => `${(100 * share).toFixed(share < 0.0995 ? 1 : 0)}\u00a0%`;
@@ -376,7 +376,8 @@ function drawLabels({ data }) {
     item.append(bar, label, value);
     return item;
   }));
-  $("answer-shape").textContent = `class token 1 x ${facts.width} → logits 1 x ${data.length}${data.length > 1 ? " → softmax, which sums to 1" : ""}`;
+  const shares = data.length > 1 ? " → softmax, which sums to 1" : "";
+  $("answer-shape").textContent = `features 1 x ${facts.features} → logits 1 x ${data.length}${shares}`;
 }
 
 // A model without a classifier: how alike the patches are to one of them, by the cosine of their features [N, D].
@@ -416,7 +417,8 @@ function drawNear({ data, dims: [, N, D] }) {
 function prepareNear() {
   $("answer-name").textContent = "Patches that are alike";
   $("answer-text").textContent =
-    "This model has no classifier, so there are no labels. Click on a patch, or choose it with the arrows: the patches whose features are most like its own are outlined in green.";
+    "This model has no classifier, so there are no labels. Click on a patch, or choose it with the arrows: " +
+    "the patches whose features are most like its own are outlined in green.";
   $("sizes-answer").hidden = true;
   const near = $("near");
   near.hidden = false;
@@ -465,8 +467,8 @@ function sized() {
 async function tryAll() {
   stopCamera();
   const [now, same] = [$("size").value, picture];
-  for (const i of [...facts.grids.keys()].filter((i) => String(i) !== now).concat(now)) {
-    if (picture !== same) return;
+  for (const i of [...facts.grids.keys(), now]) {
+    if (picture !== same && i !== now) continue;
     $("size").value = i;
     sized();
     await answerIt();
@@ -476,12 +478,16 @@ async function tryAll() {
 // How close this browser comes to PyTorch, on the example at the model's own size.
 function prove() {
   const { output, values } = facts.example;
-  const centre = (x) => { const mean = output === "logits" && x.length > 1 ? x.reduce((a, b) => a + b) / x.length : 0; return Array.from(x, (one) => one - mean); };
+  const centre = (x) => { // logits without their mean, which changes no answer and would hide what does
+    const mean = output === "logits" && x.length > 1 ? x.reduce((a, b) => a + b) / x.length : 0;
+    return Array.from(x, (one) => one - mean);
+  };
   const [ours, theirs] = [centre(found.outputs[output].data), centre(values)];
   const dot = (a, b) => a.reduce((sum, x, i) => sum + x * b[i], 0);
   const cosine = dot(ours, theirs) / Math.sqrt(dot(ours, ours) * dot(theirs, theirs));
   $("proof").textContent =
-    `On the example, this browser's ${output} and those of the model in PyTorch have a cosine of ${cosine.toFixed(5)} (1 is the same).`;
+    `On the example, this browser's ${output} and those of the model in PyTorch have a cosine of ` +
+    `${cosine.toFixed(5)} (1 is the same).`;
 }
 
 // ---- start
@@ -493,7 +499,7 @@ async function attempt(task) {
     await task();
   } catch (error) {
     stopCamera();
-    say(error instanceof Worked ? error.message : `That did not work: ${error.message}`, true);
+    say(error instanceof Plain ? error.message : `That did not work: ${error.message}`, true);
   }
 }
 
@@ -504,7 +510,7 @@ function prepare() {
   $("size").max = facts.grids.length - 1;
   $("size").value = facts.own;
   sized();
-  if (facts.classes) $("answer-text").textContent = "The class token has collected what it needs; one linear layer makes of it a number for each class.";
+  if (facts.classes) $("answer-text").textContent = facts.reads;
   else prepareNear();
   if (facts.draw) preparePad();
   $("size").oninput = () => { sized(); attempt(answerIt); };
@@ -534,6 +540,6 @@ try {
   document.documentElement.dataset.state = "ready";
 } catch (error) {
   $("progress").hidden = true;
-  say(error instanceof Worked ? error.message : `The page cannot start: ${error.message}`, true);
+  say(error instanceof Plain ? error.message : `The page cannot start: ${error.message}`, true);
   document.documentElement.dataset.state = "failed";
 }
