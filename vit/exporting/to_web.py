@@ -119,7 +119,7 @@ def facts(model: ViT, metadata: Metadata, folder: Path, example: Image.Image) ->
         "channels": config.in_chans,
         "width": config.embed_dim,
         "features": config.embed_dim * (1 + (config.global_pool == "token_avg")),
-        "reads": f"{READS[config.global_pool]}; one linear layer makes of it a number for each class.",
+        "reads": f"{READS[config.global_pool]}; one linear layer turns it into a number for each class.",
         "depth": config.depth,
         "heads": config.num_heads,
         "prefix": config.num_prefix_tokens,

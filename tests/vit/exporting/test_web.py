@@ -22,7 +22,7 @@ from vit.exporting.runtimes import OnnxRuntime
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
-BAR = 2e-3
+BAR = 1e-4  # the pixels are the same here; the random model changes by 1e-2 from size to size
 CACHED = all((web_runtime.cache_folder() / name).is_file() for name in web_runtime.SHA256)
 in_browser = pytest.mark.skipif(
     not (CHROMIUM and CACHED),
@@ -234,7 +234,7 @@ def sites(tmp_path_factory):
         pytest.skip("no Chromium or no ONNX Runtime Web")
     found = {}
     for name, settings in (("head", {}), ("none", {"num_classes": 0})):
-        found[name] = small(**settings), tmp_path_factory.mktemp(name) / "site"
+        found[name] = small(depth=1, **settings), tmp_path_factory.mktemp(name) / "site"
         vit.export(*found[name], format="web")
     return found
 
@@ -265,7 +265,7 @@ def answered(page, text):
     """Wait until a picture, described by its shape, was answered."""
     page.wait(
         f"document.getElementById('picture-shape').textContent.includes({text!r})"
-        " && !document.body.classList.contains('busy') && document.querySelector('.now')"
+        " && !document.body.classList.contains('busy') && document.querySelector('.now') !== null"
     )
 
 
