@@ -204,8 +204,8 @@ def compare(model: ViT, file: Path, pictures: Sequence[Image.Image], metadata: M
                 f"on {name} the page's pixels differ from Pillow's by {most:.0f}: nothing was written"
             )
         for output in found:
-            pair = (gate.centred(output, one[output]) for one in (found, wanted))
-            measured = gate.measure(*pair, metadata.precision, mean=False, resized=True)
+            ours, theirs = (gate.centred(output, one[output]) for one in (found, wanted))
+            measured = gate.measure(ours, theirs, metadata.precision, mean=False, resized=True)
             if measured["measure"] == "cosine":
                 measured["bar"] = BARS.get(output, measured["bar"])
             rows.append({"input": name, "output": output} | measured)

@@ -206,7 +206,7 @@ def export_page(
     precision = check_precision(model, names, False, int8, calibrate)
     for package in FORMATS["web"].packages:
         need(package, FORMATS["web"].extra)
-    size, _ = shape(model, False, img_size, None)
+    size = model.preprocessing.size if img_size is None else whole_patches(img_size, model.config.patch_size)
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     model.preprocessing = replace(model.preprocessing, size=size)
     metadata = Metadata(
