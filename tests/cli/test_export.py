@@ -197,3 +197,14 @@ def test_files_that_take_pixels(kind, said, checkpoint, tmp_path, call):
     if kind == "image":
         result = call("predict", tmp_path / "data", "--model", file, "--img-size", "32")
         assert result.returncode == 2 and "this file resizes and crops images itself" in result.stderr
+
+
+def test_what_a_page_does_not_take(checkpoint, tmp_path, call):
+    for options, message in (
+        (["--half"], "vit export: half=True is for other formats: a page takes weights in float32 or int8"),
+        (["--runtime-folder", tmp_path], "does not hold ort-wasm-simd-threaded.wasm of ONNX Runtime Web"),
+    ):
+        result = call("export", checkpoint, "-o", tmp_path / "site", "--format", "web", *options)
+        assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+        assert message in result.stderr
+    assert not list(tmp_path.iterdir())
