@@ -161,7 +161,7 @@ function preparePad() {
   const clear = () => {
     pen.fillStyle = "black";
     pen.fillRect(0, 0, pad.width, pad.height);
-    Object.assign(pen, { strokeStyle: "white", lineWidth: pad.width / 10, lineCap: "round", lineJoin: "round" });
+    Object.assign(pen, { strokeStyle: "white", lineWidth: pad.width / 6, lineCap: "round", lineJoin: "round" });
   };
   const line = (x, y) => {
     pen.beginPath();
