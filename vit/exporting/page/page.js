@@ -334,7 +334,7 @@ function drawHeads({ data, dims: [, heads, rows, columns] }) {
   }
   [...parts, mean].forEach((weights, head) => {
     const [canvas, caption] = box.children[head].children;
-    const name = head < heads ? `head ${head}` : "mean of the heads";
+    const name = head < heads ? `head ${head}` : "the mean of the heads";
     const best = weights.indexOf(weights.reduce((a, b) => Math.max(a, b)));
     const where = `row ${Math.floor(best / columns) + 1}, column ${(best % columns) + 1}`;
     caption.textContent = `${name}, at most ${percent(weights[best])}`;
@@ -505,7 +505,7 @@ async function attempt(task) {
 
 function prepare() {
   $("model").textContent =
-    `${facts.name}: ${facts.depth} blocks with ${facts.heads} heads, patches of ${facts.patch} x ${facts.patch} pixels, ` +
+    `${facts.name}: ${facts.depth} block${facts.depth > 1 ? "s" : ""} with ${facts.heads} heads, patches of ${facts.patch} x ${facts.patch} pixels, ` +
     `${(facts.bytes / 1e6).toFixed(1)} MB in ${facts.precision}. It runs in this browser: no picture leaves it.`;
   $("size").max = facts.grids.length - 1;
   $("size").value = facts.own;
