@@ -66,7 +66,7 @@ class Pixels(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.kind == "image":
             return resize(images, self.settings, self.settings.size, self.patch_size) / UNIT
-        return images.permute(0, 3, 1, 2).float() / UNIT
+        return images.float().permute(0, 3, 1, 2) / UNIT  # a cast first: TensorRT has bytes as inputs only
 
 
 def resize(images: Tensor, settings: Preprocessing, size: tuple[int, int], p: int) -> Tensor:
