@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -114,6 +115,16 @@ def test_our_file_in_openvino(pictures, tmp_path, call):
     assert json.loads(result.stdout.splitlines()[0])["predictions"][0]["label"].startswith("a ")
     result = call("predict", pictures, "--model", tmp_path / "ours.onnx", "--runtime", "openvino", *SAID)
     assert "says itself how its images are prepared: leave out --mean, --std" in result.stderr
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", OPENVINO])
+def test_threads_get_their_own_answers(runtime, foreign):
+    model = ForeignModel(foreign, runtime, {}, threads=1)
+    batches = [images(4, 3, *SIZE, seed=i) for i in range(40)]
+    wanted = [model(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for one, other in zip(pool.map(model, batches), wanted):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_files_of_openvino(foreign, pictures, truth, tmp_path, call):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -79,6 +80,7 @@ class OpenVINO:
             if digest is not None and digest != hashlib.sha256(weights.read_bytes()).hexdigest():
                 raise ValueError(f"{weights} does not hold the weights of {path}: copy both files, or export again")
             self.compiled = runtime.compile_model(model, "CPU", options)
+            self.turn = Lock()  # calls share one request: without it, threads get each other's answers
         except RuntimeError as error:
             raise ValueError(f"openvino cannot open {path}: {' '.join(str(error).split())}") from error
         self.inputs, self.outputs = (
@@ -88,7 +90,8 @@ class OpenVINO:
 
     def run(self, *arrays: np.ndarray) -> list[np.ndarray]:
         """As `Session.run`."""
-        return list(self.compiled(arrays).to_tuple())
+        with self.turn:
+            return list(self.compiled(arrays).to_tuple())
 
 
 def _name(port: Any) -> str:
