@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from vit.metadata import Preprocessing
 
@@ -72,7 +73,7 @@ class ForeignModel(ExportedModel):
         width = found[self.index].shape[1]
         classes, features = (width, 0) if output == "logits" else (0, width)
         config: Any = ForeignConfig(channels, classes, features)
-        self.config, self.categories = config, None
+        self.config, self.categories, self.input, self.dtype = config, None, "float32", torch.float32
         self.preprocessing = Preprocessing(**preprocessing, size=sizes[0])
         self.provenance = provenance(path, None)
         self.metadata = Metadata(
