@@ -18,9 +18,10 @@ from PIL import Image
 
 import vit
 
-BATCH, WAITING, BYTES = int(os.environ.get("BATCH", 8)), 128, 20_000_000  # at most; WAITING and BATCH in pictures
+WAITING, BYTES = 128, 20_000_000  # at most, in pictures and in bytes
 Image.MAX_IMAGE_PIXELS = 25_000_000  # Pillow refuses twice as many
 app, model = FastAPI(), vit.load_exported(os.environ["MODEL"], threads=int(os.environ.get("THREADS", 1)))
+BATCH = 1 if model.input == "image" else int(os.environ.get("BATCH", 8))  # of one size; such a file takes any
 transform = vit.create_transform(model)
 runtime = ThreadPoolExecutor(1)  # a thread of its own for the model, which those that decode cannot delay
 waiting, turn = [], asyncio.Lock()

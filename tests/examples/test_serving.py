@@ -111,6 +111,20 @@ def test_pictures_that_arrive_meanwhile_share_a_call(served):
     assert len(served.model.sizes) <= 5
 
 
+def test_a_file_that_resizes_by_itself(tmp_path, load, monkeypatch):
+    """Pictures of several sizes, each in a call of its own."""
+    model = vit.load_pretrained("vit_digits_patch4_32")
+    vit.export(model, tmp_path / "image.onnx", input="image")
+    monkeypatch.setenv("MODEL", str(tmp_path / "image.onnx"))
+    served = Served(load("serving"))
+    served.model.seconds = 0.1
+    bodies = [encoded(digit_images()[0][i].resize((40 + i, 50))) for i in range(4)]
+    with ThreadPoolExecutor(4) as clients:
+        found = list(clients.map(lambda body: post(served.port, body), bodies))
+    served.stop()
+    assert [status for status, _ in found] == [200] * 4 and served.model.sizes == [1] * 4
+
+
 def test_bad_requests(served, monkeypatch):
     monkeypatch.setattr(served.module, "BYTES", 5000)
     good = encoded(digit_images()[0][0])
