@@ -290,7 +290,9 @@ def tune(out: Path) -> None:
     note(out, what="choices", **{key: str(choice) for key, choice in tuning.read().items()})
 
 
-FIRST = ["timm", "ours, optimized", "ours, optimized, no graphs", "timm, reduce-overhead"]
+OURS = "ours, optimized"
+BARS = {"ratio": "times as fast as timm's best", "of matmul": "of the rate of a large product"}
+FIRST = ["timm", OURS, "ours, optimized, no graphs", "timm, reduce-overhead"]
 
 
 def race(out: Path, name: str, size: int, batches: tuple[int, ...], contestants: list[str]) -> None:
@@ -321,9 +323,9 @@ def sanitizer(out: Path) -> None:
         note(out, skipped="compute-sanitizer is missing" if path is None else "there is no GPU to watch")
         sys.exit(subprocess.run(command).returncode)
     names = [option for name in ("linear_kernel", "mlp_kernel") for option in ("--kernel-name", f"kns={name}")]
-    watched = [path, "--tool", "memcheck", "--error-exitcode", "9", *names, *command]
+    options = ["--tool", "memcheck", "--error-exitcode", "9", "--report-api-errors", "no", *names]
     variables = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that each tensor has bounds of its own
-    done = subprocess.run(watched, env=variables, capture_output=True, text=True)
+    done = subprocess.run([path, *options, *command], env=variables, capture_output=True, text=True)
     print(done.stdout, done.stderr)
     last = [line for line in done.stdout.splitlines() if line.startswith("=========")][-1:]
     note(out, what="memcheck", code=done.returncode, says=last, ok=done.returncode == 0)
@@ -331,11 +333,11 @@ def sanitizer(out: Path) -> None:
 
 
 def watched(out: Path) -> None:
-    """What `sanitizer` watches: a product and the MLP, in the layout that comes first."""
+    """What `sanitizer` watches: a product and the MLP, each in one layout."""
     import torch
 
-    for what, tile, run, _, args in layouts():
-        if what in ("qkv", "mlp") and tile.R <= 64:
+    for what, (tile, run, args) in {what: (tile, run, args) for what, tile, run, _, args in layouts()}.items():
+        if what in ("qkv", "mlp"):
             assert run(*args, tile=tile).isfinite().all()
             print("ran", what, tile)
     if where().type == "cuda":
@@ -355,13 +357,14 @@ def tests(out: Path) -> None:
     command = [sys.executable, "-P", "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *several, *files]
     if sys.version_info < (3, 11):  # where the current folder cannot be kept off the path
         command.remove("-P")
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout)
-    for line in done.stdout.splitlines():
-        if line.startswith(("FAILED", "ERROR")):
-            note(out, failed=line[:300], ok=False)
-    note(out, says=done.stdout.strip().splitlines()[-1:], ok=done.returncode == 0)
-    sys.exit(done.returncode)
+    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert running.stdout is not None
+    line = ""
+    for line in running.stdout:  # as it comes: there may be no time for a summary
+        print(line, end="")
+        if line.startswith(("FAILED", "ERROR")) or "] FAILED " in line:
+            note(out, failed=line.strip()[:300], ok=False)
+    note(out, says=line.strip(), ok=running.wait() == 0)
 
 
 def step(out: Path) -> None:
@@ -569,7 +572,7 @@ def usual(out: Path) -> None:
 
 def autotuned(out: Path) -> None:
     """The same beside timm's slowest to compile."""
-    race(out, "autotuned", 224, (256, 1), ["timm", "ours, optimized", "timm, max-autotune"])
+    race(out, "autotuned", 224, (256, 1), ["timm", OURS, "timm, max-autotune"])
 
 
 # In the order of their worth, with the seconds that each may take: less than nine minutes together.
@@ -623,15 +626,32 @@ def report(out: Path, ended: dict[str, tuple[str, float]], rehearse: bool) -> No
     for name, (how, seconds) in ended.items():
         mine = [row for row in rows if row["stage"] == name]
         print(f"{name:12} {how:20} {seconds:6.1f} s of {STAGES[name][0]}, {len(mine)} results")
+        failed = [row for row in mine if not row["ok"]]
+        for row in failed[:5]:
+            print("    ", json.dumps(row)[:300])
+        if len(failed) > 5:
+            print(f"     and {len(failed) - 5} more, in visit.jsonl")
         for row in mine:
-            if not row["ok"]:
-                print("    ", json.dumps(row)[:300])
-            elif "skipped" in row:
+            if "skipped" in row:
                 print("    ", row["skipped"])
     if not rehearse:
         for row in rows:
             if row["stage"] in ("environment", "flash", "race", "autotuned", "large", "step"):
                 print(json.dumps({key: value for key, value in row.items() if key != "ok"})[:400])
+        print("\n".join(bars(rows)))
+
+
+def bars(rows: list[dict]) -> list[str]:
+    """Each bar of the race, and what was reached: against the best of timm's, in every run that raced it."""
+    found = []
+    for size, batch, column, bar in [
+        (224, 256, "ratio", 2.0), (224, 256, "of matmul", 0.45), (224, 1, "ratio", 1.5), (1024, 8, "ratio", 1.3),
+    ]:  # fmt: skip
+        mine = [row for row in rows if (row.get("size"), row.get("batch"), row.get("name")) == (size, batch, OURS)]
+        values = [row[column] for row in mine if column in row]
+        reached = "not measured" if not values else f"{min(values):.2f}, {'met' if min(values) >= bar else 'missed'}"
+        found.append(f"{size} px, batch {batch}: {BARS[column]}, at least {bar}: {reached}")
+    return found
 
 
 def main() -> None:

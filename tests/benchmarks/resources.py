@@ -96,7 +96,7 @@ def resources(code: Any, warps: int) -> dict[str, Any]:
     fits = min(65536 // (32 * warps * found["REG"]), 227 * 1024 // (shared + 1024))
     return {
         "fits": fits, "registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": shared,
-        "wgmma": len(re.findall(r"wgmma\.mma_async", code.asm["ptx"])),
+        "scratch": code.metadata.global_scratch_size, "wgmma": len(re.findall(r"wgmma\.mma_async", code.asm["ptx"])),
     }  # fmt: skip
 
 

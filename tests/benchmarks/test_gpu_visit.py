@@ -88,6 +88,19 @@ def test_a_wrong_result_fails_its_stage(visit: ModuleType, tmp_path: Path) -> No
     assert last["what"] == "that" and last["failed"] == "RuntimeError: out of resources"
 
 
+def test_the_bars(visit: ModuleType) -> None:
+    """The worst of two runs counts, and what did not run meets nothing."""
+    rows = [
+        {"stage": "race", "size": 224, "batch": 256, "name": visit.OURS, "ratio": 2.5, "of matmul": 0.44},
+        {"stage": "autotuned", "size": 224, "batch": 256, "name": visit.OURS, "ratio": 1.9, "of matmul": 0.46},
+        {"stage": "race", "size": 224, "batch": 256, "name": "timm", "ratio": 1.0, "of matmul": 0.2},
+        {"stage": "race", "size": 224, "batch": 1, "name": visit.OURS, "ratio": 1.5, "of matmul": 0.01},
+        {"stage": "large", "size": 1024, "batch": 8, "name": visit.OURS, "failed": "OutOfMemoryError"},
+    ]
+    ends = [line.rpartition(": ")[2] for line in visit.bars(rows)]
+    assert ends == ["1.90, missed", "0.44, missed", "1.50, met", "not measured"]
+
+
 def test_one_stage_for_itself(tmp_path: Path) -> None:
     """The first of a rehearsal, as it is."""
     command = [sys.executable, BENCHMARKS / "gpu_visit.py", tmp_path, "--rehearse", "--stages", "environment"]

@@ -240,7 +240,8 @@ def test_the_kernels_compile_for_hopper(tmp_path: Path) -> None:
     uses = {"linear": 4, "mlp": 1, "patches": 2}
     assert len(rows) == 3 + sum(uses[kernel] * len(layouts) for (kernel, _), layouts in tiles.TILES.items())
     for row in rows:
-        assert row["fits"] > 0 or row["kernel"].startswith("mlp"), row
+        assert row["fits"] > 0, row
+        assert row["scratch"] == 0, row  # for which Triton would want an allocator
         assert (row["wgmma"] > 0) == (row["layout"]["R"] >= 64), row
     good = {row["kernel"] for row in rows if row["spilled"] <= 16 and row["fits"] >= row["layout"].get("each", 1)}
     assert {row["kernel"] for row in rows} - good <= {"mlp", "mlp, few rows"}  # which spills outside of its loop
