@@ -11,7 +11,7 @@ import torch
 from gpu_cases import DEVICE, MARKS, needs_cuda
 
 from vit.kernels.gpu import tuning
-from vit.kernels.gpu.tiles import Tile
+from vit.kernels.gpu.tiles import TILES, Tile
 
 pytestmark = MARKS
 
@@ -106,7 +106,10 @@ def test_the_shipped_file_can_be_read() -> None:
     shipped = json.loads((Path(tuning.__file__).parent / "tuned.json").read_text())
     assert set(shipped) == {"measured", "choices"} and isinstance(shipped["measured"], str)
     assert shipped["choices"] or "nothing" in shipped["measured"]
-    tuning.as_choices(shipped["choices"])
+    for key, choice in tuning.as_choices(shipped["choices"]).items():
+        kernel = key.partition(": ")[2].split()[0]
+        layouts = [] if kernel == "attention" else [*TILES[kernel, True], *TILES[kernel, False]]
+        assert choice in (None, "sdpa", "triton", *layouts), key  # or no machine would ever take it
 
 
 def test_what_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPatch, a_new_process: Callable[[], None]) -> None:
