@@ -30,8 +30,9 @@ class Tile(NamedTuple):
 # by what the compiler says about registers and shared memory for compute capability 9.0, see NOTES.md.
 TILES: dict[tuple[str, bool], list[Tile]] = {
     ("linear", False): [
-        Tile(128, 128, 64, 8, 3, 2), Tile(128, 128, 64, 4, 3, 2), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4, 2),
-        Tile(128, 64, 64, 4, 4, 2), Tile(256, 128, 64, 8, 3),
+        Tile(128, 128, 64, 8, 3, 2), Tile(128, 128, 64, 8, 3, 1), Tile(128, 128, 64, 8, 2, 2),
+        Tile(128, 128, 64, 4, 3, 2), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4, 2), Tile(128, 64, 64, 4, 4, 2),
+        Tile(256, 128, 64, 8, 3),
     ],
     ("linear", True): [
         Tile(32, 64, 128, 4, 3, 2), Tile(16, 64, 128, 4, 3, 2), Tile(64, 64, 64, 4, 4, 2), Tile(16, 32, 128, 4, 4, 2),

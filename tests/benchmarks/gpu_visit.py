@@ -424,8 +424,8 @@ def sweep(out: Path) -> None:
     from vit.registry import get_attention
 
     Launch, ours = kernels.Launch, get_attention("triton")
-    forwards = [(128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 3), (128, 128, 8, 2), (128, 32, 4, 4)]
-    backwards = [(64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (128, 64, 8, 2), (32, 64, 4, 3)]
+    forwards = [(128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 3), (128, 32, 4, 4), (128, 64, 4, 3)]
+    backwards = [(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 3), (64, 64, 8, 2), (64, 128, 8, 2)]
     for T in (sizes.tokens[0], sizes.tokens[-1]):
         q, k, v, dout = heads(max(1, sizes.load // T), T)
         for forward, backward in zip(forwards, backwards):
@@ -584,12 +584,12 @@ STAGES: dict[str, tuple[int, Callable[[Path], None]]] = {
     "flash": (35, flash),
     "tune": (70, tune),
     "race": (90, usual),
-    "autotuned": (85, autotuned),
+    "autotuned": (80, autotuned),
     "large": (45, large),
     "sanitizer": (25, sanitizer),
     "tests": (40, tests),
     "step": (20, step),
-    "sweep": (15, sweep),
+    "sweep": (20, sweep),
 }
 
 
