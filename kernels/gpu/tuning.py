@@ -150,7 +150,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 
 def is_tritons(error: Exception) -> bool:
     """Whether a layout needs more than this GPU has, or does not compile for it; memory may be short just once."""
-    from triton import TritonError
+    from triton import TritonError  # type: ignore[import-untyped]
 
     return isinstance(error, TritonError) or "PassManager" in str(error)
 

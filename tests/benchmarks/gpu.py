@@ -50,7 +50,8 @@ Call = Callable[[Tensor], Tensor]
 ROUNDS = 20  # each contestant is timed twice in a round
 PEER = "timm"  # the names of timm's contestants begin with it
 LOSS = 1.5  # times the error of timm in half precision, at most
-DEPTH = 12  # blocks; --depth changes it
+SHAPE: dict[str, int] = {}  # of the model, if it is not a ViT-S
+TINY = {"depth": 1, "embed_dim": 96, "num_heads": 3}
 
 
 def half(device: torch.device) -> torch.dtype:
@@ -68,7 +69,7 @@ def timm_model(size: int) -> nn.Module:
     import timm
 
     torch.manual_seed(0)
-    return timm.create_model("vit_small_patch16_224", img_size=size, depth=DEPTH).eval()
+    return timm.create_model("vit_small_patch16_224", img_size=size, **SHAPE).eval()
 
 
 def our_model(size: int) -> nn.Module:
@@ -83,7 +84,7 @@ def our_model(size: int) -> nn.Module:
 
 def config_of(size: int) -> vit.ViTConfig:
     """Ours."""
-    return vit.create_model("vit_small_patch16_224", img_size=size, depth=DEPTH).config
+    return vit.create_model("vit_small_patch16_224", img_size=size, **SHAPE).config
 
 
 def eager(size: int, device: torch.device, layout: torch.memory_format = torch.contiguous_format) -> Call:
@@ -115,7 +116,7 @@ def torchvision(size: int, device: torch.device) -> Call:
     """torchvision's class at S size, with weights of its own."""
     from torchvision.models import VisionTransformer
 
-    return VisionTransformer(size, 16, DEPTH, 6, 384, 1536).eval().to(device, half(device))
+    return VisionTransformer(size, 16, 12, 6, 384, 1536).eval().to(device, half(device))
 
 
 def onnxruntime(size: int, device: torch.device) -> Call:
@@ -342,17 +343,16 @@ def show(rows: list[dict]) -> None:
 @torch.inference_mode()
 def main() -> None:
     """Race, print tables, write JSON."""
-    global DEPTH
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS), metavar="NAME")
     parser.add_argument("--img-size", type=int, nargs="+", default=[224, 384, 1024])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256, 1024])
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="each times all twice; default: %(default)s")
-    parser.add_argument("--depth", type=int, default=DEPTH, help="blocks, fewer for a trial; default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="a model of one narrow block, for a trial")
     parser.add_argument("--device", type=torch.device, default="cuda")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    DEPTH = args.depth
+    SHAPE.update(TINY if args.tiny else {})
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no NVIDIA GPU here")
     torch.backends.cudnn.allow_tf32 = False  # in the convolution of the reference

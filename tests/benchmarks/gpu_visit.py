@@ -194,6 +194,7 @@ def model(out: Path) -> None:
     from vit.kernels.gpu import tuning
 
     tuning.measure = lambda calls, timed: ({list(calls)[-1 if "sdpa" in calls else 1]: 0.0}, False)  # the first layout
+    tuning.remembered = dict
     torch.backends.cudnn.allow_tf32 = False
     device, dtype = where(), half_dtype()
     slow = randomize(small(vit)).eval().to(device)
@@ -269,16 +270,23 @@ def tune(out: Path) -> None:
     tuning.SHIPPED = CACHE / "nothing.json"  # everything is measured
     tuning.SHIPPED.write_text('{"choices": {}}')
     tuning.path().unlink(missing_ok=True)
-    measure = tuning.measure
+    decide, measure, keys = tuning.decide, tuning.measure, []
+
+    def named(key: str, calls: dict, device: Any) -> Any:
+        keys.append(key)  # the MLP's two products are measured while it is
+        try:
+            return decide(key, calls, device)
+        finally:
+            keys.pop()
 
     def noted(calls: dict, timed: Callable) -> tuple[dict, bool]:
         start = time.perf_counter()
         found, lasts = measure(calls, timed)
-        names = {str(choice and getattr(choice, "_asdict", lambda c=choice: c)()): ms for choice, ms in found.items()}
-        note(out, milliseconds=names, seconds=round(time.perf_counter() - start, 2), lasts=lasts)
+        spent = round(time.perf_counter() - start, 2)
+        note(out, key=keys[-1], milliseconds={str(choice): ms for choice, ms in found.items()}, seconds=spent)
         return found, lasts
 
-    tuning.measure = noted
+    tuning.decide, tuning.measure = named, noted
     fast = vit.kernels.optimize(small(vit).eval().to(device), str(dtype).removeprefix("torch."), mode="throughput")
     for batch in sizes.batches:
         shape = batch, 3, sizes.size, sizes.size
@@ -303,7 +311,7 @@ def race(out: Path, name: str, size: int, batches: tuple[int, ...], contestants:
     variables = dict(os.environ)
     if sizes is TINY:
         size, batches = 32, (1,)
-        command += ["--device", "cpu", "--rounds", "1", "--depth", "1"]
+        command += ["--device", "cpu", "--rounds", "1", "--tiny"]
         variables["TORCHDYNAMO_DISABLE"] = "1"
     command += ["--img-size", str(size), "--batch", *map(str, batches)]
     file.unlink(missing_ok=True)
