@@ -50,6 +50,7 @@ UNCOVERED = [
     "bfloat16: the interpreter computes float16",
     "CUDA graphs, streams, the allocator: there are none on a CPU, and `ours` without graphs is raced twice",
     "every time and ratio, and so which layout the tuner takes: its choices go to OUT and are worth nothing",
+    "the tuner's choice between our attention and PyTorch's, which only a GPU makes",
     "torch.compile and its modes: it is switched off, so that timm's compiled rivals run eagerly",
     "PyTorch's own flash attention on a GPU: its place takes the one for CPUs",
     "compute-sanitizer, which watches only a GPU: the kernels it would watch run without it",
