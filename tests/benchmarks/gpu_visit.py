@@ -630,9 +630,14 @@ def with_its_children(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def report(out: Path, ended: dict[str, tuple[str, float]], rehearse: bool) -> None:
+def results(out: Path) -> list[dict]:
+    """All results in OUT."""
+    file = out / "visit.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def report(rows: list[dict], ended: dict[str, tuple[str, float]], rehearse: bool) -> None:
     """How each stage ended, what went wrong, and the figures that have bars."""
-    rows = [json.loads(line) for line in (out / "visit.jsonl").read_text().splitlines()]
     for name, (how, seconds) in ended.items():
         mine = [row for row in rows if row["stage"] == name]
         print(f"{name:12} {how:20} {seconds:6.1f} s of {STAGES[name][0]}, {len(mine)} results")
@@ -683,12 +688,13 @@ def main() -> None:
         sys.exit(attempt.failures > 0)
     out.mkdir(parents=True, exist_ok=True)
     (CACHE / "vit").mkdir(parents=True, exist_ok=True)
+    before = len(results(out))  # of an earlier visit
     ended: dict[str, tuple[str, float]] = {}
     for name in args.stages:
         ended[name] = run(name, out, args.rehearse)
         print(f"{name}: {ended[name][0]}, {ended[name][1]:.1f} s", flush=True)
     print()
-    report(out, ended, args.rehearse)
+    report(results(out)[before:], ended, args.rehearse)
     if args.rehearse:
         print("\nA rehearsal cannot cover:")
         for line in UNCOVERED:

@@ -103,9 +103,12 @@ def test_the_bars(visit: ModuleType) -> None:
 
 def test_one_stage_for_itself(tmp_path: Path) -> None:
     """The first of a rehearsal, as it is."""
+    earlier = {"stage": "environment", "ok": False, "what": "of an earlier visit"}
+    (tmp_path / "visit.jsonl").write_text(json.dumps(earlier) + "\n")
     command = [sys.executable, BENCHMARKS / "gpu_visit.py", tmp_path, "--rehearse", "--stages", "environment"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + (tmp_path / "visit.log").read_text()
+    assert "of an earlier visit" not in done.stdout
     assert "environment: passed" in done.stdout and "kernels" not in done.stdout.partition("A rehearsal")[0]
     rows = [json.loads(line) for line in (tmp_path / "visit.jsonl").read_text().splitlines()]
     assert [name for row in rows for name in row if name.endswith("/s")] == ["copy TB/s", "matmul TFLOP/s"]
