@@ -632,8 +632,11 @@ def with_its_children(process: subprocess.Popen) -> None:
 
 def results(out: Path) -> list[dict]:
     """All results in OUT."""
-    file = out / "visit.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    file, rows = out / "visit.jsonl", []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(ValueError):  # half a line, of a stage that was ended
+            rows.append(json.loads(line))
+    return rows
 
 
 def report(rows: list[dict], ended: dict[str, tuple[str, float]], rehearse: bool) -> None:
