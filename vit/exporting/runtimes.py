@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -60,7 +61,7 @@ class OnnxRuntime:
 
 
 class OpenVINO:
-    """OpenVINO on the CPU. It computes in float32 where it would choose bfloat16 by itself."""
+    """OpenVINO on the CPU, with its own files or ONNX. It computes in float32 where it would choose bfloat16."""
 
     name = "openvino"
 
@@ -68,25 +69,34 @@ class OpenVINO:
         runtime = need("openvino", "openvino")
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         weights = path.with_suffix(".bin")
-        if not weights.is_file():
+        if path.suffix == ".xml" and not weights.is_file():
             raise FileNotFoundError(f"{weights}, which holds the weights of {path}, is not there: copy both files")
+        name = SECTION if path.suffix == ".xml" else "framework"  # where OpenVINO puts the metadata of ONNX
         try:
             model = runtime.Core().read_model(path)
-            section = model.get_rt_info([SECTION]).value if model.has_rt_info([SECTION]) else {}
+            section = model.get_rt_info([name]).value if model.has_rt_info([name]) else {}
             self.metadata = {key: str(value) for key, value in section.items()}
-            if self.metadata.get(DIGEST) not in (None, hashlib.sha256(weights.read_bytes()).hexdigest()):
+            digest = self.metadata.get(DIGEST)  # only an .xml has it
+            if digest is not None and digest != hashlib.sha256(weights.read_bytes()).hexdigest():
                 raise ValueError(f"{weights} does not hold the weights of {path}: copy both files, or export again")
             self.compiled = runtime.compile_model(model, "CPU", options)
+            self.turn = Lock()  # calls share one request: without it, threads get each other's answers
         except RuntimeError as error:
             raise ValueError(f"openvino cannot open {path}: {' '.join(str(error).split())}") from error
         self.inputs, self.outputs = (
-            [Port(x.any_name, x.element_type.to_dtype().name, _shape(x.partial_shape)) for x in ports]
+            [Port(_name(x), x.element_type.to_dtype().name, _shape(x.partial_shape)) for x in ports]
             for ports in (self.compiled.inputs, self.compiled.outputs)
         )
 
     def run(self, *arrays: np.ndarray) -> list[np.ndarray]:
         """As `Session.run`."""
-        return list(self.compiled(arrays).to_tuple())
+        with self.turn:
+            return list(self.compiled(arrays).to_tuple())
+
+
+def _name(port: Any) -> str:
+    """OpenVINO's name of an input or output, which may have none."""
+    return port.any_name if port.names else f"number {port.index}"
 
 
 def _numpy_name(kind: str) -> str:
@@ -105,13 +115,17 @@ def _shape(shape: Any) -> tuple[int | None, ...]:
     return tuple(None if side.is_dynamic else side.get_length() for side in shape)
 
 
-RUNTIMES: dict[str, Callable[[Path, int], Session]] = {".onnx": OnnxRuntime, ".xml": OpenVINO}
+RUNTIMES: dict[str, Callable[[Path, int], Session]] = {"onnxruntime": OnnxRuntime, "openvino": OpenVINO}
+FORMATS = {".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",)}  # what reads a file; the first one by default
 
 
-def open_file(path: Path, threads: int | None = None) -> Session:
-    """Open a file in the runtime of its format, with as many threads as PyTorch uses unless they are given."""
-    if path.suffix not in RUNTIMES:
-        raise ValueError(f"expected an exported file, {' or '.join(RUNTIMES)}, not {str(path)!r}")
+def open_file(path: Path, threads: int | None = None, runtime: str | None = None) -> Session:
+    """Open a file in a runtime (that of its format), with a number of threads (as many as PyTorch uses)."""
+    if path.suffix not in FORMATS:
+        raise ValueError(f"expected an exported file, {' or '.join(FORMATS)}, not {str(path)!r}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
-    return RUNTIMES[path.suffix](path, threads or torch.get_num_threads())
+    readers = FORMATS[path.suffix]
+    if runtime not in (None, *readers):
+        raise ValueError(f"{path} can be opened by {' or '.join(readers)}, not by {runtime!r}")
+    return RUNTIMES[runtime or readers[0]](path, threads or torch.get_num_threads())
