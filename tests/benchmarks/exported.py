@@ -99,7 +99,7 @@ def pictures_in_the_graph(model: vit.ViT, folder: Path, threads: int, rounds: in
     for form, ending in (("onnx", ".onnx"), ("openvino", ".xml")):
         for kind in ("uint8", "image"):
             path = folder / f"{kind}{ending}"
-            vit.export(model, path, form, img_size=SIZE, input=kind, int8=True)
+            vit.export(model, path, form, img_size=SIZE, batch_size=1, input=kind, int8=True)
             sessions[form, kind] = vit.load_exported(path, threads)
     transform = vit.create_transform(sessions["onnx", "uint8"])
     rows = []
