@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vit.exporting import FORMATS, Metadata, Report, export
+from vit.exporting.formats import by_ending
 from vit.exporting.graph import OUTPUTS
 from vit.exporting.int8 import MOST
 from vit.exporting.to_onnx import DEFAULT_OPSET
@@ -27,9 +28,11 @@ def add_parser(commands: Any) -> None:
         "The file gets its name only after it was run against the model; `vit predict --model FILE` then runs it.",
     )
     parser.add_argument("model", metavar="MODEL", help="a name, a file or a folder, as for vit predict")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="model.onnx or model.xml")
     parser.add_argument(
-        "--format", choices=FORMATS, help="default: by the ending of FILE, .xml for OpenVINO, else onnx"
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="model.onnx, model.xml, model.pt2 ..."
+    )
+    parser.add_argument(
+        "--format", choices=FORMATS, help="default: by the ending of FILE, such as .xml for OpenVINO, else onnx"
     )
     parser.add_argument(
         "--dynamic", action="store_true", help="one file for all sizes and batches, the default without a size"
@@ -55,6 +58,7 @@ def add_parser(commands: Any) -> None:
         "--opset", type=options.positive, metavar="N",
         help=f"of ONNX, 18 to 23; 20 has GELU as one operation, 23 attention; default: {DEFAULT_OPSET}",
     )  # fmt: skip
+    parser.add_argument("--aot", action="store_true", help="of pt2, compiled to native code for this processor")
     parser.add_argument(
         "--outputs", type=options.listed(options.one_of(*OUTPUTS)), metavar="LIST",
         help="logits,features,attention: features are what the classifier reads, attention is the class token's in the "
@@ -73,13 +77,13 @@ def run(args: argparse.Namespace) -> int:
 
     if loading.is_exported_file(args.model):
         raise ValueError(f"{args.model} {loading.EXPORTED}")
-    form = args.format or ("openvino" if args.output.suffix == FORMATS["openvino"].endings[0] else "onnx")
+    form = args.format or by_ending(args.output.suffix)
     model = load_pretrained(args.model, **options.reading(args))
     images = None if args.calibrate is None else read_images(args.calibrate, create_transform(model, args.img_size))
     report = export(
         model, args.output, form, dynamic=args.dynamic or None, int8=args.int8, calibrate=images,
-        img_size=args.img_size, batch_size=args.batch_size, half=args.half, opset=args.opset, outputs=args.outputs,
-        check=not args.no_check, force=args.force,
+        img_size=args.img_size, batch_size=args.batch_size, half=args.half, opset=args.opset, aot=args.aot,
+        outputs=args.outputs, check=not args.no_check, force=args.force,
     )  # fmt: skip
     print(json.dumps(report.to_dict(), indent=2) if args.json else as_text(report))
     return 0

@@ -12,16 +12,19 @@ from torch import Tensor
 from vit.checks import require_int, warn
 from vit.metadata import Provenance
 
+from . import archive
 from .metadata import Metadata
-from .runtimes import Port, open_file
+from .runtimes import UNSAFE, Port, open_file
 
 
-def load_exported(path: str | Path, threads: int | None = None) -> ExportedModel:
-    """Open a file that `vit.export` wrote, in its own runtime. Nothing is unpickled.
+def load_exported(path: str | Path, threads: int | None = None, trust: bool = False) -> ExportedModel:
+    """Open a file that `vit.export` wrote, in its own runtime. Nothing is unpickled without `trust`.
 
     Args:
-        path: a `.onnx` file, or the `.xml` of OpenVINO with its `.bin` beside it.
+        path: a `.onnx` file, the `.xml` of OpenVINO with its `.bin` beside it, or a `.pt2` file.
         threads: of the runtime; None for as many as PyTorch uses now.
+        trust: open files that can run code while they are opened, as any `.pt2` can: PyTorch unpickles some parts of
+            it and evaluates others, and one made with `aot` is native code.
 
     Returns:
         A model that is called as the original is: images in, logits out. It takes the sizes that it was exported for.
@@ -29,14 +32,25 @@ def load_exported(path: str | Path, threads: int | None = None) -> ExportedModel
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file of another kind, a damaged one, one without the metadata of `vit.export`, or one whose
-            metadata contradict its graph; the package of its runtime is missing.
+            metadata contradict its graph; the package of its runtime is missing; a `.pt2` file without `trust`.
     """
     if threads is not None:
         require_int("threads", threads, 1)
-    model = ExportedModel(Path(path), threads)
+    model = ExportedModel(Path(path), threads, trust)
     if model.metadata.parity is None:
         warn(f"{path} was exported without a check against its model")
     return model
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What a file says of itself; no code of the file runs. Errors as of `load_exported`."""
+    if path.suffix not in UNSAFE:
+        return load_exported(path).metadata
+    strings = archive.read(path)
+    try:
+        return Metadata.from_strings(strings)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
 
 
 class ExportedModel:
@@ -48,8 +62,8 @@ class ExportedModel:
 
     device, dtype = torch.device("cpu"), torch.float32  # of images and outputs
 
-    def __init__(self, path: Path, threads: int | None = None) -> None:
-        self.path, self.session = path, open_file(path, threads)
+    def __init__(self, path: Path, threads: int | None = None, trust: bool = False) -> None:
+        self.path, self.session = path, open_file(path, threads, trust)
         try:
             self.metadata = Metadata.from_strings(self.session.metadata)
             check(self.metadata, self.session.inputs, self.session.outputs)

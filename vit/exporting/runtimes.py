@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -10,8 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from . import archive
+from .metadata import processor, runs_here
 from .packages import need
 from .to_openvino import DIGEST, SECTION
+from .to_pt2 import PORTS
 
 
 class Port(NamedTuple):
@@ -89,6 +94,43 @@ class OpenVINO:
         return list(self.compiled(arrays).to_tuple())
 
 
+class PyTorch:
+    """PyTorch's exported program, or the native code that was compiled of it; run without this package's model.
+
+    Opening one can run code: `torch.export.load` unpickles examples and objects, evaluates shapes as Python, and calls
+    functions by their names.
+    """
+
+    name = "torch"
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self.metadata = archive.read(path)
+        if threads != (ours := torch.get_num_threads()):
+            raise ValueError(f"{path} runs on PyTorch's own threads, {ours} now: set them by torch.set_num_threads")
+        try:
+            ports = [json.loads(self.metadata[key]) for key in PORTS]
+            made, versions = (json.loads(self.metadata[f"vit.{key}"]) for key in ("processor", "versions"))
+            with zipfile.ZipFile(path) as file:
+                native = any("/aotinductor/" in name for name in file.namelist())
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} cannot be used: its metadata cannot be read: {error}") from error
+        if native and not runs_here(made):
+            raise ValueError(f"{path} is native code for {made}, and this is {processor()}: export it here")
+        self.inputs, self.outputs = ([Port(name, kind, tuple(shape)) for name, kind, shape in each] for each in ports)
+        try:
+            self.model = torch._inductor.aoti_load_package(str(path)) if native else torch.export.load(path).module()
+        except Exception as error:  # of the schema, of JSON, RuntimeError from C++ ...
+            raise ValueError(
+                f"PyTorch {torch.__version__} cannot open {path}, which {versions['torch']} wrote:"
+                f" {' '.join(str(error).split())[:300]}"
+            ) from error
+
+    @torch.inference_mode()
+    def run(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """As `Session.run`."""
+        return [output.numpy() for output in self.model(*map(torch.from_numpy, arrays))]
+
+
 def _numpy_name(kind: str) -> str:
     """ "tensor(float)" -> "float32"."""
     name = kind.removeprefix("tensor(").removesuffix(")")
@@ -105,13 +147,16 @@ def _shape(shape: Any) -> tuple[int | None, ...]:
     return tuple(None if side.is_dynamic else side.get_length() for side in shape)
 
 
-RUNTIMES: dict[str, Callable[[Path, int], Session]] = {".onnx": OnnxRuntime, ".xml": OpenVINO}
+RUNTIMES: dict[str, Callable[[Path, int], Session]] = {".onnx": OnnxRuntime, ".xml": OpenVINO, ".pt2": PyTorch}
+UNSAFE = (".pt2",)  # endings of files that can run code while they are opened
 
 
-def open_file(path: Path, threads: int | None = None) -> Session:
+def open_file(path: Path, threads: int | None = None, trust: bool = False) -> Session:
     """Open a file in the runtime of its format, with as many threads as PyTorch uses unless they are given."""
     if path.suffix not in RUNTIMES:
         raise ValueError(f"expected an exported file, {' or '.join(RUNTIMES)}, not {str(path)!r}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file")
+    if path.suffix in UNSAFE and not trust:
+        raise ValueError(f"{path} can run code while it is opened: if you know who wrote it, use trust=True (--trust)")
     return RUNTIMES[path.suffix](path, threads or torch.get_num_threads())

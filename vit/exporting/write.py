@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,29 +19,13 @@ from vit.checks import inside, require_int, unknown, whole_patches
 from vit.metadata import Provenance
 from vit.model import ViT
 
-from . import gate, to_onnx, to_openvino
+from . import gate, to_onnx
+from .formats import FORMATS, check_taken
 from .graph import check_outputs
 from .int8 import Images, images_for, quantized
 from .metadata import Metadata, processor
 from .packages import need
 from .read import ExportedModel
-
-
-@dataclass(frozen=True)
-class Format:
-    """What a format needs, and what can be asked of it."""
-
-    module: ModuleType  # has `convert` and `save`
-    endings: tuple[str, ...]  # of its files; the first is the one to open
-    packages: tuple[str, ...]
-    extra: str  # of this package, which installs those
-    opset: bool  # whether it takes one
-
-
-FORMATS = {
-    "onnx": Format(to_onnx, (".onnx",), ("onnx", "onnxscript", "onnxruntime"), "onnx", opset=True),
-    "openvino": Format(to_openvino, (".xml", ".bin"), ("openvino", "onnx", "onnxscript"), "openvino", opset=False),
-}
 
 
 @dataclass(frozen=True)
@@ -72,6 +55,7 @@ def export(
     int8: bool = False,
     calibrate: Tensor | Sequence[Tensor] | None = None,
     opset: int | None = None,
+    aot: bool = False,
     outputs: Sequence[str] | None = None,
     check: bool = True,
     force: bool = False,
@@ -84,8 +68,8 @@ def export(
 
     Args:
         model: in float32. It is exported as it is in eval mode, and not changed.
-        path: the file to write: `.onnx`, or `.xml` for OpenVINO, which gets a `.bin` beside it.
-        format: "onnx" or "openvino".
+        path: the file to write: `.onnx`, `.pt2`, or `.xml` for OpenVINO, which gets a `.bin` beside it.
+        format: one of `vit.exporting.FORMATS`.
         dynamic: one file for all sizes and batches; None: unless a size or a batch size is given.
         img_size: (H, W) or one number for a square, the only size that the file will take, in multiples of the patch;
             None, if the file is not dynamic: the model's own.
@@ -96,6 +80,7 @@ def export(
             or a list of [C, H, W]. A fifth, drawn with a seed, is held out for the check. None: parts of seven
             photographs that ship with the package, one of which is held out.
         opset: of ONNX, 18 to 23, with int8 to 20; None for 20. 20 has GELU as one operation, 23 attention.
+        aot: of pt2, compiled to native code for this machine's processor.
         outputs: one or more of "logits", "features" (what the head reads) and "attention" (of the class token in the
             last block, [B, A, h, w]); None for logits, or for features if the model has no head.
         check: run the file against the model: noise of several sizes and a photograph, prepared as the file's own
@@ -119,7 +104,10 @@ def export(
     names = check_outputs(outputs, model)
     size, batch = shape(model, dynamic, img_size, batch_size)
     precision = check_precision(model, names, half, int8, calibrate)
-    opset = check_opset(opset, format, int8)
+    options = check_taken(format, {"dynamic": dynamic, "half": half, "int8": int8, "opset": opset, "aot": aot})
+    options = {name: options[name] for name in ("opset", "aot") if name in options}  # for the conversion
+    if "opset" in options:
+        options["opset"] = check_opset(opset, int8)
     for package in form.packages:
         need(package, form.extra)
 
@@ -142,21 +130,21 @@ def export(
     sized = copy.copy(model)  # with the same weights: calibrated at the size that the file takes
     sized.preprocessing = replace(model.preprocessing, size=size or model.preprocessing.size)
     images = images_for(sized, calibrate) if int8 else Images([], [])
-    twin = quantized(model, images.used) if int8 else None
-    converted = form.module.convert(twin or model, metadata, opset)
+    twin = quantized(model, images.used) if int8 and form.twin else None
+    converted = form.module.convert(twin or model, metadata, **options)
     seconds = {"convert": time.perf_counter() - start}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         file = Path(folder) / path.name
         form.module.save(converted, metadata, file)
-        exported = ExportedModel(file)  # that it opens
+        exported = ExportedModel(file, trust=True)  # that it opens
         if check:
             start = time.perf_counter()
             rows = gate.compare(model, exported, images.held_out, twin)
             gate.judge(rows)
             metadata = replace(metadata, parity=tuple(rows))
             form.module.save(converted, metadata, file)
-            ExportedModel(file)  # that it opens
+            ExportedModel(file, trust=True)  # that it opens
             seconds["check"] = time.perf_counter() - start
         if not force:
             check_new(path, form.endings)  # again: another process may have written one in between
@@ -240,12 +228,8 @@ def check_precision(model: ViT, outputs: Sequence[str], half: bool, int8: bool, 
     return "int8" if int8 else "float16" if half else "float32"
 
 
-def check_opset(opset: int | None, format: str, int8: bool) -> int:
+def check_opset(opset: int | None, int8: bool) -> int:
     """The opset of ONNX to convert to."""
-    if not FORMATS[format].opset:
-        if opset is not None:
-            raise ValueError(f"opset={opset!r} is for ONNX, and the format is {format}")
-        return to_onnx.OPSETS[-1]
     if opset is None:
         return to_onnx.DEFAULT_OPSET
     if isinstance(opset, bool) or opset not in to_onnx.OPSETS:

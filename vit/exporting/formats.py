@@ -1,0 +1,57 @@
+"""The formats: what each needs, and which options it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from . import to_onnx, to_openvino, to_pt2
+
+
+@dataclass(frozen=True)
+class Format:
+    """What a format needs, and what can be asked of it."""
+
+    module: ModuleType  # has `convert` and `save`
+    endings: tuple[str, ...]  # of its files; the first is the one to open
+    packages: tuple[str, ...]
+    extra: str  # of this package, which installs those
+    takes: tuple[str, ...]  # of the names in WHY_NOT
+    twin: bool = True  # int8 is made here, by `vit.exporting.int8`; else the format's own packages make it
+
+
+FORMATS = {
+    "onnx": Format(
+        to_onnx, (".onnx",), ("onnx", "onnxscript", "onnxruntime"), "onnx", ("dynamic", "half", "int8", "opset")
+    ),
+    "openvino": Format(
+        to_openvino, (".xml", ".bin"), ("openvino", "onnx", "onnxscript"), "openvino", ("dynamic", "half", "int8")
+    ),
+    "pt2": Format(to_pt2, (".pt2",), (), "", ("dynamic", "aot")),
+}
+WHY_NOT = {  # why a format does not take an option
+    "dynamic": "it has one size a file: export several",
+    "half": "it computes in the type of its weights, on most CPUs slowly",
+    "int8": "it has no products of bytes here",
+    "opset": "that is a number of ONNX's",
+    "aot": "that is PyTorch's compiler",
+}
+
+
+def check_taken(format: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Refuse options that a format does not take; those that it does."""
+    takes = FORMATS[format].takes
+    for name, value in given.items():
+        if value and name not in takes:
+            others = ", ".join(other for other, form in FORMATS.items() if name in form.takes)
+            raise ValueError(
+                f"--{name} ({name}={value!r}) with {format}: {WHY_NOT[name]}; formats that take it: {others}"
+            )
+    return {name: value for name, value in given.items() if name in takes}
+
+
+def by_ending(suffix: str) -> str:
+    """The format of a file with this ending; onnx if there is none."""
+    return next((name for name, form in FORMATS.items() if form.endings[0] == suffix), "onnx")
