@@ -6,8 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from vit.exporting import ExportedModel, load_exported
-from vit.exporting.runtimes import RUNTIMES
-from vit.exporting.to_onnx import is_ours
+from vit.exporting.runtimes import is_exported
 from vit.metadata import Provenance
 from vit.model import ViT
 
@@ -92,8 +91,7 @@ def check(args: argparse.Namespace, dtype: str) -> None:
 
 def is_exported_file(name: str) -> bool:
     """Whether `vit export` wrote it; any other .onnx file is a checkpoint, whose weights are read."""
-    path = Path(name)
-    return path.suffix in RUNTIMES and path.is_file() and (path.suffix != ".onnx" or is_ours(path))
+    return is_exported(Path(name))
 
 
 def check_exported(args: argparse.Namespace) -> None:

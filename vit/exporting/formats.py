@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from . import to_onnx, to_openvino, to_pt2
+from . import to_onnx, to_openvino, to_pt2, to_transformersjs
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,11 @@ class Format:
     """What a format needs, and what can be asked of it."""
 
     module: ModuleType  # has `convert` and `save`
-    endings: tuple[str, ...]  # of its files; the first is the one to open
+    endings: tuple[str, ...]  # of its files; the first is the one to open; "": a folder
     packages: tuple[str, ...]
     extra: str  # of this package, which installs those
     takes: tuple[str, ...]  # of the names in WHY_NOT
+    folder: bool = False  # several files in a folder, which `export` gets as its path
     twin: bool = True  # int8 is made here, by `vit.exporting.int8`; else the format's own packages make it
 
 
@@ -30,7 +31,11 @@ FORMATS = {
         to_openvino, (".xml", ".bin"), ("openvino", "onnx", "onnxscript"), "openvino", ("dynamic", "half", "int8")
     ),
     "pt2": Format(to_pt2, (".pt2",), (), "", ("dynamic", "aot")),
-}
+    "transformersjs": Format(
+        to_transformersjs, ("",), ("onnx", "onnxscript", "onnxruntime"), "onnx", ("dynamic", "half", "int8", "opset"),
+        folder=True,
+    ),
+}  # fmt: skip
 WHY_NOT = {  # why a format does not take an option
     "dynamic": "it has one size a file: export several",
     "half": "it computes in the type of its weights, on most CPUs slowly",
@@ -54,4 +59,4 @@ def check_taken(format: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def by_ending(suffix: str) -> str:
     """The format of a file with this ending; onnx if there is none."""
-    return next((name for name, form in FORMATS.items() if form.endings[0] == suffix), "onnx")
+    return next((name for name, form in FORMATS.items() if suffix and form.endings[0] == suffix), "onnx")

@@ -15,13 +15,15 @@ from vit.metadata import Provenance
 from . import archive
 from .metadata import Metadata
 from .runtimes import UNSAFE, Port, open_file
+from .to_transformersjs import graph_in
 
 
 def load_exported(path: str | Path, threads: int | None = None, trust: bool = False) -> ExportedModel:
     """Open a file that `vit.export` wrote, in its own runtime. Nothing is unpickled without `trust`.
 
     Args:
-        path: a `.onnx` file, the `.xml` of OpenVINO with its `.bin` beside it, or a `.pt2` file.
+        path: a `.onnx` file, the `.xml` of OpenVINO with its `.bin` beside it, a `.pt2` file, or a folder for
+            transformers.js, whose graph runs here in ONNX Runtime.
         threads: of the runtime; None for as many as PyTorch uses now.
         trust: open files that can run code while they are opened, as any `.pt2` can: PyTorch unpickles some parts of
             it and evaluates others, and one made with `aot` is native code.
@@ -71,8 +73,9 @@ class ExportedModel:
             raise ValueError(f"{path} cannot be used: {error}") from error
         self.config, self.categories = self.metadata.config, self.metadata.categories
         self.preprocessing = self.metadata.preprocessing
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.provenance = Provenance(str(path), sha256, path.suffix[1:], parent=self.metadata.source)
+        file = graph_in(path) if path.is_dir() else path
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        self.provenance = Provenance(str(path), sha256, file.suffix[1:], parent=self.metadata.source)
 
     def __call__(self, images: Tensor) -> Tensor:
         """[B, in_chans, H, W] images, normalised as `preprocessing` says -> [B, num_classes] logits.

@@ -6,6 +6,7 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -15,8 +16,10 @@ import torch
 from . import archive
 from .metadata import processor, runs_here
 from .packages import need
+from .to_onnx import is_ours
 from .to_openvino import DIGEST, SECTION
 from .to_pt2 import PORTS
+from .to_transformersjs import INPUT, graph_in
 
 
 class Port(NamedTuple):
@@ -61,7 +64,15 @@ class OnnxRuntime:
 
     def run(self, *arrays: np.ndarray) -> list[np.ndarray]:
         """As `Session.run`."""
-        return self.session.run(None, {port.name: array for port, array in zip(self.inputs, arrays)})
+        return self.session.run(None, {port.name: array for port, array in zip(self.session.get_inputs(), arrays)})
+
+
+class TransformersJs(OnnxRuntime):
+    """The ONNX file in a folder for transformers.js, in ONNX Runtime: its preprocessing is not used."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        super().__init__(graph_in(path), threads)
+        self.inputs = [port._replace(name={INPUT: "images"}.get(port.name, port.name)) for port in self.inputs]
 
 
 class OpenVINO:
@@ -147,16 +158,29 @@ def _shape(shape: Any) -> tuple[int | None, ...]:
     return tuple(None if side.is_dynamic else side.get_length() for side in shape)
 
 
-RUNTIMES: dict[str, Callable[[Path, int], Session]] = {".onnx": OnnxRuntime, ".xml": OpenVINO, ".pt2": PyTorch}
+RUNTIMES: dict[str, Callable[[Path, int], Session]] = {  # by ending; "": a folder
+    ".onnx": OnnxRuntime, ".xml": OpenVINO, ".pt2": PyTorch, "": TransformersJs,
+}  # fmt: skip
+
+
+def is_exported(path: Path) -> bool:
+    """Whether `vit.export` wrote it; any other .onnx file is a checkpoint, and so is any other folder."""
+    if not path.suffix:
+        with suppress(ValueError):
+            return path.is_dir() and is_ours(graph_in(path))
+        return False
+    return path.suffix in RUNTIMES and path.is_file() and (path.suffix != ".onnx" or is_ours(path))
+
+
 UNSAFE = (".pt2",)  # endings of files that can run code while they are opened
 
 
 def open_file(path: Path, threads: int | None = None, trust: bool = False) -> Session:
     """Open a file in the runtime of its format, with as many threads as PyTorch uses unless they are given."""
     if path.suffix not in RUNTIMES:
-        raise ValueError(f"expected an exported file, {' or '.join(RUNTIMES)}, not {str(path)!r}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is not a file")
+        raise ValueError(f"expected an exported file, {' or '.join(filter(None, RUNTIMES))}, not {str(path)!r}")
+    if not (path.is_file() if path.suffix else path.is_dir()):
+        raise FileNotFoundError(f"{path} is not a {'file' if path.suffix else 'folder'}")
     if path.suffix in UNSAFE and not trust:
         raise ValueError(f"{path} can run code while it is opened: if you know who wrote it, use trust=True (--trust)")
     return RUNTIMES[path.suffix](path, threads or torch.get_num_threads())

@@ -20,7 +20,7 @@ from vit.metadata import Provenance
 from vit.model import ViT
 
 from . import gate, to_onnx
-from .formats import FORMATS, check_taken
+from .formats import FORMATS, Format, check_taken
 from .graph import check_outputs
 from .int8 import Images, images_for, quantized
 from .metadata import Metadata, processor
@@ -68,7 +68,8 @@ def export(
 
     Args:
         model: in float32. It is exported as it is in eval mode, and not changed.
-        path: the file to write: `.onnx`, `.pt2`, or `.xml` for OpenVINO, which gets a `.bin` beside it.
+        path: the file to write: `.onnx`, `.pt2`, or `.xml` for OpenVINO, which gets a `.bin` beside it; a folder for
+            transformersjs.
         format: one of `vit.exporting.FORMATS`.
         dynamic: one file for all sizes and batches; None: unless a size or a batch size is given.
         img_size: (H, W) or one number for a square, the only size that the file will take, in multiples of the patch;
@@ -99,7 +100,7 @@ def export(
     if format not in FORMATS:
         raise ValueError(unknown("format", format, FORMATS))
     form = FORMATS[format]
-    path = check_path(path, form.endings, force)
+    path = check_path(path, form, force)
     check_model(model)
     names = check_outputs(outputs, model)
     size, batch = shape(model, dynamic, img_size, batch_size)
@@ -147,32 +148,42 @@ def export(
             ExportedModel(file, trust=True)  # that it opens
             seconds["check"] = time.perf_counter() - start
         if not force:
-            check_new(path, form.endings)  # again: another process may have written one in between
+            check_new(path, form)  # again: another process may have written one in between
         return Report(*publish(Path(folder), path), metadata, seconds)
 
 
 def publish(folder: Path, path: Path) -> tuple[tuple[str, ...], int]:
-    """Move files to their final names, that of `path` last; returns the names, that of `path` first, and the bytes."""
-    files = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
+    """Move files to their final names, that of `path` last; returns the names, that of `path` first, and the bytes.
+
+    If `path` is a folder, other files in it stay.
+    """
+    found = (file for file in folder.rglob("*") if file.is_file())
+    files = sorted(found, key=lambda file: (file.name == path.name, file))
     total = sum(file.stat().st_size for file in files)
-    for file in files:
-        os.replace(file, path.with_name(file.name))
-    return tuple(str(path.with_name(file.name)) for file in reversed(files)), total
+    targets = [path.parent / file.relative_to(folder) for file in files]
+    for file, target in zip(files, targets):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+    return tuple(dict.fromkeys(map(str, (path, *reversed(targets))))), total
 
 
-def check_path(path: str | Path, endings: tuple[str, ...], force: bool) -> Path:
-    """The file to write, through a symbolic link to its target."""
-    real = Path(os.path.realpath(path))
-    if Path(path).suffix != endings[0] or real.suffix != endings[0] or real.is_dir():
-        raise ValueError(f"expected the name of a {endings[0]} file to write, not {str(path)!r}")
+def check_path(path: str | Path, form: Format, force: bool) -> Path:
+    """The file or folder to write, through a symbolic link to its target."""
+    real, ending = Path(os.path.realpath(path)), form.endings[0]
+    kind = "folder" if form.folder else "file"
+    wrong = real.is_file() if form.folder else real.is_dir()
+    if Path(path).suffix != ending or real.suffix != ending or wrong:
+        raise ValueError(f"expected the name of a {ending} {kind} to write, not {str(path)!r}".replace("  ", " "))
     if not force:
-        check_new(real, endings)
+        check_new(real, form)
     return real
 
 
-def check_new(path: Path, endings: tuple[str, ...]) -> None:
-    """FileExistsError if one of the files is there."""
-    for file in map(path.with_suffix, endings):
+def check_new(path: Path, form: Format) -> None:
+    """FileExistsError if one of the files is there, or anything in the folder."""
+    if form.folder and path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(f"{path} is not empty: force=True (--force) replaces files in it, after the check")
+    for file in () if form.folder else map(path.with_suffix, form.endings):
         if file.exists():
             raise FileExistsError(f"{file} exists: force=True (--force) replaces it, after the check")
 
