@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from . import to_onnx, to_openvino, to_pt2, to_transformersjs
+from . import to_litert, to_onnx, to_openvino, to_pt2, to_transformersjs
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Format:
     extra: str  # of this package, which installs those
     takes: tuple[str, ...]  # of the names in WHY_NOT
     folder: bool = False  # several files in a folder, which `export` gets as its path
+    note: str = ""  # on how to install those
     twin: bool = True  # int8 is made here, by `vit.exporting.int8`; else the format's own packages make it
 
 
@@ -34,6 +35,10 @@ FORMATS = {
     "transformersjs": Format(
         to_transformersjs, ("",), ("onnx", "onnxscript", "onnxruntime"), "onnx", ("dynamic", "half", "int8", "opset"),
         folder=True,
+    ),
+    "litert": Format(
+        to_litert, (".tflite",), ("litert_torch", "ai_edge_quantizer", "ai_edge_litert"), "litert", ("int8",),
+        twin=False, note=to_litert.NOTE,
     ),
 }  # fmt: skip
 WHY_NOT = {  # why a format does not take an option

@@ -7,6 +7,7 @@ import json
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -105,6 +106,33 @@ class OpenVINO:
         return list(self.compiled(arrays).to_tuple())
 
 
+class LiteRT:
+    """LiteRT's interpreter on the CPU, with XNNPACK."""
+
+    name = "litert"
+
+    def __init__(self, path: Path, threads: int) -> None:
+        runtime = need("ai_edge_litert", "litert", "pip install ai-edge-litert runs the file")
+        interpreter = import_module(f"{runtime.__name__}.interpreter").Interpreter
+        self.metadata = archive.read(path)
+        try:
+            self.signature = interpreter(model_path=str(path), num_threads=threads).get_signature_runner()
+            self.names = json.loads(self.metadata.get("vit.outputs", "[]"))
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"litert cannot open {path}: {' '.join(str(error).split())}") from error
+        self.inputs, found = (
+            [Port(name, np.dtype(one["dtype"]).name, tuple(map(int, one["shape"]))) for name, one in details.items()]
+            for details in (self.signature.get_input_details(), self.signature.get_output_details())
+        )
+        order = {name: i for i, name in enumerate(self.names)}
+        self.outputs = sorted(found, key=lambda port: order.get(port.name, len(order)))  # they come by name
+
+    def run(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """As `Session.run`."""
+        found = self.signature(**{port.name: array for port, array in zip(self.inputs, arrays)})
+        return [found[port.name] for port in self.outputs]
+
+
 class PyTorch:
     """PyTorch's exported program, or the native code that was compiled of it; run without this package's model.
 
@@ -159,7 +187,7 @@ def _shape(shape: Any) -> tuple[int | None, ...]:
 
 
 RUNTIMES: dict[str, Callable[[Path, int], Session]] = {  # by ending; "": a folder
-    ".onnx": OnnxRuntime, ".xml": OpenVINO, ".pt2": PyTorch, "": TransformersJs,
+    ".onnx": OnnxRuntime, ".xml": OpenVINO, ".pt2": PyTorch, "": TransformersJs, ".tflite": LiteRT,
 }  # fmt: skip
 
 

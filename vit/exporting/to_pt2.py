@@ -6,9 +6,10 @@ import io
 import json
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from vit.model import ViT
 
@@ -41,23 +42,26 @@ def convert(model: ViT, metadata: Metadata, aot: bool) -> Package:
 
 def program(model: ViT, metadata: Metadata) -> torch.export.ExportedProgram:
     """A model as PyTorch's graph, without notes on where its code lies on this machine."""
-    dtype = torch.float16 if metadata.precision == "float16" else torch.float32
-    graph = Graph(at_size(model, metadata.size, dtype), metadata.outputs)
-    p = model.config.patch_size
-    shape = (metadata.batch or 2, model.config.in_chans, *(metadata.size or (3 * p, 5 * p)))  # of an example
-    dynamic = None
-    if metadata.size is None:
-        B, h, w = (torch.export.Dim(name, min=1) for name in ("batch", "h", "w"))
-        dynamic = ({0: B, 2: p * h, 3: p * w},)
+    graph, images, dynamic = source(model, metadata)
     with torch.no_grad():
         try:
-            exported = torch.export.export(graph, (torch.zeros(shape),), dynamic_shapes=dynamic)
+            exported = torch.export.export(graph, (images,), dynamic_shapes=(dynamic,))
         except Exception as error:  # it has no common base
             raise ValueError(f"PyTorch cannot export this model: {reason(model, error)}") from error
     for part in exported.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)
     return exported
+
+
+def source(model: ViT, metadata: Metadata) -> tuple[Graph, Tensor, dict[int, Any]]:
+    """The graph that metadata describe, images to trace it with, and their dimensions that are dynamic."""
+    dtype = torch.float16 if metadata.precision == "float16" else torch.float32
+    graph = Graph(at_size(model, metadata.size, dtype), metadata.outputs)
+    p = model.config.patch_size
+    shape = (metadata.batch or 2, model.config.in_chans, *(metadata.size or (3 * p, 5 * p)))
+    B, h, w = (torch.export.Dim(name, min=1) for name in ("batch", "h", "w"))
+    return graph, torch.zeros(shape), {} if metadata.size else {0: B, 2: p * h, 3: p * w}
 
 
 def ports(exported: torch.export.ExportedProgram, metadata: Metadata) -> dict[str, str]:

@@ -103,6 +103,8 @@ def export(
     path = check_path(path, form, force)
     check_model(model)
     names = check_outputs(outputs, model)
+    if "dynamic" not in form.takes and dynamic is None:
+        dynamic = False
     size, batch = shape(model, dynamic, img_size, batch_size)
     precision = check_precision(model, names, half, int8, calibrate)
     options = check_taken(format, {"dynamic": dynamic, "half": half, "int8": int8, "opset": opset, "aot": aot})
@@ -110,7 +112,7 @@ def export(
     if "opset" in options:
         options["opset"] = check_opset(opset, int8)
     for package in form.packages:
-        need(package, form.extra)
+        need(package, form.extra, form.note)
 
     start = time.perf_counter()
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
