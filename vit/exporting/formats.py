@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from . import to_litert, to_onnx, to_openvino, to_pt2, to_transformersjs
+from . import to_executorch, to_litert, to_onnx, to_openvino, to_pt2, to_transformersjs
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ FORMATS = {
         to_litert, (".tflite",), ("litert_torch", "ai_edge_quantizer", "ai_edge_litert"), "litert", ("int8",),
         twin=False, note=to_litert.NOTE,
     ),
+    "executorch": Format(to_executorch, (".pte",), ("executorch",), "executorch", ("int8",), twin=False),
 }  # fmt: skip
 WHY_NOT = {  # why a format does not take an option
     "dynamic": "it has one size a file: export several",

@@ -133,6 +133,35 @@ class LiteRT:
         return [found[port.name] for port in self.outputs]
 
 
+class ExecuTorch:
+    """ExecuTorch on the CPU, with XNNPACK. Its threads are the process's: opening another file sets them again."""
+
+    name = "executorch"
+
+    def __init__(self, path: Path, threads: int) -> None:
+        runtime = need("executorch.runtime", "executorch")
+        library = import_module("executorch.extension.pybindings.portable_lib")
+        self.metadata = archive.read(path)
+        names = json.loads(self.metadata.get("vit.outputs", "[]"))
+        if library._threadpool_get_thread_count() != threads:
+            library._unsafe_reset_threadpool(threads)
+        try:
+            self.method = runtime.Runtime.get().load_program(path).load_method("forward")
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"executorch cannot open {path}: {' '.join(str(error).split())}") from error
+        about, kinds = self.method.metadata, {6: "float32", 0: "uint8"}  # PyTorch's numbers of dtypes
+        tensors = [about.input_tensor_meta(i) for i in range(about.num_inputs())]
+        found = [about.output_tensor_meta(i) for i in range(about.num_outputs())]
+        self.inputs, self.outputs = (
+            [Port(name, kinds.get(one.dtype(), "?"), tuple(one.sizes())) for name, one in zip(known, ones)]
+            for known, ones in ((["images", "?"], tensors), ([*names, *["?"] * len(found)], found))
+        )
+
+    def run(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """As `Session.run`."""
+        return [output.numpy().copy() for output in self.method.execute([*map(torch.from_numpy, arrays)])]
+
+
 class PyTorch:
     """PyTorch's exported program, or the native code that was compiled of it; run without this package's model.
 
@@ -187,7 +216,7 @@ def _shape(shape: Any) -> tuple[int | None, ...]:
 
 
 RUNTIMES: dict[str, Callable[[Path, int], Session]] = {  # by ending; "": a folder
-    ".onnx": OnnxRuntime, ".xml": OpenVINO, ".pt2": PyTorch, "": TransformersJs, ".tflite": LiteRT,
+    ".onnx": OnnxRuntime, ".xml": OpenVINO, ".pt2": PyTorch, "": TransformersJs, ".tflite": LiteRT, ".pte": ExecuTorch,
 }  # fmt: skip
 
 
