@@ -182,7 +182,8 @@ def _upright(image: Image.Image) -> Image.Image:
 class Transform:
     """Turns a PIL image into the tensor that a model expects; `create_transform` builds and checks it.
 
-    `transform(image)` takes a PIL image of any size and returns [C, H, W] float32, normalised, on the CPU. It raises
+    `transform(image)` takes a PIL image of any size and returns [C, H, W] float32, normalised, on the CPU; for an
+    exported file that takes pixels, [H, W, C] uint8 instead. It raises
     ValueError if `to_mode` does; if the image would make more than `max_tokens` patches; if it is so long and thin that
     resizing would make more than `PIL.Image.MAX_IMAGE_PIXELS` pixels; and in "native" if a side is shorter than half a
     patch.
@@ -196,9 +197,13 @@ class Transform:
     interpolation: str  # one of vit.metadata.INTERPOLATIONS
     crop_pct: float | None  # in "crop" the image is first resized to cover size / crop_pct; else None
     max_tokens: int | None = None  # the most patches that an image may have
+    input: str = "float32"  # "uint8": not normalised; "image": the whole image, which the model itself resizes
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.normalise(self.view(image))
+        if self.input == "image":
+            return as_bytes(to_mode(image, len(self.mean)))
+        view = self.view(image)
+        return self.normalise(view) if self.input == "float32" else as_bytes(view)
 
     def view(self, image: Image.Image) -> Image.Image:
         """The part of an image that the model sees: upright, resized and cropped to whole patches."""
@@ -266,6 +271,11 @@ class Transform:
         return torch.from_numpy(out)
 
 
+def as_bytes(image: Image.Image) -> Tensor:
+    """An image of mode "L" or "RGB" -> [H, W, C] uint8."""
+    return torch.from_numpy(np.array(image).reshape(image.height, image.width, -1))
+
+
 def _center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Cut (H, W) out of an image's middle; a smaller image is surrounded by black."""
     (H, W), (width, height) = size, image.size
@@ -315,6 +325,9 @@ def create_transform(
     _mode_for(config.in_chans)
     if len(settings.mean) != config.in_chans:
         raise ValueError(f"model.preprocessing has {len(settings.mean)} channels, but the model has {config.in_chans}")
+    input = getattr(model, "input", "float32")  # of an exported model
+    if input == "image":
+        _check_own(settings, size=(size, size) if isinstance(size, int) else size, crop_pct=crop_pct, mode=mode)
     if max_tokens is not None:
         require_int("max_tokens", max_tokens, 1)
     if crop_pct is not None:
@@ -334,7 +347,18 @@ def create_transform(
         interpolation=settings.interpolation,
         crop_pct=settings.crop_pct if mode == "crop" else None,
         max_tokens=max_tokens,
+        input=input,
     )
+
+
+def _check_own(settings: Preprocessing, **asked: object) -> None:
+    """ValueError if something else is asked of a file that prepares images itself."""
+    for name, value in asked.items():
+        own = getattr(settings, name)
+        if value not in (None, own):
+            raise ValueError(
+                f"this file resizes and crops images itself, with {name}={own!r}: {value!r} cannot go with it"
+            )
 
 
 def _check_short_side(size: object) -> None:

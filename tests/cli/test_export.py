@@ -173,3 +173,39 @@ def test_pt2_is_run_only_with_trust_and_inspected_without(checkpoint, digit_file
     wanted = json.loads(call("predict", image, "--model", checkpoint, "--img-size", "8x12", "--json").stdout)
     assert found["predictions"][0]["label"] == wanted["predictions"][0]["label"]
     assert "1 image, 3 x 8 x 12" in call("inspect", tmp_path / "model.pt2").stdout
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [("uint8", "pixels, uint8, 3 channels last"), ("image", "whole pictures, uint8, H x W x 3, resized to 28 x 20")],
+)
+def test_files_that_take_pixels(kind, said, checkpoint, tmp_path, call):
+    photograph = vit.load_image(vit.resources.DATA / "photographs" / "coffee.jpg")
+    for i, shape in enumerate([(60, 40), (20, 33), (28, 70)]):
+        for name in ("a 1", "a 3"):
+            (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+            photograph.resize(shape).rotate(90 * (name == "a 3")).save(tmp_path / "data" / name / f"{i}.png")
+    file = tmp_path / "model.onnx"
+    result = call("export", checkpoint, "-o", file, "--input", kind, "--outputs", "logits,features", "--no-check")
+    assert result.returncode == 0, result.stderr
+    assert said in result.stdout
+    answers = []
+    for model in (file, checkpoint):
+        result = call("predict", tmp_path / "data", "--model", model, "--json")
+        assert result.returncode == 0, result.stderr
+        found = [json.loads(line)["predictions"][0] for line in result.stdout.splitlines()]
+        result = call("evaluate", tmp_path / "data", "--model", model, "--json")
+        assert result.returncode == 0, result.stderr
+        answers.append((found, json.loads(result.stdout)["right"]))
+        output = tmp_path / f"{len(answers)}.safetensors"
+        assert call("features", tmp_path / "data", "-o", output, "--model", model).returncode == 0
+    assert answers[0][1] == answers[1][1]
+    for found, wanted in zip(*(found for found, _ in answers)):
+        assert found["label"] == wanted["label"] and abs(found["probability"] - wanted["probability"]) < 1e-3
+    with safe_open(tmp_path / "1.safetensors", "pt") as one, safe_open(tmp_path / "2.safetensors", "pt") as other:
+        torch.testing.assert_close(one.get_tensor("features"), other.get_tensor("features"), rtol=2e-3, atol=2e-3)
+    result = call("bench", "--model", file, "-b", "1", "--rounds", "1", "--json")
+    assert result.returncode == 0 and json.loads(result.stdout)["ms"] > 0, result.stderr
+    if kind == "image":
+        result = call("predict", tmp_path / "data", "--model", file, "--img-size", "32")
+        assert result.returncode == 2 and "this file resizes and crops images itself" in result.stderr

@@ -5,7 +5,7 @@ import torch
 from helpers import randomize
 
 import vit
-from vit.exporting import to_onnx
+from vit.exporting import graph
 
 CONFIG = vit.ViTConfig(
     img_size=(28, 20), patch_size=4, embed_dim=16, num_heads=2, depth=2, num_classes=5, position_rule="dinov2"
@@ -23,7 +23,7 @@ def small(**settings) -> vit.ViT:
 
 def freeze_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let exports take the stored position rows in their order, not resampled: at the own size nothing shows it."""
-    real = to_onnx.at_size
+    real = graph.at_size
 
     def frozen(*arguments):
         model = real(*arguments)
@@ -31,4 +31,4 @@ def freeze_positions(monkeypatch: pytest.MonkeyPatch) -> None:
         model.positions = lambda grid: stored[:, torch.arange(grid[0] * grid[1]) % stored.shape[1]]
         return model
 
-    monkeypatch.setattr(to_onnx, "at_size", frozen)
+    monkeypatch.setattr(graph, "at_size", frozen)

@@ -214,6 +214,8 @@ def prepare(
         model = made[key] = made.get(key) or variant(source, case)
         whole_patches(case.size, model.config.patch_size)
         dtype = torch.float32 if case.optimize else options.DTYPES[case.dtype]  # of the images
+        if isinstance(model, ExportedModel):
+            dtype = model.dtype
         try:
             calls[case] = partial(model, timing.images(case, model.config, device, dtype))
             calls[case]()
@@ -244,7 +246,8 @@ def describe(
     model: Any = call.func
     low, median, high = timing.spread(times)
     read = model.tokens_read() if case.optimize else None
-    speed = timing.flops(model.config, case.size, read) * case.batch / median
+    size = model.preprocessing.size if getattr(model, "input", None) == "image" else case.size
+    speed = timing.flops(model.config, size, read) * case.batch / median
     peak = peaks[case.dtype, case.threads]
     return vars(case) | {
         "ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high,

@@ -12,6 +12,7 @@ from vit.exporting import FORMATS, Metadata, Report, export
 from vit.exporting.formats import by_ending
 from vit.exporting.graph import OUTPUTS
 from vit.exporting.int8 import MOST
+from vit.exporting.pixels import INPUTS
 from vit.exporting.to_onnx import DEFAULT_OPSET
 from vit.image import ImageError, Transform, create_transform
 
@@ -64,6 +65,11 @@ def add_parser(commands: Any) -> None:
         help="logits,features,attention: features are what the classifier reads, attention is the class token's in the "
         "last block; default: logits, or features of a model without a classifier",
     )  # fmt: skip
+    parser.add_argument(
+        "--input", choices=INPUTS, default="float32",
+        help="what the file takes: float32, images resized, cropped and normalised; uint8, the same not normalised; "
+        "image, whole pictures of any size; default: %(default)s",
+    )  # fmt: skip
     parser.add_argument("--no-check", action="store_true", help="do not run the file; its metadata say so")
     parser.add_argument("--force", action="store_true", help="replace FILE, after the check")
     parser.add_argument("--json", action="store_true", help="print the whole report")
@@ -83,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     report = export(
         model, args.output, form, dynamic=args.dynamic or None, int8=args.int8, calibrate=images,
         img_size=args.img_size, batch_size=args.batch_size, half=args.half, opset=args.opset, aot=args.aot,
-        outputs=args.outputs, check=not args.no_check, force=args.force,
+        outputs=args.outputs, input=args.input, check=not args.no_check, force=args.force,
     )  # fmt: skip
     print(json.dumps(report.to_dict(), indent=2) if args.json else as_text(report))
     return 0
@@ -110,12 +116,19 @@ def as_text(report: Report) -> str:
 
 def describe(metadata: Metadata) -> list[str]:
     """What an exported file takes and gives, and how far it was from its model, in lines."""
-    size = f"H x W, multiples of {metadata.config.patch_size}"
+    channels, size = metadata.config.in_chans, f"H x W, multiples of {metadata.config.patch_size}"
     if metadata.size is not None:
         size = "{} x {}".format(*metadata.size)
+    shape = {
+        "float32": f"{channels} x {size}",
+        "uint8": f"pixels, uint8, {channels} channels last, {size}",
+        "image": f"whole pictures, uint8, H x W x {channels}, resized to {{}} x {{}}".format(
+            *metadata.preprocessing.size
+        ),
+    }[metadata.input]
     batch = "any number of images" if metadata.batch is None else f"{metadata.batch} image{'s' * (metadata.batch > 1)}"
     lines = [
-        f"images      {batch}, {metadata.config.in_chans} x {size}",
+        f"images      {batch}, {shape}",
         f"outputs     {', '.join(metadata.outputs)}",
         f"weights     {metadata.precision}",
     ]

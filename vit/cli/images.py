@@ -84,7 +84,8 @@ def decode(paths: Iterable[Path], transform: Callable[[Image.Image], Tensor]) ->
 def batches(items: Iterable[Decoded], size: int, transform: Transform) -> Iterator[list[Decoded]]:
     """Consecutive items in groups of `size`, files that cannot be used included.
 
-    Images at their own sizes ("native") come in smaller groups, of at most `vit.packed.BUDGET` patches.
+    Images at their own sizes ("native") come in smaller groups, of at most `vit.packed.BUDGET` patches; those that an
+    exported file resizes itself, one by one.
     """
     batch: list[Decoded] = []
     tokens = 0
@@ -96,7 +97,7 @@ def batches(items: Iterable[Decoded], size: int, transform: Transform) -> Iterat
                 batch, tokens = [], 0
             tokens += more
         batch.append(item)
-        if len(batch) == size:
+        if len(batch) == size or transform.input == "image":
             yield batch
             batch, tokens = [], 0
     if batch:

@@ -185,9 +185,11 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def images(case: Case, config: ViTConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[B, C, H, W] of noise."""
-    shape = (case.batch, config.in_chans, *case.size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    """[B, C, H, W] of noise; in bytes, [B, H, W, C]."""
+    generator = torch.Generator().manual_seed(0)
+    if dtype == torch.uint8:
+        return torch.randint(256, (case.batch, *case.size, config.in_chans), generator=generator, dtype=dtype)
+    return torch.randn(case.batch, config.in_chans, *case.size, generator=generator).to(device, dtype)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

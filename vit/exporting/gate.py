@@ -16,9 +16,12 @@ from vit.model import ViT
 from vit.resources import DATA
 
 from .graph import Graph
+from .metadata import Metadata
 from .read import ExportedModel
 
 BARS = {"float32": 1e-5, "float16": 2e-3}  # of the largest value of an output; the first is what "equal" means here
+RESIZED = 2e-3  # the same for files that resize pictures: a few pixels are rounded to the next grey level
+PHOTOGRAPH = "the photograph"
 COSINE = 0.998  # of int8: the least similarity with the model's output, of any image that was held out
 
 
@@ -47,8 +50,8 @@ def compare(
     own = exported.preprocessing.size
     for name, ours, theirs in inputs(model, exported, held_out):
         found = exported.run(theirs)
-        if held_out and theirs is not ours:  # of int8, a photograph that was not held out shows only the preprocessing
-            wanted = exported.run(ours)
+        if held_out and name.startswith(PHOTOGRAPH):  # of int8, one that was not held out shows only the preprocessing
+            wanted = exported.run(given(model, exported, ours)[1])
         else:
             wanted = reference(model, ours, exported.metadata.outputs)
         same = twin is not None and tuple(ours.shape[2:]) != own
@@ -58,7 +61,7 @@ def compare(
         for output in exported.metadata.outputs:
             row = {"input": name, "output": output}
             pair = centred(output, found[output]), centred(output, wanted[output])
-            rows.append(row | measure(*pair, exported.metadata.precision, mean=same))
+            rows.append(row | measure(*pair, exported.metadata, mean=same))
         if held_out and "logits" in found:
             check_labels(name, found["logits"], wanted["logits"])
     return rows
@@ -69,13 +72,14 @@ def centred(output: str, values: Tensor) -> Tensor:
     return values - values.mean(dim=1, keepdim=True) if output == "logits" and values.shape[1] > 1 else values
 
 
-def measure(found: Tensor, wanted: Tensor, precision: str, mean: bool) -> dict[str, Any]:
+def measure(found: Tensor, wanted: Tensor, metadata: Metadata, mean: bool) -> dict[str, Any]:
     """How alike two outputs are, and how alike they must be."""
-    if precision == "int8":
+    if metadata.precision == "int8":
         alike = cosine_similarity(found.flatten(1), wanted.flatten(1))  # [B]
         return {"measure": "cosine", "value": (alike.mean() if mean else alike.min()).item(), "bar": COSINE}
     error = ((found - wanted).abs().max() / wanted.abs().max()).item()
-    return {"measure": "error", "value": error, "bar": BARS[precision]}
+    bar = BARS[metadata.precision]
+    return {"measure": "error", "value": error, "bar": max(bar, RESIZED) if metadata.input == "image" else bar}
 
 
 def check_labels(name: str, found: Tensor, wanted: Tensor) -> None:
@@ -109,21 +113,37 @@ def judge(rows: list[dict[str, Any]]) -> None:
 def inputs(model: ViT, exported: ExportedModel, held_out: Sequence[Tensor]) -> list[tuple[str, Tensor, Tensor]]:
     """What to run: a name, images for the model and images for the exported file."""
     found = []
+    int8, whole = exported.metadata.precision == "int8", exported.metadata.input == "image"
     for batch, size in shapes(exported):
-        if exported.metadata.precision == "int8":  # noise is not what it was calibrated on
+        if int8:  # noise is not what it was calibrated on
             x = torch.stack([resized(image, size) for image in held_out])
-            found.append((f"{len(x)} images held out, {size[0]} x {size[1]}", x, x))
-            continue
-        generator = torch.Generator().manual_seed(batch)
-        x = torch.randn(batch, model.config.in_chans, *size, generator=generator)
-        found.append((f"noise {batch} x {size[0]} x {size[1]}", x, x))
-    if model.config.in_chans in (1, 3):
+            name = f"{len(x)} images held out,"
+        else:
+            x = torch.randn(batch, model.config.in_chans, *size, generator=torch.Generator().manual_seed(batch))
+            name = f"noise {batch} x"
+        found.append((f"{name} {size[0]} x {size[1]}", *given(model, exported, x)))
+    if model.config.in_chans in (1, 3) and not (int8 and whole):
         file = DATA / "photographs" / "coffee.jpg"
         with Image.open(file) as photograph:
             size = exported.preprocessing.size
             ours, theirs = (create_transform(one, size)(photograph)[None] for one in (model, exported))
-        found.append((f"the photograph {file.stem}", ours, theirs))
+        found.append((f"{PHOTOGRAPH} {file.stem}", ours, theirs))
     return found
+
+
+def given(model: ViT, exported: ExportedModel, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same images, from normalised ones [B, C, H, W], as the model takes them and as the exported file does."""
+    if exported.metadata.input == "float32":
+        return x, x
+    settings = model.preprocessing
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (settings.mean, settings.std))
+    pixels = ((x * std + mean) * 255).round().clamp(0, 255)  # [B, C, H, W]
+    theirs = pixels.byte().permute(0, 2, 3, 1).contiguous()  # [B, H, W, C]
+    if exported.metadata.input == "uint8":
+        return (pixels / 255 - mean) / std, theirs
+    transform = create_transform(model, exported.preprocessing.size)
+    pictures = [Image.fromarray(picture.squeeze(2).numpy()) for picture in theirs]
+    return torch.stack([transform(picture) for picture in pictures]), theirs
 
 
 def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -136,6 +156,10 @@ def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
 def shapes(exported: ExportedModel) -> list[tuple[int, tuple[int, int]]]:
     """(images, (H, W)) to run: the one shape that a file takes; else its own size, one patch, wide and high ones."""
     fixed, p = exported.metadata.size, exported.config.patch_size
+    if exported.metadata.input == "image":
+        h, w = exported.preprocessing.size
+        n = 1 if exported.metadata.precision == "int8" else exported.metadata.batch or 3
+        return [(n, (h, w)), (1, (p, p)), (2, (h // 2 + 1, 2 * w + 3)), (1, (2 * h + 1, 2 * w + 1)), (1, (h, w // 2))]
     if fixed is not None:
         return [(exported.metadata.batch or 3, fixed)]
     h, w = (side // p for side in exported.preprocessing.size)

@@ -15,6 +15,8 @@ from vit.model import Block, ViT
 from vit.packed import Packing
 
 from .int8 import ByteAttend
+from .metadata import Metadata
+from .pixels import Pixels, fold
 
 OUTPUTS = ("logits", "features", "attention")
 PREFIX = {"token": 1, "dist": 2}  # how many of the first tokens the head reads, if it reads no others
@@ -27,16 +29,17 @@ class Graph(nn.Module):
         features   [B, D], what the head reads; [B, 2D] with global_pool "token_avg"
         attention  [B, A, h, w], how much each head of the last block lets the class token look at each patch
 
-    Images and outputs are float32 whatever the dtype of the weights.
+    Outputs are float32 whatever the dtype of the weights; images are normalised float32 [B, C, H, W], or what
+    `prepare` makes pixels of.
     """
 
-    def __init__(self, model: ViT, outputs: Sequence[str]) -> None:
+    def __init__(self, model: ViT, outputs: Sequence[str], prepare: nn.Module | None = None) -> None:
         super().__init__()
-        self.model, self.names = model, tuple(outputs)
+        self.model, self.names, self.prepare = model, tuple(outputs), prepare or nn.Identity()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         model = self.model
-        images = model.accept(images.to(model.class_token.dtype))  # [B, C, H, W]
+        images = model.accept(self.prepare(images).to(model.class_token.dtype))  # [B, C, H, W]
         grid, before, last = model.grid_of(images), len(model.blocks) - 2, cast(Block, model.blocks[-1])
         _, kept = model.encode(model.tokens(images), Packing(grid), {before: lambda x: x})
         x = kept[before]  # [B, T, D], what the last block reads
@@ -91,6 +94,31 @@ def check_outputs(outputs: Sequence[str] | None, model: ViT) -> tuple[str, ...]:
     if "logits" in names and not has_head:
         raise ValueError("this model has no classifier, so it has no logits: ask for features")
     return names
+
+
+def graph_of(model: ViT, metadata: Metadata) -> Graph:
+    """The graph that a file's metadata describe, in eval mode."""
+    settings, dtype = metadata.preprocessing, torch.float16 if metadata.precision == "float16" else torch.float32
+    if metadata.input == "float32":
+        return Graph(at_size(model, metadata.size, dtype), metadata.outputs)
+    copied = at_size(model, settings.size if metadata.input == "image" else metadata.size, torch.float32)
+    fold(copied, settings)
+    return Graph(copied.to(dtype), metadata.outputs, Pixels(metadata.input, settings, model.config.patch_size)).eval()
+
+
+def example(metadata: Metadata) -> tuple[Tensor, dict[int, Any]]:
+    """Images to trace a graph with, and their dimensions that are dynamic, as `torch.export` takes them."""
+    p, channels, batch = metadata.config.patch_size, metadata.config.in_chans, metadata.batch or 2
+    B, h, w = (torch.export.Dim(name, min=1) for name in ("batch", "h", "w"))
+    if metadata.input == "float32":
+        images, sides = torch.zeros(batch, channels, *(metadata.size or (3 * p, 5 * p))), (2, 3)
+    else:
+        images, sides = torch.zeros(batch, *(metadata.size or (3 * p, 5 * p)), channels, dtype=torch.uint8), (1, 2)
+    dynamic = {} if metadata.batch else {0: B}
+    if metadata.size is None:
+        factor = 1 if metadata.input == "image" else p
+        dynamic |= {sides[0]: factor * h, sides[1]: factor * w}
+    return images, dynamic
 
 
 @torch.no_grad()

@@ -26,8 +26,10 @@ class Metadata:
     categories: list[str] | None
     outputs: tuple[str, ...]  # in the order of the graph's
     precision: str  # of the weights: "float32", "float16", "int8"
-    input: str  # "float32": normalised images [B, C, H, W]
-    size: tuple[int, int] | None  # (H, W), the only one that it takes; None: any multiples of the patch
+    input: str  # "float32": normalised images [B, C, H, W]; "uint8": pixels [B, H, W, C]; "image": whole pictures
+    size: (
+        tuple[int, int] | None
+    )  # (H, W), the only one that it takes; None: any, unless pictures multiples of the patch
     batch: int | None  # images per call; None: any number
     source: Provenance | None  # of the model that was exported
     versions: Mapping[str, str]  # of what wrote and checked it

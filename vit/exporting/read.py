@@ -14,6 +14,7 @@ from vit.metadata import Provenance
 
 from . import archive
 from .metadata import Metadata
+from .pixels import check_picture
 from .runtimes import UNSAFE, Port, open_file
 from .to_transformersjs import graph_in
 
@@ -62,7 +63,7 @@ class ExportedModel:
     the commands take it; `metadata` is all that the file says of itself.
     """
 
-    device, dtype = torch.device("cpu"), torch.float32  # of images and outputs
+    device = torch.device("cpu")
 
     def __init__(self, path: Path, threads: int | None = None, trust: bool = False) -> None:
         self.path, self.session = path, open_file(path, threads, trust)
@@ -72,7 +73,8 @@ class ExportedModel:
         except ValueError as error:
             raise ValueError(f"{path} cannot be used: {error}") from error
         self.config, self.categories = self.metadata.config, self.metadata.categories
-        self.preprocessing = self.metadata.preprocessing
+        self.preprocessing, self.input = self.metadata.preprocessing, self.metadata.input
+        self.dtype = torch.float32 if self.input == "float32" else torch.uint8  # of images
         file = graph_in(path) if path.is_dir() else path
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
         self.provenance = Provenance(str(path), sha256, file.suffix[1:], parent=self.metadata.source)
@@ -80,7 +82,9 @@ class ExportedModel:
     def __call__(self, images: Tensor) -> Tensor:
         """[B, in_chans, H, W] images, normalised as `preprocessing` says -> [B, num_classes] logits.
 
-        Of a model without a head, [B, D] features, as the model itself returns them.
+        Of a model without a head, [B, D] features, as the model itself returns them. Files that were exported with
+        `input` "uint8" or "image" take pixels instead, uint8 [B, H, W, in_chans]; `vit.create_transform` of this model
+        makes the one or the other.
 
         Raises:
             ValueError: images of another kind or size, or a file that holds no logits.
@@ -113,32 +117,44 @@ class ExportedModel:
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """As `ViT.grid_of`."""
-        return images.shape[2] // self.config.patch_size, images.shape[3] // self.config.patch_size
+        p = self.config.patch_size
+        H, W = self.preprocessing.size if self.input == "image" else sides(images, self.input)
+        return H // p, W // p
 
     def forward_packed(self, images: Sequence[Tensor]) -> Tensor:
-        """[C, H_i, W_i] images of any sizes that the file takes, one after the other -> [images, num_classes]."""
+        """Images of any sizes that the file takes, each as in a batch, one after the other -> [images, num_classes]."""
         return torch.cat([self(image[None]) for image in images])
 
     def accept(self, images: Tensor) -> Tensor:
         """Check images: a runtime takes some wrong ones in silence. ONNX Runtime drops rows beyond whole patches."""
-        config, size = self.config, self.metadata.size
-        sides = f"{size[0]}, {size[1]}" if size else "H, W"
-        expected = f"{self.path} expects [B, {config.in_chans}, {sides}] images in float32 on the CPU"
+        C, p, size = self.config.in_chans, self.config.patch_size, self.metadata.size
+        H, W = size or ("H", "W")
+        shape = f"[B, {C}, {H}, {W}] images" if self.input == "float32" else f"[B, {H}, {W}, {C}] pixels"
+        expected = f"{self.path} expects {shape} in {str(self.dtype).removeprefix('torch.')} on the CPU"
         if not isinstance(images, Tensor) or images.ndim != 4:
             found = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"{expected}; got {found}")
         if images.dtype != self.dtype or images.device != self.device:
             raise ValueError(f"{expected}; got {images.dtype} on {images.device}")
-        H, W = images.shape[2:]
-        if images.shape[1] != config.in_chans or 0 in images.shape or (size and size != (H, W)):
+        H, W = sides(images, self.input)
+        channels = images.shape[1 if self.input == "float32" else 3]
+        if channels != C or 0 in images.shape or (size and size != (H, W)):
             raise ValueError(f"{expected}; got {list(images.shape)}")
-        if H % config.patch_size or W % config.patch_size:
-            raise ValueError(f"{expected}, H and W multiples of {config.patch_size}; got {list(images.shape)}")
+        if self.input == "image":
+            check_picture(self.preprocessing, H, W)
+        elif H % p or W % p:
+            raise ValueError(f"{expected}, H and W multiples of {p}; got {list(images.shape)}")
         return images.detach()
 
     def __repr__(self) -> str:
         size = "any size" if self.metadata.size is None else "{} x {}".format(*self.metadata.size)
         return f"ExportedModel({str(self.path)!r}, {', '.join(self.metadata.outputs)}, {size})"
+
+
+def sides(images: Tensor, kind: str) -> tuple[int, int]:
+    """(H, W) of images as a file of this kind takes them."""
+    H, W = images.shape[2:] if kind == "float32" else images.shape[1:3]
+    return H, W
 
 
 def check(metadata: Metadata, inputs: Sequence[Port], outputs: Sequence[Port]) -> None:
@@ -148,14 +164,18 @@ def check(metadata: Metadata, inputs: Sequence[Port], outputs: Sequence[Port]) -
         raise ValueError(f"its metadata have {len(metadata.categories)} categories for {config.num_classes} classes")
     p = config.patch_size
     width = config.embed_dim * (1 + (config.global_pool == "token_avg"))
-    grid = [side and side // p for side in size]
+    grid = [side and side // p for side in (metadata.preprocessing.size if metadata.input == "image" else size)]
+    kind = "float32" if metadata.input == "float32" else "uint8"
     shapes = {
-        "images": (metadata.batch, config.in_chans, *size),
+        "images": (metadata.batch, config.in_chans, *size)
+        if kind == "float32"
+        else (metadata.batch, *size, config.in_chans),
         "logits": (metadata.batch, config.num_classes),
         "features": (metadata.batch, width),
         "attention": (metadata.batch, config.num_heads, *grid),
     }
-    wanted = [Port(name, "float32", shapes[name]) for name in ("images", *metadata.outputs)]
+    wanted = [Port("images", kind, shapes["images"])]
+    wanted += [Port(name, "float32", shapes[name]) for name in metadata.outputs]
     for found, expected in zip([*inputs, *outputs], wanted):
         if found != expected:
             raise ValueError(f"its metadata describe {_describe(expected)}, and its graph has {_describe(found)}")

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from vit.model import ViT
 
 from . import archive
-from .graph import Graph
+from .graph import Graph, example, graph_of
 from .metadata import Metadata
 from .packages import need
 from .to_onnx import quiet, reason
-from .to_pt2 import source
 
 NOTE = (
     "its converter needs torch below 2.15, so give it an environment of its own: python -m venv litert;"
@@ -43,7 +42,7 @@ def convert(model: ViT, metadata: Metadata) -> bytes:
         ValueError: it cannot be converted.
     """
     converter = need("litert_torch", "litert", NOTE)
-    graph, images, _ = source(model, metadata)
+    graph, (images, _) = graph_of(model, metadata), example(metadata)
     with quiet(), torch.no_grad(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # their progress
         try:
             content = converter.convert(Named(graph).eval(), sample_kwargs={"images": images}).model_content()

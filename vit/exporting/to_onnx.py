@@ -15,7 +15,7 @@ from vit.attend import Attend
 from vit.metadata import EXPORTED_KEY
 from vit.model import ViT
 
-from .graph import Graph, at_size
+from .graph import example, graph_of
 from .metadata import Metadata
 from .packages import need
 
@@ -33,45 +33,42 @@ def convert(model: ViT, metadata: Metadata, opset: int) -> ModelProto:
     Raises:
         ValueError: PyTorch cannot export it; or the weights are larger than one ONNX file can be.
     """
-    dtype = torch.float16 if metadata.precision == "float16" else torch.float32
-    graph = Graph(at_size(model, metadata.size, dtype), metadata.outputs)
+    graph = graph_of(model, metadata)
     weights = sum(tensor.nbytes for tensor in graph.parameters())
     if weights > LARGEST:
         raise ValueError(
             f"the weights take {weights / 2**30:.1f} GiB, and one ONNX file holds less than 2 GiB: half=True (--half)"
             " halves them"
         )
-    p = model.config.patch_size
-    shape = (metadata.batch or 2, model.config.in_chans, *(metadata.size or (3 * p, 5 * p)))  # of an example
-    dynamic = None
-    if metadata.size is None:
-        B, h, w = (torch.export.Dim(name, min=1) for name in ("batch", "h", "w"))
-        dynamic = ({0: B, 2: p * h, 3: p * w},)
+    images, dynamic = example(metadata)
     with quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
-                graph, (torch.zeros(shape),), dynamo=True, dynamic_shapes=dynamic, opset_version=opset,
+                graph, (images,), dynamo=True, dynamic_shapes=(dynamic,), opset_version=opset,
                 input_names=["images"], output_names=list(metadata.outputs), verbose=False,
             )  # fmt: skip
         except Exception as error:  # torch.onnx.OnnxExporterError, which says little: its cause says what and where
             raise ValueError(f"PyTorch cannot export this model: {reason(model, error)}") from error
     assert program is not None
-    return tidy(program.model_proto, dynamic is not None)
+    return tidy(program.model_proto, metadata)
 
 
-def tidy(model: ModelProto, dynamic: bool) -> ModelProto:
+def tidy(model: ModelProto, metadata: Metadata) -> ModelProto:
     """Take out stack traces and other notes, which hold paths of this machine; name the sides that are dynamic."""
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         part.doc_string = ""
         part.ClearField("metadata_props")
-    if dynamic:
+    if metadata.size is None:
         graph.ClearField("value_info")  # shapes in symbols of PyTorch's; a runtime infers its own
+        sides = (
+            ("batch", None, "height", "width") if metadata.input == "float32" else ("batch", "height", "width", None)
+        )
+        names = {"images": sides, "attention": ("batch", None, "rows", "columns")}
         for value in (*graph.input, *graph.output):
-            names = {"images": ("batch", None, "height", "width"), "attention": ("batch", None, "rows", "columns")}
             dims = value.type.tensor_type.shape.dim
             for dim, name in zip(dims, names.get(value.name, ("batch", None))):
-                if name is not None:
+                if dim.dim_param and name is not None:
                     dim.dim_param = name
     return model
 

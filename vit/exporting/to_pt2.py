@@ -6,15 +6,14 @@ import io
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from vit.model import ViT
 
 from . import archive
-from .graph import Graph, at_size
+from .graph import example, graph_of
 from .metadata import Metadata
 from .to_onnx import quiet, reason
 
@@ -42,7 +41,7 @@ def convert(model: ViT, metadata: Metadata, aot: bool) -> Package:
 
 def program(model: ViT, metadata: Metadata) -> torch.export.ExportedProgram:
     """A model as PyTorch's graph, without notes on where its code lies on this machine."""
-    graph, images, dynamic = source(model, metadata)
+    graph, (images, dynamic) = graph_of(model, metadata), example(metadata)
     with torch.no_grad():
         try:
             exported = torch.export.export(graph, (images,), dynamic_shapes=(dynamic,))
@@ -52,16 +51,6 @@ def program(model: ViT, metadata: Metadata) -> torch.export.ExportedProgram:
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)
     return exported
-
-
-def source(model: ViT, metadata: Metadata) -> tuple[Graph, Tensor, dict[int, Any]]:
-    """The graph that metadata describe, images to trace it with, and their dimensions that are dynamic."""
-    dtype = torch.float16 if metadata.precision == "float16" else torch.float32
-    graph = Graph(at_size(model, metadata.size, dtype), metadata.outputs)
-    p = model.config.patch_size
-    shape = (metadata.batch or 2, model.config.in_chans, *(metadata.size or (3 * p, 5 * p)))
-    B, h, w = (torch.export.Dim(name, min=1) for name in ("batch", "h", "w"))
-    return graph, torch.zeros(shape), {} if metadata.size else {0: B, 2: p * h, 3: p * w}
 
 
 def ports(exported: torch.export.ExportedProgram, metadata: Metadata) -> dict[str, str]:

@@ -25,6 +25,7 @@ from .graph import check_outputs
 from .int8 import Images, images_for, quantized
 from .metadata import Metadata, processor
 from .packages import need
+from .pixels import check_input
 from .read import ExportedModel
 
 
@@ -57,6 +58,7 @@ def export(
     opset: int | None = None,
     aot: bool = False,
     outputs: Sequence[str] | None = None,
+    input: str = "float32",
     check: bool = True,
     force: bool = False,
 ) -> Report:
@@ -84,9 +86,12 @@ def export(
         aot: of pt2, compiled to native code for this machine's processor.
         outputs: one or more of "logits", "features" (what the head reads) and "attention" (of the class token in the
             last block, [B, A, h, w]); None for logits, or for features if the model has no head.
+        input: "float32": normalised images [B, C, H, W], as the model takes them; "uint8": their pixels, uint8
+            [B, H, W, C], resized and cropped, which the file normalises; "image": whole pictures, uint8 [B, H, W, C] of
+            any H and W, which the file resizes, crops and normalises, to `img_size` or the model's own size.
         check: run the file against the model: noise of several sizes and a photograph, prepared as the file's own
-            preprocessing says. At most 1e-5 of the largest value may differ, with `half` 2e-3. In int8 it runs the
-            images that were held out: the cosine of each output must reach 0.998.
+            preprocessing says. At most 1e-5 of the largest value may differ, with `half` or whole pictures 2e-3. In
+            int8 it runs the images that were held out: the cosine of each output must reach 0.998.
         force: replace files that exist; only after the check.
 
     Returns:
@@ -106,6 +111,9 @@ def export(
     if "dynamic" not in form.takes and dynamic is None:
         dynamic = False
     size, batch = shape(model, dynamic, img_size, batch_size)
+    preprocessing = replace(model.preprocessing, size=size or model.preprocessing.size)
+    if check_input(input, model) == "image":
+        size, batch = None, batch_size  # pictures of any size, and what they are resized to is in the preprocessing
     precision = check_precision(model, names, half, int8, calibrate)
     options = check_taken(format, {"dynamic": dynamic, "half": half, "int8": int8, "opset": opset, "aot": aot})
     options = {name: options[name] for name in ("opset", "aot") if name in options}  # for the conversion
@@ -118,11 +126,11 @@ def export(
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     metadata = Metadata(
         config=model.config,
-        preprocessing=replace(model.preprocessing, size=size or model.preprocessing.size),
+        preprocessing=preprocessing,
         categories=model.categories,
         outputs=names,
         precision=precision,
-        input="float32",
+        input=input,
         size=size,
         batch=batch,
         source=without_folders(model.provenance),
@@ -131,7 +139,7 @@ def export(
         parity=None,
     )
     sized = copy.copy(model)  # with the same weights: calibrated at the size that the file takes
-    sized.preprocessing = replace(model.preprocessing, size=size or model.preprocessing.size)
+    sized.preprocessing = preprocessing
     images = images_for(sized, calibrate) if int8 else Images([], [])
     twin = quantized(model, images.used) if int8 and form.twin else None
     converted = form.module.convert(twin or model, metadata, **options)
