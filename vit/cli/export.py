@@ -111,7 +111,7 @@ def read_images(names: list[str], transform: Transform) -> list[Tensor]:
 def as_text(report: Report) -> str:
     """What was written, what it takes and gives, and how far it is from its model."""
     what = f"{report.files[0]}: {report.bytes / 1e6:.1f} MB"
-    return "\n".join([what, *describe(report.metadata)])
+    return "\n".join([what, *describe(report.metadata), *[f"note        {report.caveat}"] * bool(report.caveat)])
 
 
 def describe(metadata: Metadata) -> list[str]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from . import to_executorch, to_litert, to_onnx, to_openvino, to_pt2, to_transformersjs
+from . import to_coreml, to_executorch, to_litert, to_onnx, to_openvino, to_pt2, to_transformersjs
+from .pixels import INPUTS
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,10 @@ class Format:
     packages: tuple[str, ...]
     extra: str  # of this package, which installs those
     takes: tuple[str, ...]  # of the names in WHY_NOT
+    inputs: tuple[str, ...] = INPUTS  # kinds of images
     folder: bool = False  # several files in a folder, which `export` gets as its path
+    runs: bool = True  # something here can run it
+    caveat: str = ""  # for the report
     note: str = ""  # on how to install those
     twin: bool = True  # int8 is made here, by `vit.exporting.int8`; else the format's own packages make it
 
@@ -34,13 +38,20 @@ FORMATS = {
     "pt2": Format(to_pt2, (".pt2",), (), "", ("dynamic", "aot")),
     "transformersjs": Format(
         to_transformersjs, ("",), ("onnx", "onnxscript", "onnxruntime"), "onnx", ("dynamic", "half", "int8", "opset"),
-        folder=True,
+        inputs=("float32",), folder=True,
     ),
     "litert": Format(
         to_litert, (".tflite",), ("litert_torch", "ai_edge_quantizer", "ai_edge_litert"), "litert", ("int8",),
-        twin=False, note=to_litert.NOTE,
+        inputs=("float32", "uint8"), twin=False, note=to_litert.NOTE,
     ),
-    "executorch": Format(to_executorch, (".pte",), ("executorch",), "executorch", ("int8",), twin=False),
+    "executorch": Format(
+        to_executorch, (".pte",), ("executorch",), "executorch", ("int8",),
+        inputs=("float32", "uint8"), twin=False, caveat=to_executorch.CAVEAT,
+    ),
+    "coreml": Format(
+        to_coreml, (".mlpackage",), ("coremltools",), "coreml", ("half", "int8"),
+        inputs=("float32", "uint8"), folder=True, twin=False, runs=False, caveat=to_coreml.CAVEAT,
+    ),
 }  # fmt: skip
 WHY_NOT = {  # why a format does not take an option
     "dynamic": "it has one size a file: export several",
@@ -51,9 +62,11 @@ WHY_NOT = {  # why a format does not take an option
 }
 
 
-def check_taken(format: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def check_taken(format: str, given: Mapping[str, Any], input: str) -> dict[str, Any]:
     """Refuse options that a format does not take; those that it does."""
-    takes = FORMATS[format].takes
+    takes, inputs = FORMATS[format].takes, FORMATS[format].inputs
+    if input not in inputs:
+        raise ValueError(f"--input {input} (input={input!r}) with {format}: it takes {', '.join(inputs)}")
     for name, value in given.items():
         if value and name not in takes:
             others = ", ".join(other for other, form in FORMATS.items() if name in form.takes)

@@ -17,6 +17,8 @@ from .packages import need
 from .to_onnx import quiet, reason
 from .to_pt2 import program
 
+CAVEAT = "experimental: run here, on this machine's processor, and never on a phone"
+
 
 def convert(model: ViT, metadata: Metadata) -> bytes:
     """A model as a program; in int8 the weights are bytes, and activations become bytes as they come.
@@ -25,11 +27,11 @@ def convert(model: ViT, metadata: Metadata) -> bytes:
         ValueError: it cannot be converted.
     """
     exir = need("executorch.exir", "executorch")
-    model = copy.deepcopy(model)
-    usual = [i for i, one in enumerate(model.attends) if isinstance(one, Attend) and one.choice.called == "sdpa"]
-    model.set_attention("reference", usual)  # sdpa's parts look for rows without keys, which XNNPACK does not
+    copied = copy.deepcopy(model)
+    usual = [i for i, one in enumerate(copied.attends) if isinstance(one, Attend) and one.choice.called == "sdpa"]
+    copied.set_attention("reference", usual)  # sdpa's parts look for rows without keys, which XNNPACK does not
     with quiet(), torch.no_grad():
-        exported = program(model, metadata)
+        exported = program(copied, metadata)
         try:
             if metadata.precision == "int8":
                 exported = quantized(exported)

@@ -6,7 +6,7 @@ import io
 import json
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -40,8 +40,14 @@ def convert(model: ViT, metadata: Metadata, aot: bool) -> Package:
 
 
 def program(model: ViT, metadata: Metadata) -> torch.export.ExportedProgram:
-    """A model as PyTorch's graph, without notes on where its code lies on this machine."""
-    graph, (images, dynamic) = graph_of(model, metadata), example(metadata)
+    """A model as PyTorch's graph."""
+    return traced(model, graph_of(model, metadata), *example(metadata))
+
+
+def traced(
+    model: ViT, graph: torch.nn.Module, images: torch.Tensor, dynamic: dict[int, Any]
+) -> torch.export.ExportedProgram:
+    """A graph of a model's, traced with images; without notes on where its code lies on this machine."""
     with torch.no_grad():
         try:
             exported = torch.export.export(graph, (images,), dynamic_shapes=(dynamic,))

@@ -37,6 +37,7 @@ class Report:
     bytes: int  # of all of them
     metadata: Metadata  # as it is in the file; its `parity` has the figures of the check
     seconds: dict[str, float]  # "convert" and "check"
+    caveat: str = ""  # what the check could not show
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
@@ -115,7 +116,7 @@ def export(
     if check_input(input, model) == "image":
         size, batch = None, batch_size  # pictures of any size, and what they are resized to is in the preprocessing
     precision = check_precision(model, names, half, int8, calibrate)
-    options = check_taken(format, {"dynamic": dynamic, "half": half, "int8": int8, "opset": opset, "aot": aot})
+    options = check_taken(format, {"dynamic": dynamic, "half": half, "int8": int8, "opset": opset, "aot": aot}, input)
     options = {name: options[name] for name in ("opset", "aot") if name in options}  # for the conversion
     if "opset" in options:
         options["opset"] = check_opset(opset, int8)
@@ -140,7 +141,7 @@ def export(
     )
     sized = copy.copy(model)  # with the same weights: calibrated at the size that the file takes
     sized.preprocessing = preprocessing
-    images = images_for(sized, calibrate) if int8 else Images([], [])
+    images = images_for(sized, calibrate) if int8 and form.runs else Images([], [])
     twin = quantized(model, images.used) if int8 and form.twin else None
     converted = form.module.convert(twin or model, metadata, **options)
     seconds = {"convert": time.perf_counter() - start}
@@ -148,8 +149,9 @@ def export(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         file = Path(folder) / path.name
         form.module.save(converted, metadata, file)
-        exported = ExportedModel(file, trust=True)  # that it opens
-        if check:
+        if form.runs:
+            exported = ExportedModel(file, trust=True)  # that it opens
+        if form.runs and check:
             start = time.perf_counter()
             rows = gate.compare(model, exported, images.held_out, twin)
             gate.judge(rows)
@@ -159,7 +161,7 @@ def export(
             seconds["check"] = time.perf_counter() - start
         if not force:
             check_new(path, form)  # again: another process may have written one in between
-        return Report(*publish(Path(folder), path), metadata, seconds)
+        return Report(*publish(Path(folder), path), metadata, seconds, form.caveat)
 
 
 def publish(folder: Path, path: Path) -> tuple[tuple[str, ...], int]:
