@@ -80,8 +80,7 @@ def convert(model: ViT, metadata: Metadata) -> Any:
 
 def quantized(converted: Any) -> Any:
     """The same with weights in bytes, a scale for each row; products are of floats."""
-    from coremltools.optimize import coreml
-
+    coreml = need("coremltools.optimize.coreml", "coreml")
     each = coreml.OpLinearQuantizerConfig(mode="linear_symmetric", granularity="per_channel")
     return coreml.linear_quantize_weights(converted, config=coreml.OptimizationConfig(global_config=each))
 

@@ -43,24 +43,18 @@ def convert(model: ViT, metadata: Metadata) -> bytes:
 
 def partitioner() -> Any:
     """What hands parts of a graph to XNNPACK."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-
-    return XnnpackPartitioner()
+    return need("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch").XnnpackPartitioner()
 
 
 def quantized(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The same with weights of products in bytes, a scale for each row."""
-    from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
-        XNNPACKQuantizer,
-        get_symmetric_quantization_config,
-    )
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-
+    xnnpack = need("executorch.backends.xnnpack.quantizer.xnnpack_quantizer", "executorch")
+    steps = need("torchao.quantization.pt2e.quantize_pt2e", "executorch")
     (images,), _ = exported.example_inputs
-    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True))
-    prepared = prepare_pt2e(exported.module(), quantizer)
+    how = xnnpack.get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True)
+    prepared = steps.prepare_pt2e(exported.module(), xnnpack.XNNPACKQuantizer().set_global(how))
     prepared(images)
-    return torch.export.export(convert_pt2e(prepared), (images,))
+    return torch.export.export(steps.convert_pt2e(prepared), (images,))
 
 
 def save(content: bytes, metadata: Metadata, path: Path) -> None:

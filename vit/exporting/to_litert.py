@@ -53,8 +53,7 @@ def convert(model: ViT, metadata: Metadata) -> bytes:
 
 def quantized(content: bytes) -> bytes:
     """Weights of products in bytes, a scale for each row."""
-    from ai_edge_quantizer import quantizer, recipe
-
+    quantizer, recipe = (need(f"ai_edge_quantizer.{name}", "litert", NOTE) for name in ("quantizer", "recipe"))
     one = quantizer.Quantizer(content)
     one.load_quantization_recipe(recipe.dynamic_wi8_afp32())
     return bytes(one.quantize().quantized_model)
