@@ -14,7 +14,7 @@ try() {  # name, extra, tests
         return
     fi
     # without conftest.py, which needs timm and all that the ordinary suite needs
-    "$work/$1/bin/python" -m pytest --noconftest -q -n 0 -p no:cacheprovider "$3" || failed=1
+    "$work/$1/bin/python" -m pytest --noconftest -q -p no:cacheprovider "$3" || failed=1
     rm -rf "${work:?}/$1"
 }
 
