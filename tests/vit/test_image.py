@@ -402,7 +402,7 @@ def test_transforms_pickle_compare_and_show_what_they_do():
     assert torch.equal(again(CHINA), transform(CHINA))
     assert repr(transform) == (
         "Transform(mode='crop', size=(256, 160), patch_size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), "
-        "interpolation='bicubic', crop_pct=0.9, max_tokens=None)"
+        "interpolation='bicubic', crop_pct=0.9, max_tokens=None, input='float32')"
     )
     assert create_transform(SMALL, mode="native").crop_pct is None
 

@@ -91,7 +91,7 @@ def batches(items: Iterable[Decoded], size: int, transform: Transform) -> Iterat
     tokens = 0
     for item in items:
         if transform.mode == "native" and isinstance(item[1], Tensor):
-            more = item[1].shape[1] * item[1].shape[2] // transform.patch_size**2
+            more = item[1].numel() // (len(transform.mean) * transform.patch_size**2)
             if batch and tokens + more > BUDGET:
                 yield batch
                 batch, tokens = [], 0

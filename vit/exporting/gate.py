@@ -16,7 +16,6 @@ from vit.model import ViT
 from vit.resources import DATA
 
 from .graph import Graph
-from .metadata import Metadata
 from .read import ExportedModel
 
 BARS = {"float32": 1e-5, "float16": 2e-3}  # of the largest value of an output; the first is what "equal" means here
@@ -61,7 +60,8 @@ def compare(
         for output in exported.metadata.outputs:
             row = {"input": name, "output": output}
             pair = centred(output, found[output]), centred(output, wanted[output])
-            rows.append(row | measure(*pair, exported.metadata, mean=same))
+            resized = exported.metadata.input == "image"
+            rows.append(row | measure(*pair, exported.metadata.precision, mean=same, resized=resized))
         if held_out and "logits" in found:
             check_labels(name, found["logits"], wanted["logits"])
     return rows
@@ -72,14 +72,14 @@ def centred(output: str, values: Tensor) -> Tensor:
     return values - values.mean(dim=1, keepdim=True) if output == "logits" and values.shape[1] > 1 else values
 
 
-def measure(found: Tensor, wanted: Tensor, metadata: Metadata, mean: bool) -> dict[str, Any]:
+def measure(found: Tensor, wanted: Tensor, precision: str, mean: bool, resized: bool = False) -> dict[str, Any]:
     """How alike two outputs are, and how alike they must be."""
-    if metadata.precision == "int8":
+    if precision == "int8":
         alike = cosine_similarity(found.flatten(1), wanted.flatten(1))  # [B]
         return {"measure": "cosine", "value": (alike.mean() if mean else alike.min()).item(), "bar": COSINE}
     error = ((found - wanted).abs().max() / wanted.abs().max()).item()
-    bar = BARS[metadata.precision]
-    return {"measure": "error", "value": error, "bar": max(bar, RESIZED) if metadata.input == "image" else bar}
+    bar = BARS[precision]
+    return {"measure": "error", "value": error, "bar": max(bar, RESIZED) if resized else bar}
 
 
 def check_labels(name: str, found: Tensor, wanted: Tensor) -> None:
@@ -158,7 +158,9 @@ def shapes(exported: ExportedModel) -> list[tuple[int, tuple[int, int]]]:
     fixed, p = exported.metadata.size, exported.config.patch_size
     if exported.metadata.input == "image":
         h, w = exported.preprocessing.size
-        n = 1 if exported.metadata.precision == "int8" else exported.metadata.batch or 3
+        if exported.metadata.precision == "int8":
+            return [(1, (h, w)), (1, (h * 3 // 2 + 1, w * 3 // 2 + 2))]
+        n = exported.metadata.batch or 3
         return [(n, (h, w)), (1, (p, p)), (2, (h // 2 + 1, 2 * w + 3)), (1, (2 * h + 1, 2 * w + 1)), (1, (h, w // 2))]
     if fixed is not None:
         return [(exported.metadata.batch or 3, fixed)]
