@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import zipfile
+from contextlib import suppress
 
 import pytest
 import torch
@@ -77,7 +78,7 @@ def test_it_is_refused_without_trust_since_torch_would_run_what_is_in_it(file, t
     refused_in_one_line(lambda: vit.load_exported(path), r"can run code .* trust=True \(--trust\)")
     assert vit.exporting.read.read_metadata(path).outputs == EVERYTHING
     assert not ran.exists()
-    with pytest.raises(AssertionError):  # PyTorch's, after it has run
+    with suppress(Exception):  # PyTorch's, after it has run
         torch.export.load(path)
     assert ran.exists()  # the control
 
