@@ -113,7 +113,7 @@ def faster_attention(model: ViT, dtype: str) -> str:
         return "triton"
     from .gpu import tuning
 
-    calls = {name: partial(get_attention(name), q, k, v) for name in ("triton", "sdpa")}
+    calls = {name: partial(get_attention(name), q, k, v) for name in ("sdpa", "triton")}
     return tuning.choose(f"attention {[T, A, d]}", q, calls)
 
 

@@ -36,7 +36,7 @@ def test_wheel_content(wheel):
         for file in (ROOT / folder).rglob("*.py"):
             assert f"{package}/{file.relative_to(ROOT / folder)}" in names
     data = {f"vit/data/{file.relative_to(ROOT / 'vit' / 'data')}" for file in (ROOT / "vit/data").rglob("*.*")}
-    assert data <= set(names) and "vit/py.typed" in names
+    assert data <= set(names) and {"vit/py.typed", "vit/kernels/gpu/tuned.json"} <= set(names)
     assert any(name.endswith("LICENSE") for name in names)
     checkpoint = zipfile.ZipFile(wheel).getinfo("vit/data/vit_digits_patch4_32/model.safetensors")
     assert checkpoint.file_size <= 3_000_000

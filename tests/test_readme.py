@@ -39,6 +39,8 @@ NOT_RUN = {
     "--optimize int8": "calibrates for 20 s, on processors with VNNI; run by tests/cli/test_evaluate.py",
     "vit bench": "measures for minutes; run by tests/cli/test_bench.py",
     "vit evaluate digits --model vit_digits_patch4_32 --img-size": "run by test_accuracy_is_what_the_readmes_show",
+    "--runtime openvino": "needs OpenVINO; run by tests/cli/test_runtime.py",
+    "--model timm.onnx": "needs such a file; run by tests/cli/test_runtime.py",
     "vit demo": "run by test_the_demo_prints_what_the_readme_shows",
 }
 INVENTED = ("layouts/acme.py",)  # files that a reader is to write

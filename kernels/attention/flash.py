@@ -16,6 +16,7 @@ from torch.autograd.forward_ad import unpack_dual
 from vit.attention import bad_bias, fit_bias
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OPTIONS = {"enable_fp_fusion": True}  # multiply and add in one instruction: Triton's default is to change with 3.10
 WIDTHS = (32, 128)  # of a head: narrower ones would be mostly padding, and tiles of wider ones would not fit
 
 

@@ -31,6 +31,8 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
+from .flash import OPTIONS
+
 INTERPRETED = triton.knobs.runtime.interpret  # decided once, here: triton.jit reads it below
 LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -350,7 +352,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tenso
         forward_kernel[(B * A * triton.cdiv(T, R),)](
             q, k, v, bias, out, lse,
             q.stride(), k.stride(), v.stride(), bias_strides, out.stride(),
-            A, T, scale_of(d), d, padded(d), R, C, num_warps=warps, num_stages=stages,
+            A, T, scale_of(d), d, padded(d), R, C, num_warps=warps, num_stages=stages, **OPTIONS,
         )  # fmt: skip
     return out, lse
 
@@ -375,10 +377,10 @@ def backward(
     delta = torch.empty_like(lse)  # [B, A, T]
     R, C, warps, stages = launch(d, q.dtype, backward=True, bias=bias is not None)
     sizes = (A, T, scale_of(d), d, padded(d), R, C)
-    layout = {"num_warps": warps, "num_stages": stages}
+    layout = {"num_warps": warps, "num_stages": stages, **OPTIONS}
     with torch.cuda.device_of(q):
         delta_kernel[(B * A * triton.cdiv(T, R),)](
-            out, dout, delta, out.stride(), dout.stride(), A, T, d, padded(d), R, num_warps=warps
+            out, dout, delta, out.stride(), dout.stride(), A, T, d, padded(d), R, num_warps=warps, **OPTIONS
         )
         key_value_kernel[(B * A * triton.cdiv(T, C),)](
             q, k, v, turned, dout, lse, delta, dk, dv,
@@ -414,7 +416,7 @@ def bias_gradient(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dout: Tensor, l
     bias_kernel[(planes * tiles,)](
         q, k, v, full, dout, lse, delta, dbias,
         q.stride(), k.stride(), v.stride(), strides, dout.stride(), dbias.stride(),
-        B, A, T, planes, heads, scale_of(d), d, padded(d), R, C, num_warps=warps, num_stages=stages,
+        B, A, T, planes, heads, scale_of(d), d, padded(d), R, C, num_warps=warps, num_stages=stages, **OPTIONS,
     )  # fmt: skip
     return dbias.sum_to_size(bias.shape).to(bias.dtype)
 

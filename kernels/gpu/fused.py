@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention.flash import wrong_machine
+from ..attention.flash import OPTIONS, wrong_machine
 from .tiles import Tile, default
 
 THIRDS = (96, 192, 384)  # widths that `mlp` takes: three times a power of two, small enough for a GPU's registers
@@ -41,7 +41,7 @@ def linear(
     with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another
         kernels.linear_kernel[tile.programs(cdiv(M, R) * cdiv(N, C), x),](
             matrix(x, R, E), matrix(weight, C, E), bias, sums, added, matrix(out, R, C), M, N, K, eps, gelu, R, C, E,
-            num_warps=warps, num_stages=stages,
+            num_warps=warps, num_stages=stages, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -70,7 +70,7 @@ def mlp(
     with torch.cuda.device_of(x):  # Triton launches on the current device, which may be another
         kernels.mlp_kernel[tile.programs(cdiv(M, R), x),](
             matrix(x, R, E), matrix(weight1, C, E), bias1, sums1, matrix(weight2, E, C), bias2, matrix(out, R, E),
-            M, H, D, eps, gelu, residual, R, C, num_warps=warps, num_stages=stages,
+            M, H, D, eps, gelu, residual, R, C, num_warps=warps, num_stages=stages, **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -93,7 +93,8 @@ def patches(
     with torch.cuda.device_of(out):  # Triton launches on the current device, which may be another
         kernels.patches_kernel[tile.programs(cdiv(B * h * w, R) * cdiv(D, C), out),](
             images, matrix(weight, C, E), bias, positions, out, *images.stride(), out.stride(0),
-            B, h, w, first, p, K, D, images.dtype == torch.uint8, R, C, E, num_warps=warps, num_stages=stages,
+            B, h, w, first, p, K, D, images.dtype == torch.uint8, R, C, E,
+            num_warps=warps, num_stages=stages, **OPTIONS,
         )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FEW = 1024  # rows; with so few, small tiles give every processor one
+FEW = 4096  # rows; with so few, only small tiles give every processor one
 
 
 class Tile(NamedTuple):
@@ -30,14 +30,18 @@ class Tile(NamedTuple):
 # by what the compiler says about registers and shared memory for compute capability 9.0, see NOTES.md.
 TILES: dict[tuple[str, bool], list[Tile]] = {
     ("linear", False): [
-        Tile(128, 128, 64, 8, 3, 2), Tile(128, 128, 64, 4, 3, 2), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4, 2),
-        Tile(128, 64, 64, 4, 4, 2), Tile(256, 128, 64, 8, 3),
+        Tile(128, 128, 64, 8, 3, 2), Tile(128, 128, 64, 8, 3, 1), Tile(128, 128, 64, 8, 2, 2),
+        Tile(128, 128, 64, 4, 3, 2), Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4, 2), Tile(128, 64, 64, 4, 4, 2),
+        Tile(256, 128, 64, 8, 3),
     ],
-    ("linear", True): [Tile(32, 64, 128, 4, 3, 2), Tile(16, 64, 128, 4, 3, 2), Tile(64, 64, 64, 4, 4, 2)],
+    ("linear", True): [
+        Tile(32, 64, 128, 4, 3, 2), Tile(16, 64, 128, 4, 3, 2), Tile(64, 64, 64, 4, 4, 2), Tile(16, 32, 128, 4, 4, 2),
+        Tile(64, 128, 64, 4, 4, 2),
+    ],
     ("mlp", False): [Tile(128, 32, 0, 8, 2), Tile(64, 64, 0, 8, 1), Tile(64, 32, 0, 4, 2), Tile(128, 64, 0, 16, 1)],
     ("mlp", True): [Tile(32, 64, 0, 8, 1), Tile(16, 64, 0, 8, 1)],
     ("patches", False): [Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3, 2)],
-    ("patches", True): [Tile(32, 64, 64, 4, 3, 2)],
+    ("patches", True): [Tile(32, 64, 64, 4, 3, 2), Tile(64, 64, 64, 4, 3, 2)],
 }  # fmt: skip
 INTERPRETER = Tile(32, 64, 32, 1, 1)  # a step takes equally long for any size; not square, so that swapped sides show
 

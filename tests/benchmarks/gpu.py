@@ -11,7 +11,8 @@ random numbers, the share of the speed that its memory allows for one kernel per
 root mean square of the logits' difference from timm's in float32, relative to them. A contestant with more than 1.5
 times the error of timm in half precision is disqualified. All are credited with the whole model's operations, though
 ours leaves out those whose results the head does not read. A contestant that is not installed or fails has its reason
-in the table. `--device cpu` in Triton's interpreter (TRITON_INTERPRET=1) shows only that all of it runs.
+in the table. Where timm is missing, ours as it is takes timm's place as the reference, and there are no ratios.
+`--device cpu` in Triton's interpreter (TRITON_INTERPRET=1) shows only that all of it runs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +39,7 @@ from vit.cli import timing
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
-from cpu import our_model, timm_model, to_onnx
+from cpu import to_onnx
 from harness import write_json
 
 # All compiled models share the code of one forward, for which Dynamo compiles eight graphs and runs the rest eagerly.
@@ -48,6 +50,8 @@ Call = Callable[[Tensor], Tensor]
 ROUNDS = 20  # each contestant is timed twice in a round
 PEER = "timm"  # the names of timm's contestants begin with it
 LOSS = 1.5  # times the error of timm in half precision, at most
+SHAPE: dict[str, int] = {}  # of the model, if it is not a ViT-S
+TINY = {"depth": 1, "embed_dim": 96, "num_heads": 3}
 
 
 def half(device: torch.device) -> torch.dtype:
@@ -58,6 +62,29 @@ def half(device: torch.device) -> torch.dtype:
 def name_of(dtype: torch.dtype) -> str:
     """The name that `optimize` takes."""
     return str(dtype).removeprefix("torch.")
+
+
+def timm_model(size: int) -> nn.Module:
+    """timm's, on the CPU, with random weights, the same at each call."""
+    import timm
+
+    torch.manual_seed(0)
+    return timm.create_model("vit_small_patch16_224", img_size=size, **SHAPE).eval()
+
+
+def our_model(size: int) -> nn.Module:
+    """Ours with timm's weights, on the CPU; where there is no timm, with random ones, the same at each call."""
+    torch.manual_seed(0)
+    if not find_spec("timm"):
+        return vit.ViT(config_of(size)).eval()
+    from helpers import ours_from
+
+    return ours_from(timm_model(size), config_of(size))
+
+
+def config_of(size: int) -> vit.ViTConfig:
+    """Ours."""
+    return vit.create_model("vit_small_patch16_224", img_size=size, **SHAPE).config
 
 
 def eager(size: int, device: torch.device, layout: torch.memory_format = torch.contiguous_format) -> Call:
@@ -221,7 +248,9 @@ def race(calls: dict[str, Call], batch: int, size: int, device: torch.device, ro
     inputs = Inputs(
         torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device, half(device))
     )
-    exact = timm_model(size).to(device)(inputs[""][:8].float()).double()
+    reference = timm_model if find_spec("timm") else our_model
+    exact = reference(size).to(device)(inputs[""][:8].float()).double()
+    rough = PEER if PEER in calls else "ours"
     rows: dict[str, dict] = {}
     for name in tqdm(calls, f"warming up, {size} px, batch {batch}", leave=False, disable=None):
         row = rows[name] = {"name": name, "size": size, "batch": batch}
@@ -232,7 +261,7 @@ def race(calls: dict[str, Call], batch: int, size: int, device: torch.device, ro
             row["memory MiB"] = memory(lambda name=name, x=x: calls[name](x), before, device)
             if name != "torchvision":  # which has other weights
                 row["error"] = ((logits - exact).norm() / exact.norm()).item()
-                check(row["error"], rows[PEER].get("error", math.nan))
+                check(row["error"], rows[rough].get("error", math.nan))
         except Exception as error:
             row["failed"] = reason(error)
     times: dict[str, list[float]] = {name: [] for name, row in rows.items() if "failed" not in row}
@@ -243,7 +272,7 @@ def race(calls: dict[str, Call], batch: int, size: int, device: torch.device, ro
             except Exception as error:
                 rows[name]["failed"] = reason(error)
         times = {name: found for name, found in times.items() if "failed" not in rows[name]}
-    config = vit.create_model("vit_small_patch16_224", img_size=size).config
+    config = config_of(size)
     best = min((statistics.median(found) for name, found in times.items() if name.startswith(PEER)), default=math.nan)
     for name, found in times.items():
         rows[name] |= speeds(found, batch, best, config, size, limits)
@@ -253,7 +282,7 @@ def race(calls: dict[str, Call], batch: int, size: int, device: torch.device, ro
 def check(error: float, theirs: float) -> None:
     """ArithmeticError for a contestant whose answer is wrong; `theirs` is the error of timm in half precision."""
     if not error <= LOSS * theirs:
-        raise ArithmeticError(f"error {error:.1e}, more than {LOSS} times timm's, {theirs:.1e}")
+        raise ArithmeticError(f"error {error:.1e}, more than {LOSS} times PyTorch's in half precision, {theirs:.1e}")
 
 
 def reserved(device: torch.device) -> int:
@@ -319,9 +348,11 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, nargs="+", default=[224, 384, 1024])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256, 1024])
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="each times all twice; default: %(default)s")
+    parser.add_argument("--tiny", action="store_true", help="a model of one narrow block, for a trial")
     parser.add_argument("--device", type=torch.device, default="cuda")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    SHAPE.update(TINY if args.tiny else {})
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no NVIDIA GPU here")
     torch.backends.cudnn.allow_tf32 = False  # in the convolution of the reference
@@ -333,7 +364,7 @@ def main() -> None:
     where = timing.environment(args.device) | limits | versions()
     print(where)
     rows: list[dict] = []
-    names = list(dict.fromkeys(["timm", *args.only]))
+    names = list(dict.fromkeys([*((PEER,) if find_spec("timm") else ("ours",)), *args.only]))
     for size in args.img_size:
         calls, failed = build(names, size, args.device)
         rows += [{"name": name, "size": size, "failed": why} for name, why in failed.items()]
@@ -348,7 +379,7 @@ def versions() -> dict[str, str]:
     import subprocess
     from importlib.metadata import version
 
-    found = {name: version(name) for name in ("timm", "triton", "torchvision")}
+    found = {name: version(name) for name in ("timm", "triton", "torchvision") if find_spec(name)}
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         found["driver"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -4,7 +4,8 @@
 
 For each use of a kernel and each layout in `vit.kernels.gpu.tiles`: registers of a thread (255 at most), bytes a thread
 spills out of them, shared memory of a program (227 KiB at most), how many programs fit a multiprocessor by these two,
-and how many of Hopper's own products (wgmma) are in the code.
+how many of Hopper's own products (wgmma) are in the code, and the seconds to compile it, of which the first call of a
+model on a GPU takes as many as it has layouts to measure.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import re
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vit.kernels.attention import flash_kernels
+from vit.kernels.attention.flash import OPTIONS
 from vit.kernels.gpu import triton_kernels
 from vit.kernels.gpu.tiles import TILES, Tile
 
 POINTERS = {
-    **dict.fromkeys(("bias", "sums", "bias1", "sums1", "bias2", "lse", "positions"), "*fp32"),
-    **dict.fromkeys(("q", "k", "v", "out"), "*bf16"),
+    **dict.fromkeys(("bias", "sums", "bias1", "sums1", "bias2", "lse", "delta", "positions"), "*fp32"),
+    **dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), "*bf16"),
 }  # fmt: skip
 
 
@@ -78,7 +81,7 @@ def compiled(kernel: Any, use: Use, warps: int, stages: int) -> Any:
             signature[name] = pointers.get(name, "fp32" if name in ("eps", "scale") else "i32")
             if name in pointers or name.endswith("stride"):
                 attributes[i,] = [["tt.divisibility", 16]]
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, **OPTIONS}
     return triton.compile(ASTSource(kernel, signature, values, attributes), GPUTarget("cuda", 90, 32), options)
 
 
@@ -93,15 +96,17 @@ def resources(code: Any, warps: int) -> dict[str, Any]:
     fits = min(65536 // (32 * warps * found["REG"]), 227 * 1024 // (shared + 1024))
     return {
         "fits": fits, "registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"], "shared": shared,
-        "wgmma": len(re.findall(r"wgmma\.mma_async", code.asm["ptx"])),
+        "scratch": code.metadata.global_scratch_size, "wgmma": len(re.findall(r"wgmma\.mma_async", code.asm["ptx"])),
     }  # fmt: skip
 
 
 def cases(width: int) -> list[tuple[str, Any, Use, Any]]:
     """Label, kernel, use and layout: attention, and every layout of the others."""
-    tile = flash_kernels.launch(64, flash_kernels.torch.bfloat16)
-    attention: Use = {"d": 64, "E": 64, "R": tile.R, "C": tile.C, "bias": None}, {}, {}
-    found: list[tuple[str, Any, Use, Any]] = [("attention", flash_kernels.forward_kernel, attention, tile)]
+    found: list[tuple[str, Any, Use, Any]] = []
+    for label, backward in (("forward", False), ("key_value", True), ("query", True)):
+        tile = flash_kernels.launch(64, flash_kernels.torch.bfloat16, backward=backward)
+        constants = {"d": 64, "E": 64, "R": tile.R, "C": tile.C, "bias": None, "bias_t": None}
+        found.append((f"attention, {label}", getattr(flash_kernels, f"{label}_kernel"), (constants, {}, {}), tile))
     for (name, few), tiles in TILES.items():
         kernel = getattr(triton_kernels, f"{name}_kernel")
         for tile in tiles:
@@ -116,13 +121,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the table here too")
     args = parser.parse_args()
     rows = []
-    print(f"{'kernel':28} {'layout':44} {'fits':>4} {'registers':>9} {'spilled':>8} {'shared':>8} {'wgmma':>6}")
+    names = f"{'fits':>4} {'registers':>9} {'spilled':>8} {'shared':>8} {'wgmma':>6} {'seconds':>7}"
+    print(f"{'kernel':28} {'layout':44} {names}")
     for label, kernel, use, tile in cases(args.width):
         layout = ", ".join(f"{key} {value}" for key, value in tile._asdict().items())
         row = {"kernel": label, "layout": tile._asdict()}
         try:
-            row |= resources(compiled(kernel, use, tile.warps, tile.stages), tile.warps)
+            start = time.perf_counter()
+            code = compiled(kernel, use, tile.warps, tile.stages)
+            row |= {"seconds": time.perf_counter() - start} | resources(code, tile.warps)
             columns = f"{row['fits']:4} {row['registers']:9} {row['spilled']:8} {row['shared']:8} {row['wgmma']:6}"
+            columns += f" {row['seconds']:7.1f}"
             print(f"{label:28} {layout:44} {columns}", flush=True)
         except Exception as error:
             row["error"] = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -57,7 +57,8 @@ def expected(path: str, kind: str, **sizing) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("options", "sizing"),
     [([], {}), (["--img-size", "native"], {"mode": "native"}),
-     (["--img-size", 24, "--mode", "native"], {"size": 24, "mode": "native"})],
+     (["--img-size", 24, "--mode", "native"], {"size": 24, "mode": "native"}),
+     (["--crop-pct", 0.6], {"crop_pct": 0.6})],
 )  # fmt: skip
 def test_equals_the_library(tmp_path, folder, capsys, kind, options, sizing):
     assert features(folder, tmp_path / "a.safetensors", "--kind", kind, *options) == 1  # one file is not an image

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 
-import pytest
 import torch
 from peers import timm_model
 from torch import Tensor, nn
@@ -70,6 +69,8 @@ def pixels(grid: tuple[int, int], count: int = 1, p: int = 4, seed: int = 1) -> 
 
 def refused_in_one_line(call: Callable[[], object], message: str) -> None:
     """`call` raises a ValueError whose text matches and is one line."""
+    import pytest  # which scripts that use the rest of this file may lack
+
     with pytest.raises(ValueError) as error:
         call()
     assert re.search(message, str(error.value)), str(error.value)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vit.exporting.foreign import ForeignModel
 from vit.image import ImageError, Transform
 
 from .datasets import DIGITS
@@ -28,7 +29,7 @@ class Counts(NamedTuple):
     images: int  # that could be read
     right: int  # top-1
     right5: int  # top-5
-    tokens: int  # of all images
+    tokens: int  # of all images; 0 if the model does not show them
     seconds: list[float]  # per image, for each batch; without the first if there are several
 
 
@@ -50,8 +51,8 @@ def measure(
     Returns:
         "images", the number that could be read, and "unreadable", the others; "right" (top-1) and "right5" (top-5).
         Over those that could be read: the shares "top1" and "top5", "interval" (95 %, of top1), "tokens" per image
-        (patches, class token ...), and "ms_per_image" of the forward pass alone: the median of the batches, without
-        the first if there are several.
+        (patches, class token ...; None if a foreign file does not show them), and "ms_per_image" of the forward pass
+        alone: the median of the batches, without the first if there are several.
 
     Raises:
         ValueError: no image can be read, or the logits are NaN.
@@ -95,7 +96,8 @@ def count(
             right += int((logits.argmax(dim=1) == labels).sum())
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
             right5 += int((best == labels[:, None]).sum())
-            tokens += sum(model.config.num_prefix_tokens + math.prod(model.grid_of(image[None])) for image in inputs)
+            if not isinstance(model, ForeignModel):
+                tokens += sum(model.config.num_prefix_tokens + math.prod(model.grid_of(x[None])) for x in inputs)
     return Counts(total, right, right5, tokens, times[1:] or times)
 
 
@@ -108,7 +110,7 @@ def figures(parts: Sequence[Counts], images: int) -> dict[str, Any]:
     return {
         "images": total, "unreadable": images - total, "right": right, "right5": right5,
         "top1": right / total, "interval": list(wilson(right, total)), "top5": right5 / total,
-        "tokens": tokens / total, "ms_per_image": 1000 * statistics.median(seconds),
+        "tokens": tokens / total or None, "ms_per_image": 1000 * statistics.median(seconds),
     }  # fmt: skip
 
 

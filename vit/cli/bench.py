@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from vit.checks import whole_patches
 from vit.exporting import ExportedModel
+from vit.exporting.foreign import ForeignModel
 from vit.model import ViT
 from vit.presets import create_model, list_models
 from vit.registry import get_attention
 
-from . import loading, options, plots, timing
+from . import loading, options, plots, runtime, timing
 from .loading import Model
 from .timing import Case
 
@@ -59,6 +60,7 @@ def add_parser(commands: Any) -> None:
         (("--optimize",), optimization, [None], "none,float32,int8 on a CPU; none,bfloat16,float16 on an NVIDIA GPU"),
     ):
         parser.add_argument(*flags, type=options.listed(one), default=default, metavar="LIST", help=text)
+    runtime.add_runtime(parser, "logits", "--img-size")
     parser.add_argument(
         "--rounds", type=options.positive, default=10, help="how often each combination runs; default: %(default)s"
     )
@@ -132,7 +134,7 @@ def load(args: argparse.Namespace) -> dict[str | None, Model | str]:
 
     If there are several dtypes and one cannot run here, it gets the reason instead of a model.
     """
-    if loading.is_exported_file(args.model):
+    if args.runtime or runtime.is_ours(args.model):
         return {None: load_exported_file(args)}
     file = loading.is_optimized_file(args.model)
     wanted = [name for name in args.optimize if name is not None]
@@ -230,7 +232,7 @@ def prepare(
 def variant(model: Model, case: Case) -> Model:
     """A copy of a model with a case's dtype and attention; of an exported one, with its number of threads."""
     if isinstance(model, ExportedModel):
-        return ExportedModel(model.path, case.threads)
+        return model.with_threads(case.threads)
     copied = copy.deepcopy(model)
     if case.optimize is None:
         copied.to(options.DTYPES[case.dtype])
@@ -247,12 +249,13 @@ def describe(
     low, median, high = timing.spread(times)
     read = model.tokens_read() if case.optimize else None
     size = model.preprocessing.size if getattr(model, "input", None) == "image" else case.size
-    speed = timing.flops(model.config, size, read) * case.batch / median
+    known = not isinstance(model, ForeignModel)
+    speed = timing.flops(model.config, size, read) * case.batch / median if known else None
     peak = peaks[case.dtype, case.threads]
     return vars(case) | {
         "ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high,
-        "images_per_s": case.batch / median, "gflops": speed / 1e9,
-        "share_of_peak": speed / peak, "peak_gflops": peak / 1e9,
+        "images_per_s": case.batch / median, "gflops": speed and speed / 1e9,
+        "share_of_peak": speed and speed / peak, "peak_gflops": peak / 1e9,
         "peak_mib": None if isinstance(model, ExportedModel) else timing.peak_memory(call, device),
         "rounds": len(times),
     }  # fmt: skip
@@ -286,6 +289,11 @@ def weights_of(model: Model) -> str:
     return model.provenance.source if model.provenance else "random weights"
 
 
+def number(value: float | None, form: str) -> str:
+    """A number in a format, or -."""
+    return "-" if value is None else format(value, form)
+
+
 def line(row: dict[str, Any]) -> str:
     """A row as text."""
     height, width = row["size"]
@@ -295,6 +303,6 @@ def line(row: dict[str, Any]) -> str:
         return f"{what}   refused: {row['refused']}"
     quartiles = f"{row['low']:.1f} to {row['high']:.1f}"
     return (
-        f"{what} {row['ms']:11.1f}   {quartiles:18} {row['images_per_s']:9.1f} {row['gflops']:9.0f} "
-        f"{row['share_of_peak']:8.0%} {'-' if row['peak_mib'] is None else format(row['peak_mib'], '.0f'):>10}"
+        f"{what} {row['ms']:11.1f}   {quartiles:18} {row['images_per_s']:9.1f} {number(row['gflops'], '.0f'):>9} "
+        f"{number(row['share_of_peak'], '.0%'):>8} {number(row['peak_mib'], '.0f'):>10}"
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from vit.image import Transform, create_transform
 from vit.training.distributed import rank_and_world
 
-from . import loading, options, plots
+from . import loading, options, plots, runtime
 from .accuracy import count, figures, size_name
 from .datasets import DIGITS, Sample, draw_samples, find_samples, match
 from .images import counted
@@ -61,6 +61,8 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     options.add_compute(parser)
     loading.add_optimize(parser)
+    runtime.add_runtime(parser, "logits")
+    runtime.add_pixels(parser)
     parser.set_defaults(run=run)
 
 
@@ -74,9 +76,7 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
         "--mode", choices=("crop", "squash"),
         help="crop cuts out the middle, squash changes the proportions; default: the model's own; squash for digits",
     )  # fmt: skip
-    parser.add_argument(
-        "--crop-pct", type=float, metavar="SHARE", help="the share of the resized image that a crop keeps"
-    )
+    options.add_crop_pct(parser)
     parser.add_argument("--max-tokens", type=options.positive, metavar="N", help="refuse images with more patches")
 
 
@@ -131,8 +131,9 @@ def show(row: dict[str, Any], args: argparse.Namespace, reused: bool) -> None:
         print(json.dumps(row | {"reused": reused}), flush=True)
         return
     low, high = row["interval"]
+    tokens = "-" if row["tokens"] is None else format(row["tokens"], ".0f")
     print(
-        f"{row['size']:10} {row['tokens']:8.0f} {row['ms_per_image']:10.3f} {row['top1']:9.2%}"
+        f"{row['size']:10} {tokens:>8} {row['ms_per_image']:10.3f} {row['top1']:9.2%}"
         f"   {f'{low:.2%} to {high:.2%}':17} {row['top5']:9.2%}   ({row['right']} of {row['images']})"
         + (f"   from {args.results}" if reused else ""),
         flush=True,
@@ -170,10 +171,11 @@ def settings(args: argparse.Namespace, model: Model, samples: Sequence[Sample], 
             facts = [image.relative_to(args.data).as_posix(), image.stat().st_size, image.stat().st_mtime_ns]
         digest.update(f"{json.dumps([*facts, label])}\n".encode())
     source = model.provenance
+    reading = [*args.settings, *([("runtime", args.runtime)] if args.runtime else [])]
     return {
         "sha256": source and source.sha256, "part": source and source.part,
         "config": json.loads(json.dumps(model.config.to_dict())),  # tuples as lists, as in a row that was read
-        "reading": [args.layout, args.prefix, *(f"{name}={value}" for name, value in args.settings)],
+        "reading": [args.layout, args.prefix, *(f"{name}={value}" for name, value in reading)],
         "digest": digest.hexdigest(), "max_tokens": args.max_tokens, "dtype": args.dtype,
         "optimize": loading.optimized(model), "device": str(args.device), "batch_size": args.batch_size,
     }  # fmt: skip

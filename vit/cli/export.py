@@ -16,7 +16,7 @@ from vit.exporting.pixels import INPUTS
 from vit.exporting.to_onnx import DEFAULT_OPSET
 from vit.image import ImageError, Transform, create_transform
 
-from . import loading, options
+from . import loading, options, runtime
 from .images import decode, find_images
 
 
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     """Load, export, print the report."""
     from vit.weights import load_pretrained
 
-    if loading.is_exported_file(args.model):
+    if runtime.is_ours(args.model):
         raise ValueError(f"{args.model} {loading.EXPORTED}")
     form = args.format or by_ending(args.output.suffix)
     model = load_pretrained(args.model, **options.reading(args))

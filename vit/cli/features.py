@@ -15,7 +15,7 @@ from vit.image import ImageError, Transform, create_transform
 from vit.model import ViT
 from vit.training.distributed import rank_and_world
 
-from . import loading, options
+from . import loading, options, runtime
 from .images import Decoded, batches, counted, decode, find_images, progress, usable
 from .loading import Model
 from .pca import draw_components
@@ -58,6 +58,8 @@ def add_parser(commands: Any) -> None:
     options.add_size(parser)
     options.add_compute(parser)
     loading.add_optimize(parser)
+    runtime.add_runtime(parser, "features")
+    runtime.add_pixels(parser)
     parser.set_defaults(run=run)
 
 
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--output must be a .safetensors file, got {args.output}")
     sizing = options.sizing(args)
     paths = list(dict.fromkeys(find_images(args.images)))  # each once
-    model = loading.load(args)
+    model = loading.load(args, "features")
     check_kind(args, model)
     transform = create_transform(model, **sizing)
     if args.pca and isinstance(model, ViT):
@@ -151,7 +153,7 @@ def describe(model: Model, transform: Transform, args: argparse.Namespace) -> di
         "model_config": json.dumps(model.config.to_dict()), "transform": repr(transform), "computed": args.dtype,
         "optimize": str(loading.optimized(model)), "prefix": args.prefix or "",  # which of two models in one file
         "part": str(model.provenance and model.provenance.part),  # the same, chosen by rank
-    }  # fmt: skip
+    } | ({"runtime": args.runtime} if args.runtime else {})  # fmt: skip
 
 
 def check_names(paths: Iterable[Path]) -> None:

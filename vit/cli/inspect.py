@@ -9,7 +9,7 @@ from typing import Any
 
 from vit.exporting.read import read_metadata
 
-from . import export, loading, options
+from . import export, options, runtime
 from .convert import assumptions
 
 
@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the tensors and, if they make up a model, its config; if not, raise CheckpointError after printing."""
-    if loading.is_exported_file(args.checkpoint) and args.other is None:
+    if runtime.is_ours(args.checkpoint) and args.other is None:
         return show_exported(args)
     reading = options.reading(args)
     overrides = {name: reading.pop(name) for name, _ in args.settings}

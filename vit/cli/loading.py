@@ -6,11 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from vit.exporting import ExportedModel, load_exported
-from vit.exporting.runtimes import is_exported
 from vit.metadata import Provenance
 from vit.model import ViT
 
-from . import options
+from . import options, runtime
 
 Model = ViT | ExportedModel  # what `load` returns
 EXPORTED = (
@@ -35,15 +34,22 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load(args: argparse.Namespace) -> Model:
-    """The model that --model names, in --dtype, optimized to --optimize; or an exported file, in its runtime.
+def load(args: argparse.Namespace, output: str = "logits") -> Model:
+    """The model that --model names, in --dtype, optimized to --optimize; or an exported file, in a runtime.
+
+    Args:
+        output: "logits" or "features", of a file that only --runtime makes a model.
 
     Raises:
         ValueError, OSError: those of `load_pretrained`, `load_exported`, `vit.kernels.load` and `vit.kernels.optimize`.
     """
     from vit.weights import load_pretrained
 
-    if is_exported_file(args.model):
+    if vars(args).get("runtime"):
+        check_exported(args)
+        return runtime.load(args, output)
+    runtime.check_unused(args)
+    if runtime.is_ours(args.model):
         check_exported(args)
         return load_exported(args.model, trust=args.trust)
     if is_optimized_file(args.model):
@@ -61,7 +67,7 @@ def load(args: argparse.Namespace) -> Model:
 
 def load_vit(args: argparse.Namespace) -> ViT:
     """As `load`, for commands that read what lies inside a model."""
-    if is_exported_file(args.model):
+    if runtime.is_ours(args.model):
         raise ValueError(f"{args.model} {EXPORTED}")
     model = load(args)
     assert isinstance(model, ViT)
@@ -87,11 +93,6 @@ def check(args: argparse.Namespace, dtype: str) -> None:
         raise ValueError(f"a model optimized in {dtype} runs on {machine(dtype)}, so {why}")
     if args.dtype != "float32":
         raise ValueError(f"an optimized model takes images in float32, so --dtype {args.dtype} cannot go with it")
-
-
-def is_exported_file(name: str) -> bool:
-    """Whether `vit export` wrote it; any other .onnx file is a checkpoint, whose weights are read."""
-    return is_exported(Path(name))
 
 
 def check_exported(args: argparse.Namespace) -> None:

@@ -62,7 +62,7 @@ def setting(text: str) -> tuple[str, Any]:
 
 
 def add_size(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """--img-size, --mode and --max-tokens: how images are brought to size."""
+    """--img-size, --mode, --crop-pct and --max-tokens: how images are brought to size."""
     parser.add_argument(
         "--img-size", type=image_size, default=default, metavar="SIZE",
         help="384, 224x448 (height x width), or native: the image's own size, each side rounded to whole patches; "
@@ -73,18 +73,29 @@ def add_size(parser: argparse.ArgumentParser, default: str | None = None) -> Non
         help="crop cuts out the middle, squash changes the proportions, native keeps the proportions and the whole "
         "image and makes SIZE its short side; default: native if SIZE is native, else the model's own",
     )  # fmt: skip
+    add_crop_pct(parser)
     parser.add_argument(
         "--max-tokens", type=positive, metavar="N",
         help="refuse images with more patches: the cost of attention grows with the square of their number",
     )  # fmt: skip
 
 
+def add_crop_pct(parser: argparse.ArgumentParser) -> None:
+    """--crop-pct."""
+    parser.add_argument(
+        "--crop-pct", type=float, metavar="SHARE", help="the share of the resized image that a crop keeps"
+    )
+
+
 def sizing(args: argparse.Namespace) -> dict[str, Any]:
     """The options of `add_size` as arguments of `create_transform`."""
     if args.img_size != "native":
-        return {"size": args.img_size, "mode": args.mode, "max_tokens": args.max_tokens}
-    if args.mode not in (None, "native"):
-        raise ValueError(f"--img-size native neither crops nor squashes, so --mode {args.mode} cannot go with it")
+        return {
+            "size": args.img_size, "crop_pct": args.crop_pct, "mode": args.mode, "max_tokens": args.max_tokens
+        }  # fmt: skip
+    if args.mode not in (None, "native") or args.crop_pct is not None:
+        what = "--crop-pct" if args.mode in (None, "native") else f"--mode {args.mode}"
+        raise ValueError(f"--img-size native neither crops nor squashes, so {what} cannot go with it")
     return {"mode": "native", "max_tokens": args.max_tokens}
 
 

@@ -47,7 +47,7 @@ def from_images(args: argparse.Namespace) -> tuple[ViT, Transform, Data]:
         raise ValueError("--test goes with files of features: images to test on lie in test/ or val/ beside train/")
     args.model = args.model or options.DEFAULT_MODEL
     sizing = options.sizing(args)
-    if args.data == DIGITS and args.mode is None and args.img_size != "native":
+    if args.data == DIGITS and args.mode is None and args.crop_pct is None and args.img_size != "native":
         sizing["mode"] = "squash"  # a crop would cut off strokes
     splits = find_splits(args.data, args.holdout, args.seed)
     fit, choice, test = splits.train, splits.val, splits.test
@@ -144,6 +144,6 @@ def load_same(stored: Stored, args: argparse.Namespace) -> tuple[ViT, Transform]
     if repr(transform) != stored.settings["transform"]:
         raise ValueError(
             f"the features of {stored.file} were computed with {stored.settings['transform']}, not {transform}:"
-            " give the same --img-size, --mode and --max-tokens"
+            " give the same --img-size, --mode, --crop-pct and --max-tokens"
         )
     return model, transform

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from vit.image import ImageError, create_transform
 from vit.resources import imagenet_categories, imagenet_synsets
 
-from . import loading, options
+from . import loading, options, runtime
 from .images import Decoded, batches, counted, decode, find_images, progress, usable
 from .loading import Model
 from .processes import in_order, share, sharing
@@ -36,6 +36,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object per line and image")
     options.add_compute(parser)
     loading.add_optimize(parser)
+    runtime.add_runtime(parser, "logits")
+    runtime.add_pixels(parser)
     parser.set_defaults(run=run)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Pixels(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if self.kind == "image":
             return resize(images, self.settings, self.settings.size, self.patch_size) / UNIT
-        return images.permute(0, 3, 1, 2).float() / UNIT
+        return images.float().permute(0, 3, 1, 2) / UNIT  # a cast first: TensorRT has bytes as inputs only
 
 
 def resize(images: Tensor, settings: Preprocessing, size: tuple[int, int], p: int) -> Tensor:
@@ -110,6 +110,7 @@ def plan(settings: Preprocessing, height: int, width: int, size: tuple[int, int]
     if settings.mode == "squash":
         return Axis(height, size[0], 0, size[0]), Axis(width, size[1], 0, size[1])
     cover = [math.floor(side / settings.crop_pct) for side in size]
+    new: list[Any]
     if cover[0] == cover[1]:
         short = torch.sym_min(height, width)
         new = [cover[0] * side // short for side in (height, width)]
@@ -125,7 +126,7 @@ def plan(settings: Preprocessing, height: int, width: int, size: tuple[int, int]
 def rounded(a: int, b: int) -> int:
     """a / b, rounded to the nearest whole number, halves to even ones."""
     up = (2 * a + b) // (2 * b)
-    half = 1 - torch.sym_min(1, (2 * a + b) % (2 * b))  # 1 if a / b is a whole number and a half
+    half: Any = 1 - torch.sym_min(1, (2 * a + b) % (2 * b))  # 1 if a / b is a whole number and a half
     return up - half * (up % 2)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,13 +21,16 @@ from .runtimes import UNSAFE, Port, open_file
 from .to_transformersjs import graph_in
 
 
-def load_exported(path: str | Path, threads: int | None = None, trust: bool = False) -> ExportedModel:
-    """Open a file that `vit.export` wrote, in its own runtime. Nothing is unpickled without `trust`.
+def load_exported(
+    path: str | Path, threads: int | None = None, runtime: str | None = None, trust: bool = False
+) -> ExportedModel:
+    """Open a file that `vit.export` wrote, in a runtime. Nothing is unpickled without `trust`.
 
     Args:
         path: a `.onnx` file, the `.xml` of OpenVINO with its `.bin` beside it, a `.pt2` file, or a folder for
             transformers.js, whose graph runs here in ONNX Runtime.
         threads: of the runtime; None for as many as PyTorch uses now.
+        runtime: "onnxruntime" or "openvino", which reads both formats; None for the format's own.
         trust: open files that can run code while they are opened, as any `.pt2` can: PyTorch unpickles some parts of
             it and evaluates others, and one made with `aot` is native code.
 
@@ -35,11 +40,12 @@ def load_exported(path: str | Path, threads: int | None = None, trust: bool = Fa
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file of another kind, a damaged one, one without the metadata of `vit.export`, or one whose
-            metadata contradict its graph; the package of its runtime is missing; a `.pt2` file without `trust`.
+            metadata contradict its graph; a runtime that does not read it, or whose package is missing; a `.pt2` file
+            without `trust`.
     """
     if threads is not None:
         require_int("threads", threads, 1)
-    model = ExportedModel(Path(path), threads, trust)
+    model = ExportedModel(Path(path), threads, runtime, trust)
     if model.metadata.parity is None:
         warn(f"{path} was exported without a check against its model")
     return model
@@ -65,8 +71,8 @@ class ExportedModel:
 
     device = torch.device("cpu")
 
-    def __init__(self, path: Path, threads: int | None = None, trust: bool = False) -> None:
-        self.path, self.session = path, open_file(path, threads, trust)
+    def __init__(self, path: Path, threads: int | None = None, runtime: str | None = None, trust: bool = False) -> None:
+        self.path, self.session = path, open_file(path, threads, runtime, trust)
         try:
             self.metadata = Metadata.from_strings(self.session.metadata)
             check(self.metadata, self.session.inputs, self.session.outputs)
@@ -75,9 +81,13 @@ class ExportedModel:
         self.config, self.categories = self.metadata.config, self.metadata.categories
         self.preprocessing, self.input = self.metadata.preprocessing, self.metadata.input
         self.dtype = torch.float32 if self.input == "float32" else torch.uint8  # of images
-        file = graph_in(path) if path.is_dir() else path
-        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-        self.provenance = Provenance(str(path), sha256, file.suffix[1:], parent=self.metadata.source)
+        self.provenance = provenance(path, self.metadata.source)
+
+    def with_threads(self, threads: int) -> ExportedModel:
+        """The same file, opened with another number of threads."""
+        other = copy.copy(self)
+        other.session = open_file(self.path, threads, self.session.name, trust=True)
+        return other
 
     def __call__(self, images: Tensor) -> Tensor:
         """[B, in_chans, H, W] images, normalised as `preprocessing` says -> [B, num_classes] logits.
@@ -103,10 +113,14 @@ class ExportedModel:
         missing = -len(images) % batch
         if missing:
             images = torch.cat([images, images.new_zeros(missing, *images.shape[1:])])
-        parts = [self.session.run(part.numpy()) for part in images.contiguous().split(batch)]
+        parts = [self.compute(part.numpy()) for part in images.contiguous().split(batch)]
         joined = (torch.cat([torch.from_numpy(array) for array in arrays]) for arrays in zip(*parts))
         kept = (output[: len(images) - missing] for output in joined)
         return dict(zip(self.metadata.outputs, kept))
+
+    def compute(self, images: np.ndarray) -> list[np.ndarray]:
+        """One call of the runtime: images as the graph takes them -> its outputs, in the order of the metadata's."""
+        return self.session.run(images)
 
     def require(self, output: str) -> None:
         """ValueError if the file does not give an output; the message says how to get it."""
@@ -149,6 +163,12 @@ class ExportedModel:
     def __repr__(self) -> str:
         size = "any size" if self.metadata.size is None else "{} x {}".format(*self.metadata.size)
         return f"ExportedModel({str(self.path)!r}, {', '.join(self.metadata.outputs)}, {size})"
+
+
+def provenance(path: Path, parent: Provenance | None) -> Provenance:
+    """Of a file that a runtime opened."""
+    file = graph_in(path) if path.is_dir() else path
+    return Provenance(str(path), hashlib.sha256(file.read_bytes()).hexdigest(), file.suffix[1:], parent=parent)
 
 
 def sides(images: Tensor, kind: str) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -71,13 +72,15 @@ class OnnxRuntime:
 class TransformersJs(OnnxRuntime):
     """The ONNX file in a folder for transformers.js, in ONNX Runtime: its preprocessing is not used."""
 
+    name = "transformersjs"
+
     def __init__(self, path: Path, threads: int) -> None:
         super().__init__(graph_in(path), threads)
         self.inputs = [port._replace(name={INPUT: "images"}.get(port.name, port.name)) for port in self.inputs]
 
 
 class OpenVINO:
-    """OpenVINO on the CPU. It computes in float32 where it would choose bfloat16 by itself."""
+    """OpenVINO on the CPU, with its own files or ONNX. It computes in float32 where it would choose bfloat16."""
 
     name = "openvino"
 
@@ -85,25 +88,34 @@ class OpenVINO:
         runtime = need("openvino", "openvino")
         options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         weights = path.with_suffix(".bin")
-        if not weights.is_file():
+        if path.suffix == ".xml" and not weights.is_file():
             raise FileNotFoundError(f"{weights}, which holds the weights of {path}, is not there: copy both files")
+        name = SECTION if path.suffix == ".xml" else "framework"  # where OpenVINO puts the metadata of ONNX
         try:
             model = runtime.Core().read_model(path)
-            section = model.get_rt_info([SECTION]).value if model.has_rt_info([SECTION]) else {}
+            section = model.get_rt_info([name]).value if model.has_rt_info([name]) else {}
             self.metadata = {key: str(value) for key, value in section.items()}
-            if self.metadata.get(DIGEST) not in (None, hashlib.sha256(weights.read_bytes()).hexdigest()):
+            digest = self.metadata.get(DIGEST)  # only an .xml has it
+            if digest is not None and digest != hashlib.sha256(weights.read_bytes()).hexdigest():
                 raise ValueError(f"{weights} does not hold the weights of {path}: copy both files, or export again")
             self.compiled = runtime.compile_model(model, "CPU", options)
+            self.turn = Lock()  # calls share one request: without it, threads get each other's answers
         except RuntimeError as error:
             raise ValueError(f"openvino cannot open {path}: {' '.join(str(error).split())}") from error
         self.inputs, self.outputs = (
-            [Port(x.any_name, x.element_type.to_dtype().name, _shape(x.partial_shape)) for x in ports]
+            [Port(_name(x), x.element_type.to_dtype().name, _shape(x.partial_shape)) for x in ports]
             for ports in (self.compiled.inputs, self.compiled.outputs)
         )
 
     def run(self, *arrays: np.ndarray) -> list[np.ndarray]:
         """As `Session.run`."""
-        return list(self.compiled(arrays).to_tuple())
+        with self.turn:
+            return list(self.compiled(arrays).to_tuple())
+
+
+def _name(port: Any) -> str:
+    """OpenVINO's name of an input or output, which may have none."""
+    return port.any_name if port.names else f"number {port.index}"
 
 
 class LiteRT:
@@ -215,9 +227,15 @@ def _shape(shape: Any) -> tuple[int | None, ...]:
     return tuple(None if side.is_dynamic else side.get_length() for side in shape)
 
 
-RUNTIMES: dict[str, Callable[[Path, int], Session]] = {  # by ending; "": a folder
-    ".onnx": OnnxRuntime, ".xml": OpenVINO, ".pt2": PyTorch, "": TransformersJs, ".tflite": LiteRT, ".pte": ExecuTorch,
+RUNTIMES: dict[str, Callable[[Path, int], Session]] = {
+    "onnxruntime": OnnxRuntime, "openvino": OpenVINO, "torch": PyTorch, "transformersjs": TransformersJs,
+    "litert": LiteRT, "executorch": ExecuTorch,
 }  # fmt: skip
+FORMATS = {  # what reads a file, by its ending; the first one by default; "": a folder
+    ".onnx": ("onnxruntime", "openvino"), ".xml": ("openvino",), ".pt2": ("torch",), ".tflite": ("litert",),
+    ".pte": ("executorch",), "": ("transformersjs",),
+}  # fmt: skip
+UNSAFE = (".pt2",)  # endings of files that can run code while they are opened
 
 
 def is_exported(path: Path) -> bool:
@@ -226,18 +244,18 @@ def is_exported(path: Path) -> bool:
         with suppress(ValueError):
             return path.is_dir() and is_ours(graph_in(path))
         return False
-    return path.suffix in RUNTIMES and path.is_file() and (path.suffix != ".onnx" or is_ours(path))
+    return path.suffix in FORMATS and path.is_file() and (path.suffix != ".onnx" or is_ours(path))
 
 
-UNSAFE = (".pt2",)  # endings of files that can run code while they are opened
-
-
-def open_file(path: Path, threads: int | None = None, trust: bool = False) -> Session:
-    """Open a file in the runtime of its format, with as many threads as PyTorch uses unless they are given."""
-    if path.suffix not in RUNTIMES:
-        raise ValueError(f"expected an exported file, {' or '.join(filter(None, RUNTIMES))}, not {str(path)!r}")
+def open_file(path: Path, threads: int | None = None, runtime: str | None = None, trust: bool = False) -> Session:
+    """Open a file in a runtime (that of its format), with a number of threads (as many as PyTorch uses)."""
+    if path.suffix not in FORMATS:
+        raise ValueError(f"expected an exported file, {' or '.join(filter(None, FORMATS))}, not {str(path)!r}")
     if not (path.is_file() if path.suffix else path.is_dir()):
         raise FileNotFoundError(f"{path} is not a {'file' if path.suffix else 'folder'}")
+    readers = FORMATS[path.suffix]
+    if runtime not in (None, *readers):
+        raise ValueError(f"{path} can be opened by {' or '.join(readers)}, not by {runtime!r}")
     if path.suffix in UNSAFE and not trust:
         raise ValueError(f"{path} can run code while it is opened: if you know who wrote it, use trust=True (--trust)")
-    return RUNTIMES[path.suffix](path, threads or torch.get_num_threads())
+    return RUNTIMES[runtime or readers[0]](path, threads or torch.get_num_threads())
