@@ -249,10 +249,10 @@ def is_exported(path: Path) -> bool:
 
 def open_file(path: Path, threads: int | None = None, runtime: str | None = None, trust: bool = False) -> Session:
     """Open a file in a runtime (that of its format), with a number of threads (as many as PyTorch uses)."""
-    if path.suffix not in FORMATS:
+    if path.suffix not in FORMATS or not (path.suffix or path.is_dir()):
         raise ValueError(f"expected an exported file, {' or '.join(filter(None, FORMATS))}, not {str(path)!r}")
-    if not (path.is_file() if path.suffix else path.is_dir()):
-        raise FileNotFoundError(f"{path} is not a {'file' if path.suffix else 'folder'}")
+    if path.suffix and not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file")
     readers = FORMATS[path.suffix]
     if runtime not in (None, *readers):
         raise ValueError(f"{path} can be opened by {' or '.join(readers)}, not by {runtime!r}")
