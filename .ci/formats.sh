@@ -22,10 +22,12 @@ try litert litert tests/vit/exporting/test_litert.py
 try executorch executorch tests/vit/exporting/test_executorch.py
 try coreml coreml tests/vit/exporting/test_coreml.py
 skipped+=("coreml: packages are converted and read, never run, which needs a Mac")
-if command -v npm > /dev/null && npm install --silent --ignore-scripts --prefix "$work/node" @huggingface/transformers; then
-    python3 tests/reports/transformersjs.py --node-modules "$work/node/node_modules" || failed=1
+python3 -m venv "$work/js"
+if command -v npm > /dev/null && npm install --silent --ignore-scripts --prefix "$work/node" @huggingface/transformers \
+    && "$work/js/bin/pip" install --quiet -e ".[onnx]"; then
+    "$work/js/bin/python" tests/reports/transformersjs.py --node-modules "$work/node/node_modules" || failed=1
 else
-    skipped+=("transformers.js: npm cannot install it here")
+    skipped+=("transformers.js: it cannot be installed here")
 fi
 printf 'skipped: %s\n' "${skipped[@]}"
 exit "$failed"
