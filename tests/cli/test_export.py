@@ -163,6 +163,18 @@ def test_another_onnx_file_stays_a_checkpoint(tmp_path, call):
     assert "checked" not in result.stdout
 
 
+def test_pt2_is_run_only_with_trust_and_inspected_without(checkpoint, digit_files, tmp_path, call):
+    result = call("export", checkpoint, "-o", tmp_path / "model.pt2", "--img-size", "8x12")
+    assert result.returncode == 0, result.stderr
+    image = next(digit_files.glob("*.png"))
+    result = call("predict", image, "--model", tmp_path / "model.pt2")
+    assert result.returncode == 2 and "can run code" in result.stderr and "--trust" in result.stderr
+    found = json.loads(call("predict", image, "--model", tmp_path / "model.pt2", "--trust", "--json").stdout)
+    wanted = json.loads(call("predict", image, "--model", checkpoint, "--img-size", "8x12", "--json").stdout)
+    assert found["predictions"][0]["label"] == wanted["predictions"][0]["label"]
+    assert "1 image, 3 x 8 x 12" in call("inspect", tmp_path / "model.pt2").stdout
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [("uint8", "pixels, uint8, 3 channels last"), ("image", "whole pictures, uint8, H x W x 3, resized to 28 x 20")],

@@ -47,6 +47,7 @@ def add_parser(commands: Any) -> None:
         "--model", default=MODEL, metavar="NAME_OR_PATH",
         help="an architecture, which gets random weights, or a checkpoint as for vit predict; default: %(default)s",
     )  # fmt: skip
+    loading.add_trust(parser)
     options.add_reading(parser)
     parser.add_argument("--device", type=options.device, default="cpu", help="cpu, cuda ... default: %(default)s")
     threads = torch.get_num_threads()

@@ -39,6 +39,7 @@ def add_parser(commands: Any) -> None:
         help="a folder with one sub-folder per class, named by synset, category or number; or digits: the bundled ones",
     )  # fmt: skip
     options.add_model(parser)
+    loading.add_trust(parser)
     options.add_reading(parser)
     add_sizes(parser)
     classes = parser.add_mutually_exclusive_group()

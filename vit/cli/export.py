@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vit.exporting import FORMATS, Metadata, Report, export
+from vit.exporting.formats import by_ending
 from vit.exporting.graph import OUTPUTS
 from vit.exporting.int8 import MOST
 from vit.exporting.metadata import PAGE
@@ -31,7 +32,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="a name, a file or a folder, as for vit predict")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE",
-        help="model.onnx or model.xml; for the web a folder",
+        help="model.onnx, model.xml, model.pt2 ...; for web and transformersjs a folder",
     )  # fmt: skip
     parser.add_argument(
         "--format",
@@ -62,6 +63,7 @@ def add_parser(commands: Any) -> None:
         "--opset", type=options.positive, metavar="N",
         help=f"of ONNX, 18 to 23; 20 has GELU as one operation, 23 attention; default: {DEFAULT_OPSET}",
     )  # fmt: skip
+    parser.add_argument("--aot", action="store_true", help="of pt2, compiled to native code for this processor")
     parser.add_argument(
         "--outputs", type=options.listed(options.one_of(*OUTPUTS)), metavar="LIST",
         help="logits,features,attention: features are what the classifier reads, attention is the class token's in the "
@@ -89,13 +91,14 @@ def run(args: argparse.Namespace) -> int:
 
     if runtime.is_ours(args.model):
         raise ValueError(f"{args.model} {loading.EXPORTED}")
-    form = args.format or ("openvino" if args.output.suffix == FORMATS["openvino"].endings[0] else "onnx")
+    form = args.format or by_ending(args.output.suffix)
     model = load_pretrained(args.model, **options.reading(args))
     images = None if args.calibrate is None else read_images(args.calibrate, create_transform(model, args.img_size))
     report = export(
         model, args.output, form, dynamic=args.dynamic or None, int8=args.int8, calibrate=images,
-        img_size=args.img_size, batch_size=args.batch_size, half=args.half, opset=args.opset, outputs=args.outputs,
-        input=args.input, check=not args.no_check, force=args.force, runtime_folder=args.runtime_folder,
+        img_size=args.img_size, batch_size=args.batch_size, half=args.half, opset=args.opset, aot=args.aot,
+        outputs=args.outputs, input=args.input, check=not args.no_check, force=args.force,
+        runtime_folder=args.runtime_folder,
     )  # fmt: skip
     print(json.dumps(report.to_dict(), indent=2) if args.json else as_text(report))
     return 0
@@ -117,6 +120,8 @@ def read_images(names: list[str], transform: Transform) -> list[Tensor]:
 def as_text(report: Report) -> str:
     """What was written, what it takes and gives, and how far it is from its model."""
     lines = [f"{report.files[0]}: {report.bytes / 1e6:.1f} MB", *describe(report.metadata)]
+    if report.caveat:
+        lines.append(f"note        {report.caveat}")
     if report.metadata.input == PAGE:
         lines.append(f"to see it: python -m http.server -d {Path(report.files[0]).parent}, and open localhost:8000")
     return "\n".join(lines)

@@ -53,6 +53,7 @@ def add_parser(commands: Any) -> None:
         "--pca", action="store_true", help="draw the maps' first three principal components as colours instead"
     )
     options.add_model(parser)
+    loading.add_trust(parser)
     options.add_reading(parser)
     options.add_size(parser)
     options.add_compute(parser)

@@ -4,9 +4,10 @@ import argparse
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from vit.exporting import load_exported
+from vit.exporting.read import read_metadata
 
 from . import export, options, runtime
 from .convert import assumptions
@@ -40,8 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
 def show_exported(args: argparse.Namespace) -> int:
     """What an exported file says of itself."""
-    model = load_exported(args.checkpoint)
-    print(json.dumps(asdict(model.metadata), indent=2) if args.json else "\n".join(export.describe(model.metadata)))
+    metadata = read_metadata(Path(args.checkpoint))
+    print(json.dumps(asdict(metadata), indent=2) if args.json else "\n".join(export.describe(metadata)))
     return 0
 
 

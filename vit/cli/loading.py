@@ -27,6 +27,13 @@ def add_optimize(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """--trust: for exported files that can run code while they are opened."""
+    parser.add_argument(
+        "--trust", action="store_true", help="open a .pt2 file, which can run code: if you know who wrote it"
+    )
+
+
 def load(args: argparse.Namespace, output: str = "logits") -> Model:
     """The model that --model names, in --dtype, optimized to --optimize; or an exported file, in a runtime.
 
@@ -44,7 +51,7 @@ def load(args: argparse.Namespace, output: str = "logits") -> Model:
     runtime.check_unused(args)
     if runtime.is_ours(args.model):
         check_exported(args)
-        return load_exported(args.model)
+        return load_exported(args.model, trust=args.trust)
     if is_optimized_file(args.model):
         return load_optimized(args)
     if args.optimize:

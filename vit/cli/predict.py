@@ -27,6 +27,7 @@ def add_parser(commands: Any) -> None:
     )
     options.add_images(parser)
     options.add_model(parser)
+    loading.add_trust(parser)
     options.add_reading(parser)
     options.add_size(parser)
     parser.add_argument(

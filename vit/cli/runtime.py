@@ -6,8 +6,7 @@ from typing import Any
 
 from vit.exporting import ExportedModel, load_exported
 from vit.exporting.foreign import ForeignModel
-from vit.exporting.runtimes import FORMATS, RUNTIMES
-from vit.exporting.to_onnx import is_ours as is_ours_in_onnx
+from vit.exporting.runtimes import RUNTIMES, is_exported
 from vit.metadata import EXPORTED_KEY, INTERPOLATIONS
 
 PIXELS = ("mean", "std", "interpolation")  # what `add_pixels` adds
@@ -48,9 +47,9 @@ def shares(text: str) -> tuple[float, ...]:
 def is_ours(name: str) -> bool:
     """Whether `vit export` wrote a file."""
     path = Path(name)
-    if path.suffix not in FORMATS or not path.is_file():
-        return False
-    return is_ours_in_onnx(path) if path.suffix == ".onnx" else f"<{EXPORTED_KEY} ".encode() in path.read_bytes()
+    if path.suffix == ".xml":
+        return path.is_file() and f"<{EXPORTED_KEY} ".encode() in path.read_bytes()
+    return is_exported(path)
 
 
 def check_unused(args: argparse.Namespace) -> None:
@@ -67,7 +66,7 @@ def load(args: argparse.Namespace, output: str) -> ExportedModel:
     if is_ours(args.model):
         if given := [f"--{name}" for name in PIXELS if vars(args).get(name)]:
             raise ValueError(f"{args.model} says itself how its images are prepared: leave out {', '.join(given)}")
-        return load_exported(args.model, runtime=args.runtime)
+        return load_exported(args.model, runtime=args.runtime, trust=args.trust)
     return ForeignModel(Path(args.model), args.runtime, pixels(args), sizes(args), output)
 
 

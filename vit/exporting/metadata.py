@@ -87,3 +87,9 @@ _READERS = {
 def processor() -> str:
     """The instruction set that PyTorch uses on this machine's processor: "AVX512", "AVX2", "NEON" ..."""
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def runs_here(made: str) -> bool:
+    """Whether this machine has the instructions of another one's `processor`."""
+    here = processor()
+    return made == here or (made in ("x86_64 AVX2", "x86_64 DEFAULT") and here == "x86_64 AVX512")

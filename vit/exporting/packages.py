@@ -4,9 +4,10 @@ from importlib import import_module
 from typing import Any
 
 
-def need(package: str, extra: str) -> Any:
-    """Import an optional package; ValueError with the line that installs it."""
+def need(package: str, extra: str, note: str = "") -> Any:
+    """Import an optional package; ValueError with the line that installs it, or a note on how to."""
     try:
         return import_module(package)
     except ModuleNotFoundError as error:
-        raise ValueError(f"the package {package} is missing: pip install 'vit-small[{extra}]'") from error
+        how = note or f"pip install 'vit-small[{extra}]'"
+        raise ValueError(f"the package {package} is missing: {how}") from error

@@ -14,18 +14,25 @@ from torch import Tensor
 from vit.checks import require_int, warn
 from vit.metadata import Provenance
 
+from . import archive
 from .metadata import PAGE, Metadata
 from .pixels import check_picture
-from .runtimes import Port, open_file
+from .runtimes import UNSAFE, Port, open_file
+from .to_transformersjs import graph_in
 
 
-def load_exported(path: str | Path, threads: int | None = None, runtime: str | None = None) -> ExportedModel:
-    """Open a file that `vit.export` wrote, in a runtime. Nothing is unpickled.
+def load_exported(
+    path: str | Path, threads: int | None = None, runtime: str | None = None, trust: bool = False
+) -> ExportedModel:
+    """Open a file that `vit.export` wrote, in a runtime. Nothing is unpickled without `trust`.
 
     Args:
-        path: a `.onnx` file, or the `.xml` of OpenVINO with its `.bin` beside it.
+        path: a `.onnx` file, the `.xml` of OpenVINO with its `.bin` beside it, a `.pt2` file, or a folder for
+            transformers.js, whose graph runs here in ONNX Runtime.
         threads: of the runtime; None for as many as PyTorch uses now.
         runtime: "onnxruntime" or "openvino", which reads both formats; None for the format's own.
+        trust: open files that can run code while they are opened, as any `.pt2` can: PyTorch unpickles some parts of
+            it and evaluates others, and one made with `aot` is native code.
 
     Returns:
         A model that is called as the original is: images in, logits out. It takes the sizes that it was exported for.
@@ -33,14 +40,26 @@ def load_exported(path: str | Path, threads: int | None = None, runtime: str | N
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file of another kind, a damaged one, one without the metadata of `vit.export`, or one whose
-            metadata contradict its graph; a runtime that does not read it, or whose package is missing.
+            metadata contradict its graph; a runtime that does not read it, or whose package is missing; a `.pt2` file
+            without `trust`.
     """
     if threads is not None:
         require_int("threads", threads, 1)
-    model = ExportedModel(Path(path), threads, runtime)
+    model = ExportedModel(Path(path), threads, runtime, trust)
     if model.metadata.parity is None:
         warn(f"{path} was exported without a check against its model")
     return model
+
+
+def read_metadata(path: Path) -> Metadata:
+    """What a file says of itself; no code of the file runs. Errors as of `load_exported`."""
+    if path.suffix not in UNSAFE:
+        return load_exported(path).metadata
+    strings = archive.read(path)
+    try:
+        return Metadata.from_strings(strings)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
 
 
 class ExportedModel:
@@ -52,8 +71,8 @@ class ExportedModel:
 
     device = torch.device("cpu")
 
-    def __init__(self, path: Path, threads: int | None = None, runtime: str | None = None) -> None:
-        self.path, self.session = path, open_file(path, threads, runtime)
+    def __init__(self, path: Path, threads: int | None = None, runtime: str | None = None, trust: bool = False) -> None:
+        self.path, self.session = path, open_file(path, threads, runtime, trust)
         try:
             self.metadata = Metadata.from_strings(self.session.metadata)
             check(self.metadata, self.session.inputs, self.session.outputs)
@@ -67,7 +86,7 @@ class ExportedModel:
     def with_threads(self, threads: int) -> ExportedModel:
         """The same file, opened with another number of threads."""
         other = copy.copy(self)
-        other.session = open_file(self.path, threads, self.session.name)
+        other.session = open_file(self.path, threads, self.session.name, trust=True)
         return other
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -148,7 +167,8 @@ class ExportedModel:
 
 def provenance(path: Path, parent: Provenance | None) -> Provenance:
     """Of a file that a runtime opened."""
-    return Provenance(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), path.suffix[1:], parent=parent)
+    file = graph_in(path) if path.is_dir() else path
+    return Provenance(str(path), hashlib.sha256(file.read_bytes()).hexdigest(), file.suffix[1:], parent=parent)
 
 
 def sides(images: Tensor, kind: str) -> tuple[int, int]:

@@ -18,10 +18,10 @@ SECTION = "model_info"  # of the .xml, where OpenVINO's own tools keep labels an
 DIGEST = "vit.bin_sha256"  # of the .bin
 
 
-def convert(model: ViT, metadata: Metadata, opset: int) -> Any:
+def convert(model: ViT, metadata: Metadata) -> Any:
     """A model as an `openvino.Model`; as `to_onnx.convert`. Weights in float16 are rounded when they are saved."""
     openvino = need("openvino", "openvino")
-    graph = to_onnx.convert(model, replace(metadata, precision="float32"), opset)
+    graph = to_onnx.convert(model, replace(metadata, precision="float32"), to_onnx.OPSETS[-1])
     return openvino.Core().read_model(BytesIO(graph.SerializeToString()))
 
 

@@ -6,45 +6,28 @@ import copy
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vit.checks import inside, require_int, unknown, whole_patches
-from vit.metadata import Provenance
+from vit.metadata import Preprocessing, Provenance
 from vit.model import ViT
 
-from . import gate, page_graph, to_onnx, to_openvino, to_web
+from . import gate, page_graph, to_onnx, to_web
+from .formats import FORMATS, Format, check_taken
 from .graph import check_outputs
 from .int8 import Images, images_for, quantized
 from .metadata import PAGE, Metadata, processor
 from .packages import need
 from .pixels import check_input
 from .read import ExportedModel
-
-
-@dataclass(frozen=True)
-class Format:
-    """What a format needs, and what can be asked of it."""
-
-    module: ModuleType  # has `convert` and `save`
-    endings: tuple[str, ...]  # of its files; the first is the one to open
-    packages: tuple[str, ...]
-    extra: str  # of this package, which installs those
-    opset: bool  # whether it takes one
-
-
-FORMATS = {
-    "onnx": Format(to_onnx, (".onnx",), ("onnx", "onnxscript", "onnxruntime"), "onnx", opset=True),
-    "openvino": Format(to_openvino, (".xml", ".bin"), ("openvino", "onnx", "onnxscript"), "openvino", opset=False),
-    "web": Format(to_web, ("",), ("onnx", "onnxscript", "onnxruntime"), "onnx", opset=False),
-}
 
 
 @dataclass(frozen=True)
@@ -55,6 +38,7 @@ class Report:
     bytes: int  # of all of them
     metadata: Metadata  # as it is in the file; its `parity` has the figures of the check
     seconds: dict[str, float]  # "convert" and "check"
+    caveat: str = ""  # what the check could not show
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
@@ -74,6 +58,7 @@ def export(
     int8: bool = False,
     calibrate: Tensor | Sequence[Tensor] | None = None,
     opset: int | None = None,
+    aot: bool = False,
     outputs: Sequence[str] | None = None,
     input: str = "float32",
     check: bool = True,
@@ -88,8 +73,9 @@ def export(
 
     Args:
         model: in float32. It is exported as it is in eval mode, and not changed.
-        path: the file to write: `.onnx`, or `.xml` for OpenVINO, which gets a `.bin` beside it; for the web a folder.
-        format: "onnx", "openvino" or "web", static files that show in a browser what the model sees.
+        path: the file to write: `.onnx`, `.pt2`, or `.xml` for OpenVINO, which gets a `.bin` beside it; a folder for
+            web and transformersjs.
+        format: one of `vit.exporting.FORMATS`; "web" is a page that shows in a browser what the model sees.
         dynamic: one file for all sizes and batches; None: unless a size or a batch size is given.
         img_size: (H, W) or one number for a square, the only size that the file will take, in multiples of the patch;
             None, if the file is not dynamic: the model's own.
@@ -100,6 +86,7 @@ def export(
             or a list of [C, H, W]. A fifth, drawn with a seed, is held out for the check. None: parts of seven
             photographs that ship with the package, one of which is held out.
         opset: of ONNX, 18 to 23, with int8 to 20; None for 20. 20 has GELU as one operation, 23 attention.
+        aot: of pt2, compiled to native code for this machine's processor.
         outputs: one or more of "logits", "features" (what the head reads) and "attention" (of the class token in the
             last block, [B, A, h, w]); None for logits, or for features if the model has no head.
         input: "float32": normalised images [B, C, H, W], as the model takes them; "uint8": their pixels, uint8
@@ -122,70 +109,75 @@ def export(
     if format not in FORMATS:
         raise ValueError(unknown("format", format, FORMATS))
     form = FORMATS[format]
+    options = {"dynamic": dynamic, "half": half, "int8": int8, "opset": opset, "aot": aot}
+    options = check_taken(format, options | {"runtime_folder": runtime_folder}, input)
     if format == "web":
-        others = {"batch_size": batch_size, "half": half or None, "opset": opset, "outputs": outputs}
-        others["input"] = None if input == "float32" else input
-        return export_page(
-            model, Path(os.path.realpath(path)), others, img_size, int8, calibrate, check, force, runtime_folder
-        )
-    if runtime_folder is not None:
-        raise ValueError(f"runtime_folder={runtime_folder!r} is for the web, and the format is {format}")
-    path = check_path(path, form.endings, force)
+        if batch_size is not None or outputs is not None:
+            raise ValueError(
+                "a page shows one picture at a time, and all that it can: leave out batch_size and outputs"
+            )
+        return export_page(model, path, img_size, int8, calibrate, check, force, runtime_folder)
+    path = check_path(path, form, force)
     check_model(model)
     names = check_outputs(outputs, model)
+    if "dynamic" not in form.takes and dynamic is None:
+        dynamic = False
     size, batch = shape(model, dynamic, img_size, batch_size)
     preprocessing = replace(model.preprocessing, size=size or model.preprocessing.size)
     if check_input(input, model) == "image":
         size, batch = None, batch_size  # pictures of any size, and what they are resized to is in the preprocessing
     precision = check_precision(model, names, half, int8, calibrate)
-    opset = check_opset(opset, format, int8)
+    options = {name: options[name] for name in ("opset", "aot") if name in options}  # for the conversion
+    if "opset" in options:
+        options["opset"] = check_opset(opset, int8)
     for package in form.packages:
-        need(package, form.extra)
+        need(package, form.extra, form.note)
 
     start = time.perf_counter()
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    metadata = Metadata(
-        config=model.config,
-        preprocessing=preprocessing,
-        categories=model.categories,
-        outputs=names,
-        precision=precision,
-        input=input,
-        size=size,
-        batch=batch,
-        source=without_folders(model.provenance),
-        versions={name: version(name) for name in ("vit-small", "torch", *form.packages)},
-        processor=processor(),
-        parity=None,
-    )
+    metadata = describe(model, format, preprocessing, names, precision, input, size, batch)
     sized = copy.copy(model)  # with the same weights: calibrated at the size that the file takes
     sized.preprocessing = preprocessing
-    images = images_for(sized, calibrate) if int8 else Images([], [])
-    twin = quantized(model, images.used) if int8 else None
-    converted = form.module.convert(twin or model, metadata, opset)
+    images = images_for(sized, calibrate) if int8 and form.runs else Images([], [])
+    twin = quantized(model, images.used) if int8 and form.twin else None
+    converted = form.module.convert(twin or model, metadata, **options)
     seconds = {"convert": time.perf_counter() - start}
+    compare = partial(gate.compare, model, held_out=images.held_out, twin=twin) if form.runs and check else None
+    return save(form, converted, metadata, path, compare, force, seconds)
+
+
+def save(
+    form: Format,
+    converted: Any,
+    metadata: Metadata,
+    path: Path,
+    compare: Callable[[ExportedModel], list[dict[str, Any]]] | None,
+    force: bool,
+    seconds: dict[str, float],
+) -> Report:
+    """Write the files under a temporary name, open and check them, and give them their own."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         file = Path(folder) / path.name
         form.module.save(converted, metadata, file)
-        exported = ExportedModel(file)  # that it opens
-        if check:
+        if form.runs:
+            exported = ExportedModel(file, trust=True)  # that it opens
+        if compare is not None:
             start = time.perf_counter()
-            rows = gate.compare(model, exported, images.held_out, twin)
+            rows = compare(exported)
             gate.judge(rows)
             metadata = replace(metadata, parity=tuple(rows))
             form.module.save(converted, metadata, file)
-            ExportedModel(file)  # that it opens
+            ExportedModel(file, trust=True)  # that it opens
             seconds["check"] = time.perf_counter() - start
         if not force:
-            check_new(path, form.endings)  # again: another process may have written one in between
-        return Report(*publish(Path(folder), path), metadata, seconds)
+            check_new(path, form)  # again: another process may have written one in between
+        return Report(*publish(Path(folder), path), metadata, seconds, form.caveat)
 
 
 def export_page(
     model: ViT,
-    path: Path,
-    others: Mapping[str, object],
+    path: str | Path,
     img_size: int | tuple[int, int] | None,
     int8: bool,
     calibrate: Tensor | Sequence[Tensor] | None,
@@ -193,12 +185,8 @@ def export_page(
     force: bool,
     runtime_folder: str | Path | None,
 ) -> Report:
-    """`export` to a folder for a browser. `others` are options that a page does not take."""
-    for name, value in others.items():
-        if value is not None:
-            raise ValueError(
-                f"{name}={value!r} is for other formats: a page takes weights in float32 or int8, and any picture"
-            )
+    """`export` to a folder for a browser."""
+    path = Path(os.path.realpath(path))
     check_model(model)
     to_web.check(model)
     to_web.check_folder(path, force)
@@ -209,45 +197,63 @@ def export_page(
     size = model.preprocessing.size if img_size is None else whole_patches(img_size, model.config.patch_size)
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     model.preprocessing = replace(model.preprocessing, size=size)
-    metadata = Metadata(
-        config=model.config,
-        preprocessing=model.preprocessing,
-        categories=model.categories,
-        outputs=names,
-        precision=precision,
-        input=PAGE,
-        size=None,
-        batch=1,
-        source=without_folders(model.provenance),
-        versions={name: version(name) for name in ("vit-small", "torch", *FORMATS["web"].packages)},
-        processor=processor(),
-        parity=None,
-    )
+    metadata = describe(model, "web", model.preprocessing, names, precision, PAGE, None, 1)
     return Report(*to_web.write(model, path, metadata, calibrate, runtime_folder, check, force))
 
 
+def describe(
+    model: ViT, format: str, preprocessing: Preprocessing, outputs: tuple[str, ...], precision: str, input: str,
+    size: tuple[int, int] | None, batch: int | None,
+) -> Metadata:  # fmt: skip
+    """What a file will say of itself, not yet checked."""
+    return Metadata(
+        config=model.config,
+        preprocessing=preprocessing,
+        categories=model.categories,
+        outputs=outputs,
+        precision=precision,
+        input=input,
+        size=size,
+        batch=batch,
+        source=without_folders(model.provenance),
+        versions={name: version(name) for name in ("vit-small", "torch", *FORMATS[format].packages)},
+        processor=processor(),
+        parity=None,
+    )
+
+
 def publish(folder: Path, path: Path) -> tuple[tuple[str, ...], int]:
-    """Move files to their final names, that of `path` last; returns the names, that of `path` first, and the bytes."""
-    files = sorted(folder.iterdir(), key=lambda file: file.name == path.name)
+    """Move files to their final names, that of `path` last; returns the names, that of `path` first, and the bytes.
+
+    If `path` is a folder, other files in it stay.
+    """
+    found = (file for file in folder.rglob("*") if file.is_file())
+    files = sorted(found, key=lambda file: (file.name == path.name, file))
     total = sum(file.stat().st_size for file in files)
-    for file in files:
-        os.replace(file, path.with_name(file.name))
-    return tuple(str(path.with_name(file.name)) for file in reversed(files)), total
+    targets = [path.parent / file.relative_to(folder) for file in files]
+    for file, target in zip(files, targets):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, target)
+    return tuple(dict.fromkeys(map(str, (path, *reversed(targets))))), total
 
 
-def check_path(path: str | Path, endings: tuple[str, ...], force: bool) -> Path:
-    """The file to write, through a symbolic link to its target."""
-    real = Path(os.path.realpath(path))
-    if Path(path).suffix != endings[0] or real.suffix != endings[0] or real.is_dir():
-        raise ValueError(f"expected the name of a {endings[0]} file to write, not {str(path)!r}")
+def check_path(path: str | Path, form: Format, force: bool) -> Path:
+    """The file or folder to write, through a symbolic link to its target."""
+    real, ending = Path(os.path.realpath(path)), form.endings[0]
+    kind = "folder" if form.folder else "file"
+    wrong = real.is_file() if form.folder else real.is_dir()
+    if Path(path).suffix != ending or real.suffix != ending or wrong:
+        raise ValueError(f"expected the name of a {ending} {kind} to write, not {str(path)!r}".replace("  ", " "))
     if not force:
-        check_new(real, endings)
+        check_new(real, form)
     return real
 
 
-def check_new(path: Path, endings: tuple[str, ...]) -> None:
-    """FileExistsError if one of the files is there."""
-    for file in map(path.with_suffix, endings):
+def check_new(path: Path, form: Format) -> None:
+    """FileExistsError if one of the files is there, or anything in the folder."""
+    if form.folder and path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(f"{path} is not empty: force=True (--force) replaces files in it, after the check")
+    for file in () if form.folder else map(path.with_suffix, form.endings):
         if file.exists():
             raise FileExistsError(f"{file} exists: force=True (--force) replaces it, after the check")
 
@@ -303,12 +309,8 @@ def check_precision(model: ViT, outputs: Sequence[str], half: bool, int8: bool, 
     return "int8" if int8 else "float16" if half else "float32"
 
 
-def check_opset(opset: int | None, format: str, int8: bool) -> int:
+def check_opset(opset: int | None, int8: bool) -> int:
     """The opset of ONNX to convert to."""
-    if not FORMATS[format].opset:
-        if opset is not None:
-            raise ValueError(f"opset={opset!r} is for ONNX, and the format is {format}")
-        return to_onnx.OPSETS[-1]
     if opset is None:
         return to_onnx.DEFAULT_OPSET
     if isinstance(opset, bool) or opset not in to_onnx.OPSETS:

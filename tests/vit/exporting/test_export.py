@@ -177,7 +177,10 @@ def renamed(categories: list[str]) -> vit.ViT:
         ({"model": renamed(["a", "b"])}, "the model has 5 classes and 2 categories"),
         ({"model": small(num_classes=1), "int8": True}, "int8 is judged by cosines, and one logit has none"),
         ({"model": small().bfloat16()}, "expected a model in float32, not torch.bfloat16: use model.float()"),
-        ({"format": "openvino", "path": "model.xml", "opset": 20}, "opset=20 is for ONNX, and the format is openvino"),
+        (
+            {"format": "openvino", "path": "model.xml", "opset": 20},
+            "--opset (opset=20) with openvino: that is a number of ONNX's",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(settings, message, tmp_path):

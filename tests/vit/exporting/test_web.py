@@ -22,7 +22,7 @@ from vit.exporting.runtimes import OnnxRuntime
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
-BAR = 1e-4  # the pixels are the same here; the random model changes by 1e-2 from size to size
+BAR = 5e-4  # a pixel may be a grey level off; the random model changes by 1e-2 from size to size
 CACHED = all((web_runtime.cache_folder() / name).is_file() for name in web_runtime.SHA256)
 in_browser = pytest.mark.skipif(
     not (CHROMIUM and CACHED),

@@ -1,0 +1,97 @@
+"""To PyTorch itself, without this package: torch.export's program, or compiled to native code by AOTInductor."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vit.model import ViT
+
+from . import archive
+from .graph import example, graph_of
+from .metadata import Metadata
+from .to_onnx import quiet, reason
+
+ROOT = "archive/"  # the folder in the archive in which PyTorch looks for everything
+PORTS = ("pt2.inputs", "pt2.outputs")  # keys in the metadata
+
+
+class Package(NamedTuple):
+    """A .pt2 archive without metadata."""
+
+    content: bytes
+    ports: dict[str, str]  # PORTS, as JSON
+
+
+def convert(model: ViT, metadata: Metadata, aot: bool) -> Package:
+    """A model as a .pt2 archive that takes and gives what the metadata say.
+
+    Raises:
+        ValueError: PyTorch cannot export it, or has no compiler for `aot`.
+    """
+    with quiet():
+        exported = program(model, metadata)
+        return Package(compiled(model, exported) if aot else saved(exported), ports(exported, metadata))
+
+
+def program(model: ViT, metadata: Metadata) -> torch.export.ExportedProgram:
+    """A model as PyTorch's graph."""
+    return traced(model, graph_of(model, metadata), *example(metadata))
+
+
+def traced(
+    model: ViT, graph: torch.nn.Module, images: torch.Tensor, dynamic: dict[int, Any]
+) -> torch.export.ExportedProgram:
+    """A graph of a model's, traced with images; without notes on where its code lies on this machine."""
+    with torch.no_grad():
+        try:
+            exported = torch.export.export(graph, (images,), dynamic_shapes=(dynamic,))
+        except Exception as error:  # it has no common base
+            raise ValueError(f"PyTorch cannot export this model: {reason(model, error)}") from error
+    for part in exported.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)
+    return exported
+
+
+def ports(exported: torch.export.ExportedProgram, metadata: Metadata) -> dict[str, str]:
+    """Names, dtypes and shapes of what a program takes and gives, which the compiled one does not say."""
+    (image,) = exported.graph_signature.user_inputs
+    inputs = [node for node in exported.graph.nodes if node.name == image]
+    found = {}
+    for key, names, nodes in zip(PORTS, (["images"], metadata.outputs), (inputs, exported.graph.output_node().args[0])):
+        values = [node.meta["val"] for node in nodes]
+        shapes = [[side if isinstance(side, int) else None for side in value.shape] for value in values]
+        dtypes = [str(value.dtype).removeprefix("torch.") for value in values]
+        found[key] = json.dumps(list(zip(names, dtypes, shapes)))
+    return found
+
+
+def saved(exported: torch.export.ExportedProgram) -> bytes:
+    """The program as torch.export.load reads it."""
+    exported.example_inputs = None  # which it would pickle
+    buffer = io.BytesIO()
+    torch.export.save(exported, buffer)
+    return buffer.getvalue()
+
+
+def compiled(model: ViT, exported: torch.export.ExportedProgram) -> bytes:
+    """The program as native code for this machine's processor."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        file = Path(folder) / f"{ROOT[:-1]}.pt2"  # whose name becomes that of the folder in the archive
+        try:
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(file))
+        except Exception as error:  # InvalidCxxCompiler, or what the compiler says
+            raise ValueError(f"AOTInductor cannot compile this model: {reason(model, error)}") from error
+        return file.read_bytes()
+
+
+def save(package: Package, metadata: Metadata, path: Path) -> None:
+    """Write an archive with its metadata, where `torch.export.load` finds them as an extra file."""
+    path.write_bytes(package.content)
+    archive.add(path, metadata.to_strings() | package.ports, f"{ROOT}extra/")
