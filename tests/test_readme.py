@@ -20,6 +20,7 @@ from vit.kernels.cpu.model import missing
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "README.md",
+    "vit/exporting/SERVING.md",
     *(
         f"{folder}/README.md"
         for folder in ("vit", "vit/training", "vit/exporting", "weights", "kernels", "tests", "examples")

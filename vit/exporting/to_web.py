@@ -39,7 +39,7 @@ KEY = "vit"  # in FACTS, the version that wrote the folder
 DIGITS = "vit_digits_patch4_32"
 SCALES = (0.5, 0.625, 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2)  # of the own size, on the slider
 TOKENS = 1024  # on the slider, if the own size does not have more
-MAPS, ENDS = 0.99, 0.995  # int8: the least cosine of what is only looked at, and of answers at the slider's ends
+MAPS, ENDS = 0.99, 0.995  # int8, at the slider's ends: the least cosine of what is only looked at, and of answers
 READS = {  # what the classifier reads
     "token": "The class token has collected what it needs",
     "avg": "The mean of the patches is what the answer rests on",
@@ -206,9 +206,8 @@ def compare(model: ViT, file: Path, pictures: Sequence[Image.Image], metadata: M
         for output in found:
             ours, theirs = (gate.centred(output, one[output]) for one in (found, wanted))
             measured = gate.measure(ours, theirs, metadata.precision, mean=False, resized=True)
-            if measured["measure"] == "cosine":
-                answer = measured["bar"] if grid == own_grid(model) else ENDS
-                measured["bar"] = MAPS if output in ("attention", "patches") else answer
+            if measured["measure"] == "cosine" and grid != own_grid(model):
+                measured["bar"] = MAPS if output in ("attention", "patches") else ENDS
             rows.append({"input": name, "output": output} | measured)
         if "logits" in found and metadata.precision == "int8":
             gate.check_labels(name, found["logits"], wanted["logits"])
