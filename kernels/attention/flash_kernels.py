@@ -31,7 +31,7 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-from .flash import OPTIONS
+from vit.kernels.attention.flash import OPTIONS
 
 INTERPRETED = triton.knobs.runtime.interpret  # decided once, here: triton.jit reads it below
 LOG2_E = tl.constexpr(math.log2(math.e))

@@ -177,7 +177,10 @@ def test_pt2_is_run_only_with_trust_and_inspected_without(checkpoint, digit_file
 
 @pytest.mark.parametrize(
     ("kind", "said"),
-    [("uint8", "pixels, uint8, 3 channels last"), ("image", "whole pictures, uint8, H x W x 3, resized to 28 x 20")],
+    [
+        pytest.param("uint8", "pixels, uint8, 3 channels last", marks=pytest.mark.slow),
+        ("image", "whole pictures, uint8, H x W x 3, resized to 28 x 20"),
+    ],
 )
 def test_files_that_take_pixels(kind, said, checkpoint, tmp_path, call):
     photograph = vit.load_image(vit.resources.DATA / "photographs" / "coffee.jpg")
@@ -213,7 +216,7 @@ def test_files_that_take_pixels(kind, said, checkpoint, tmp_path, call):
 
 def test_what_a_page_does_not_take(checkpoint, tmp_path, call):
     for options, message in (
-        (["--half"], "vit export: half=True is for other formats: a page takes weights in float32 or int8"),
+        (["--half"], "vit export: --half (half=True) with web: it computes in the type of its weights"),
         (["--runtime-folder", tmp_path], "does not hold ort-wasm-simd-threaded.wasm of ONNX Runtime Web"),
     ):
         result = call("export", checkpoint, "-o", tmp_path / "site", "--format", "web", *options)

@@ -96,7 +96,13 @@ def test_the_folder_is_complete(runtime, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"in_chans": 1, "num_classes": 0}, {"global_pool": "avg", "depth": 1}], ids=str
+    "settings",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"in_chans": 1, "num_classes": 0}, marks=pytest.mark.slow),
+        {"global_pool": "avg", "depth": 1},
+    ],
+    ids=str,
 )
 def test_the_graph_is_the_model_at_all_steps_of_the_slider(settings, picture, tmp_path):
     model = small(**settings)
@@ -138,10 +144,11 @@ def test_a_wrong_graph_is_not_written(runtime, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"half": True}, "a page takes weights in float32 or int8"),
-        ({"outputs": ["logits"]}, r"outputs=\['logits'\] is for other formats"),
-        ({"batch_size": 2}, "batch_size=2 is for other formats"),
-        ({"opset": 18}, "opset=18 is for other formats"),
+        ({"half": True}, r"--half \(half=True\) with web: .* formats that take it: onnx"),
+        ({"outputs": ["logits"]}, "one picture at a time, and all that it can: leave out batch_size and outputs"),
+        ({"batch_size": 2}, "leave out batch_size and outputs"),
+        ({"opset": 18}, "that is a number of ONNX's"),
+        ({"input": "image"}, "with web: it takes float32"),
     ],
 )
 def test_options_of_other_formats_are_refused(options, message, tmp_path):
@@ -151,7 +158,7 @@ def test_options_of_other_formats_are_refused(options, message, tmp_path):
 
 
 def test_a_runtime_folder_is_for_a_page(tmp_path):
-    with pytest.raises(ValueError, match=r"runtime_folder=.* is for the web"):
+    with pytest.raises(ValueError, match=r"runtime_folder=.* with onnx: that is for a page's ONNX Runtime Web"):
         vit.export(small(), tmp_path / "model.onnx", runtime_folder=tmp_path)
 
 
@@ -270,6 +277,7 @@ def answered(page, text):
 
 
 @in_browser
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["head", "none"])
 def test_chromium_answers_as_python_does(which, sites, picture):
     model, site = sites[which]
@@ -308,6 +316,7 @@ def test_chromium_answers_as_python_does(which, sites, picture):
 
 
 @in_browser
+@pytest.mark.slow
 def test_the_page_speaks_to_no_other_host(sites):
     with serving(sites["head"][1]) as url, serving(sites["none"][1]) as other, browser() as page:
         page.open(url, "ready")
@@ -321,6 +330,7 @@ def test_the_page_speaks_to_no_other_host(sites):
 
 
 @in_browser
+@pytest.mark.slow
 def test_what_cannot_be_shown_is_said_in_one_line(sites, tmp_path, picture):
     (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:40])
     status = "document.getElementById('status').textContent"
@@ -340,6 +350,7 @@ def test_what_cannot_be_shown_is_said_in_one_line(sites, tmp_path, picture):
 
 
 @in_browser
+@pytest.mark.slow
 def test_a_folder_that_was_not_copied_whole(sites, tmp_path):
     shutil.copytree(sites["head"][1], tmp_path / "site")
     (tmp_path / "site" / "model.onnx").write_bytes(b"short")
@@ -350,6 +361,7 @@ def test_a_folder_that_was_not_copied_whole(sites, tmp_path):
 
 
 @in_browser
+@pytest.mark.slow
 def test_the_camera(sites):
     flags = "--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"
     with serving(sites["head"][1]) as url, browser(*flags) as page:
@@ -366,6 +378,7 @@ def test_the_camera(sites):
 
 
 @in_browser
+@pytest.mark.slow
 def test_everything_has_a_name_and_fits(sites):
     with serving(sites["head"][1]) as url, browser() as page:
         page.open(url, "ready")
