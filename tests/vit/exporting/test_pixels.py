@@ -20,7 +20,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 PHOTOGRAPH = load_image(DATA / "photographs" / "coffee.jpg")
 SIZES = [(300, 451), (100, 60), (28, 20), (17, 90), (641, 480), (5, 7), (1, 1)]  # of pictures, (H, W)
-FORMATS = ["onnx", pytest.param("openvino", marks=pytest.mark.slow)]
+FORMATS = ["onnx", "openvino"]
 
 
 def picture(size, mode="RGB"):
