@@ -111,12 +111,12 @@ def set_wide_apart(tensors: dict[str, Tensor], block: str, seen: dict[str, Seen]
     seen["mlp.fc2"] = seen["mlp.fc2"].of(others)
 
 
-def quantize(tensors: dict[str, Tensor], name: str, seen: Seen) -> None:
-    """Quantize a layer: one scale and zero for its inputs, a scale for each row of the weight."""
+def quantize(tensors: dict[str, Tensor], name: str, seen: Seen, limit: int = 127) -> None:
+    """Quantize a layer: one scale and zero for its inputs, a scale for each row of the weight, in -limit to limit."""
     low, high = min(seen.low.min().item(), 0.0) * MARGIN, max(seen.high.max().item(), 0.0) * MARGIN
     scale = max(high - low, 1e-5) / LEVELS
     weight = tensors[f"{name}.weight"]  # [N, K]
-    weight_scale = weight.abs().amax(1).clamp(min=1e-8) / 127  # [N]
+    weight_scale = weight.abs().amax(1).clamp(min=1e-8) / limit  # [N]
     rounded = (weight / weight_scale[:, None]).round()
     tensors[f"{name}.bias"] += (weight - rounded * weight_scale[:, None]) @ seen.mean
     tensors[f"{name}.weight"] = rounded.to(torch.int8)

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from vit.exporting import FORMATS, Metadata, Report, export
-from vit.exporting.formats import by_ending
 from vit.exporting.graph import OUTPUTS
 from vit.exporting.int8 import MOST
 from vit.exporting.metadata import PAGE
@@ -60,6 +59,9 @@ def add_parser(commands: Any) -> None:
         "check; default: parts of seven photographs that ship",
     )  # fmt: skip
     parser.add_argument(
+        "--reduce-range", action="store_true", help="for int8, weights in 7 bits, for processors without VNNI"
+    )
+    parser.add_argument(
         "--opset", type=options.positive, metavar="N",
         help=f"of ONNX, 18 to 23; 20 has GELU as one operation, 23 attention; default: {DEFAULT_OPSET}",
     )  # fmt: skip
@@ -91,11 +93,11 @@ def run(args: argparse.Namespace) -> int:
 
     if runtime.is_ours(args.model):
         raise ValueError(f"{args.model} {loading.EXPORTED}")
-    form = args.format or by_ending(args.output.suffix)
     model = load_pretrained(args.model, **options.reading(args))
     images = None if args.calibrate is None else read_images(args.calibrate, create_transform(model, args.img_size))
     report = export(
-        model, args.output, form, dynamic=args.dynamic or None, int8=args.int8, calibrate=images,
+        model, args.output, args.format, dynamic=args.dynamic or None, int8=args.int8, calibrate=images,
+        reduce_range=args.reduce_range,
         img_size=args.img_size, batch_size=args.batch_size, half=args.half, opset=args.opset, aot=args.aot,
         outputs=args.outputs, input=args.input, check=not args.no_check, force=args.force,
         runtime_folder=args.runtime_folder,
@@ -144,7 +146,7 @@ def describe(metadata: Metadata) -> list[str]:
     lines = [
         f"images      {batch}, {shape}",
         f"outputs     {', '.join(metadata.outputs)}",
-        f"weights     {metadata.precision}",
+        f"weights     {metadata.precision}{', in 7 bits' * metadata.reduce_range}",
     ]
     if metadata.parity is None:
         return [*lines, "checked     no"]

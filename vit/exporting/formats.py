@@ -30,10 +30,12 @@ class Format:
 
 FORMATS = {
     "onnx": Format(
-        to_onnx, (".onnx",), ("onnx", "onnxscript", "onnxruntime"), "onnx", ("dynamic", "half", "int8", "opset")
+        to_onnx, (".onnx",), ("onnx", "onnxscript", "onnxruntime"), "onnx",
+        ("dynamic", "half", "int8", "reduce_range", "opset"),
     ),
     "openvino": Format(
-        to_openvino, (".xml", ".bin"), ("openvino", "onnx", "onnxscript"), "openvino", ("dynamic", "half", "int8")
+        to_openvino, (".xml", ".bin"), ("openvino", "onnx", "onnxscript"), "openvino",
+        ("dynamic", "half", "int8", "reduce_range"),
     ),
     "pt2": Format(to_pt2, (".pt2",), (), "", ("dynamic", "aot")),
     "transformersjs": Format(
@@ -61,6 +63,7 @@ WHY_NOT = {  # why a format does not take an option
     "dynamic": "it has one size a file: export several",
     "half": "it computes in the type of its weights, on most CPUs slowly",
     "int8": "it has no products of bytes here",
+    "reduce_range": "its products of bytes do not overflow, or are not made here",
     "opset": "that is a number of ONNX's",
     "aot": "that is PyTorch's compiler",
     "runtime_folder": "that is for a page's ONNX Runtime Web",

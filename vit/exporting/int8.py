@@ -5,6 +5,9 @@ with a scale for each column, calibrated as `vit.kernels.cpu.calibrate` does it,
 faster: the MLP's widest hidden channels are made narrower behind the GELU, by a factor that the next weight is
 multiplied by, instead of getting products of their own; and queries and keys are bytes, too. First each channel of the
 queries is multiplied, and that of the keys divided, by a factor, so that both reach equally far, and all heads alike.
+
+Processors without VNNI add two products of an unsigned and a signed byte in 16 bits, where 2 * 255 * 127 does not fit;
+with a reduced range weights and keys reach to 63 only, and it does.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from vit.model import Block, ViT
 
 LEAST, MOST = 40, 640  # images to calibrate on, with those that are held out
+FULL, REDUCED = 127, 63  # how far weights and keys reach
 MARGIN = 1.05  # queries and keys may reach this much farther than what was seen
 LAYERS = ("attention.qkv", "attention.proj", "mlp.fc1", "mlp.fc2")
 
@@ -66,8 +70,10 @@ def images_for(model: ViT, images: Tensor | Sequence[Tensor] | None) -> Images:
 
 
 @torch.no_grad()
-def quantized(model: ViT, images: list[Tensor]) -> ViT:
+def quantized(model: ViT, images: list[Tensor], limit: int = FULL) -> ViT:
     """A copy whose blocks multiply bytes once it is exported, calibrated on images, each [C, H, W].
+
+    `limit` is how far weights and keys reach, `FULL` or `REDUCED`.
 
     In PyTorch it computes the same with rounded floats, slowly: it is the readable twin of the graph.
 
@@ -82,7 +88,7 @@ def quantized(model: ViT, images: list[Tensor]) -> ViT:
                 f"int8 is for softmax(q k^T / sqrt(d)) v, and block {i} attends by {attend.choice.called!r}:"
                 " export it in float32"
             )
-    tensors = calibrate(model, batches(model, images))
+    tensors = calibrate(model, batches(model, images), limit)
     twin = copy.deepcopy(model)
     for name, tensor in tensors.items():
         owner, _, part = name.rpartition(".")
@@ -97,7 +103,7 @@ def quantized(model: ViT, images: list[Tensor]) -> ViT:
             owner, _, part = layer.rpartition(".")
             setattr(block.get_submodule(owner), part, ByteLinear(of_block, layer))
         block.mlp.act = nn.Sequential(block.mlp.act, Narrow(of_block["mlp.narrow"]))
-        block.attention.attend = ByteAttend(of_block["attention.factor"])
+        block.attention.attend = ByteAttend(of_block["attention.factor"], limit)
     return twin
 
 
@@ -171,11 +177,12 @@ class ByteAttend(nn.Module):
     exact = True
     factor: Tensor  # [A, 1, 1]
 
-    def __init__(self, factor: Tensor) -> None:
+    def __init__(self, factor: Tensor, limit: int) -> None:
         """`factor` [A, 1, 1]: what the product of queries and keys, which reach to 1 in each head, is multiplied by."""
         super().__init__()
-        scale, zero = torch.tensor(MARGIN / 127), torch.zeros((), dtype=torch.int8)
-        self.queries, self.keys = Quantize(scale, zero), Quantize(scale.clone(), zero.clone())
+        zero = torch.zeros((), dtype=torch.int8)
+        self.queries = Quantize(torch.tensor(MARGIN / FULL), zero)
+        self.keys = Quantize(torch.tensor(MARGIN / limit), zero.clone())
         self.register_buffer("factor", factor)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, packing: object = None) -> Tensor:
@@ -188,7 +195,7 @@ class ByteAttend(nn.Module):
         return (scores * self.factor).softmax(dim=-1)
 
 
-def calibrate(model: ViT, images: list[Tensor]) -> dict[str, Tensor]:
+def calibrate(model: ViT, images: list[Tensor], limit: int) -> dict[str, Tensor]:
     """The tensors of the blocks, by name, from images in batches [B, C, H, W].
 
     Of each layer weight [N, K] int8, weight_scale [N], bias [N], and scale and zero of its inputs; of each block
@@ -212,7 +219,7 @@ def calibrate(model: ViT, images: list[Tensor]) -> dict[str, Tensor]:
         of_block["mlp.fc2"] = _narrow(tensors, start, of_block["mlp.fc2"])
         _balance(tensors, start, q, k, model.config.num_heads)
         for layer in LAYERS:
-            quantize(tensors, start + layer, of_block[layer])
+            quantize(tensors, start + layer, of_block[layer], limit)
     return tensors
 
 

@@ -36,6 +36,7 @@ class Metadata:
     versions: Mapping[str, str]  # of what wrote and checked it
     processor: str  # the instruction set on which it was checked
     parity: tuple[Mapping[str, Any], ...] | None  # the gate's rows; None: not checked
+    reduce_range: bool = False  # of int8: weights in 7 bits
 
     def to_strings(self) -> dict[str, str]:
         """As keys and values for a file, with those that ultralytics' tools read."""
@@ -85,11 +86,15 @@ _READERS = {
 
 
 def processor() -> str:
-    """The instruction set that PyTorch uses on this machine's processor: "AVX512", "AVX2", "NEON" ..."""
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    """The instruction set that PyTorch uses on this machine's processor: "AVX512", "AVX2", "NEON" ..., and VNNI."""
+    vnni = " VNNI" if torch.cpu._is_vnni_supported() else ""  # sums products of bytes in 32 bits
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{vnni}"
 
 
 def runs_here(made: str) -> bool:
     """Whether this machine has the instructions of another one's `processor`."""
     here = processor()
+    if "VNNI" in made and "VNNI" not in here:
+        return False
+    made, here = made.removesuffix(" VNNI"), here.removesuffix(" VNNI")
     return made == here or (made in ("x86_64 AVX2", "x86_64 DEFAULT") and here == "x86_64 AVX512")

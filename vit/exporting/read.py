@@ -15,7 +15,7 @@ from vit.checks import require_int, warn
 from vit.metadata import Provenance
 
 from . import archive
-from .metadata import PAGE, Metadata
+from .metadata import PAGE, Metadata, processor
 from .pixels import check_picture
 from .runtimes import UNSAFE, Port, open_file
 from .to_transformersjs import graph_in
@@ -48,7 +48,19 @@ def load_exported(
     model = ExportedModel(Path(path), threads, runtime, trust)
     if model.metadata.parity is None:
         warn(f"{path} was exported without a check against its model")
+    if overflows(model):
+        warn(
+            f"{path} was checked on a processor with VNNI; on this one, without it, sums of bytes may overflow: export"
+            " it here, where the check shows that, or with reduce_range=True (--reduce-range)"
+        )
     return model
+
+
+def overflows(model: ExportedModel) -> bool:
+    """Whether sums of bytes that were right where a file was checked may overflow on this processor."""
+    made = model.metadata
+    whole = made.precision == "int8" and not made.reduce_range and model.session.name in ("onnxruntime", "openvino")
+    return whole and "VNNI" in made.processor and "VNNI" not in processor()
 
 
 def read_metadata(path: Path) -> Metadata:

@@ -21,9 +21,9 @@ from vit.metadata import Preprocessing, Provenance
 from vit.model import ViT
 
 from . import gate, page_graph, to_onnx, to_web
-from .formats import FORMATS, Format, check_taken
+from .formats import FORMATS, Format, by_ending, check_taken
 from .graph import check_outputs
-from .int8 import Images, images_for, quantized
+from .int8 import FULL, REDUCED, Images, images_for, quantized
 from .metadata import PAGE, Metadata, processor
 from .packages import need
 from .pixels import check_input
@@ -49,7 +49,7 @@ class Report:
 def export(
     model: ViT,
     path: str | Path,
-    format: str = "onnx",
+    format: str | None = None,
     *,
     dynamic: bool | None = None,
     img_size: int | tuple[int, int] | None = None,
@@ -57,6 +57,7 @@ def export(
     half: bool = False,
     int8: bool = False,
     calibrate: Tensor | Sequence[Tensor] | None = None,
+    reduce_range: bool = False,
     opset: int | None = None,
     aot: bool = False,
     outputs: Sequence[str] | None = None,
@@ -75,7 +76,8 @@ def export(
         model: in float32. It is exported as it is in eval mode, and not changed.
         path: the file to write: `.onnx`, `.pt2`, or `.xml` for OpenVINO, which gets a `.bin` beside it; a folder for
             web and transformersjs.
-        format: one of `vit.exporting.FORMATS`; "web" is a page that shows in a browser what the model sees.
+        format: one of `vit.exporting.FORMATS`; None: by the ending of `path`, without one ONNX. "web" is a page that
+            shows in a browser what the model sees.
         dynamic: one file for all sizes and batches; None: unless a size or a batch size is given.
         img_size: (H, W) or one number for a square, the only size that the file will take, in multiples of the patch;
             None, if the file is not dynamic: the model's own.
@@ -85,6 +87,8 @@ def export(
         calibrate: for int8, 40 to 640 images like those to come, normalised as `model.preprocessing` says, [n, C, H, W]
             or a list of [C, H, W]. A fifth, drawn with a seed, is held out for the check. None: parts of seven
             photographs that ship with the package, one of which is held out.
+        reduce_range: for int8, weights in 7 bits, for processors without VNNI, on which the sums of two products of
+            whole bytes overflow.
         opset: of ONNX, 18 to 23, with int8 to 20; None for 20. 20 has GELU as one operation, 23 attention.
         aot: of pt2, compiled to native code for this machine's processor.
         outputs: one or more of "logits", "features" (what the head reads) and "attention" (of the class token in the
@@ -106,11 +110,14 @@ def export(
         ValueError: a model, option or path that does not fit, a missing package, attention that cannot be exported.
         FileExistsError: a file exists, and `force` is False.
     """
+    format = by_ending(Path(path).suffix) if format is None else format
     if format not in FORMATS:
         raise ValueError(unknown("format", format, FORMATS))
     form = FORMATS[format]
-    options = {"dynamic": dynamic, "half": half, "int8": int8, "opset": opset, "aot": aot}
+    options = {"dynamic": dynamic, "half": half, "int8": int8, "reduce_range": reduce_range, "opset": opset, "aot": aot}
     options = check_taken(format, options | {"runtime_folder": runtime_folder}, input)
+    if reduce_range and not int8:
+        raise ValueError("a reduced range of weights is for int8: ask for int8=True (--int8) or leave it out")
     if format == "web":
         if batch_size is not None or outputs is not None:
             raise ValueError(
@@ -136,10 +143,11 @@ def export(
     start = time.perf_counter()
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     metadata = describe(model, format, preprocessing, names, precision, input, size, batch)
+    metadata = replace(metadata, reduce_range=reduce_range)
     sized = copy.copy(model)  # with the same weights: calibrated at the size that the file takes
     sized.preprocessing = preprocessing
     images = images_for(sized, calibrate) if int8 and form.runs else Images([], [])
-    twin = quantized(model, images.used) if int8 and form.twin else None
+    twin = quantized(model, images.used, REDUCED if reduce_range else FULL) if int8 and form.twin else None
     converted = form.module.convert(twin or model, metadata, **options)
     seconds = {"convert": time.perf_counter() - start}
     compare = partial(gate.compare, model, held_out=images.held_out, twin=twin) if form.runs and check else None

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def test_frozen_positions_fail_the_gate(model, pictures, tmp_path, monkeypatch):
 def test_photographs_are_prepared_at_the_size_of_the_file(model, tmp_path, monkeypatch):
     seen, real = [], int8.calibrate
     monkeypatch.setattr(
-        int8, "calibrate", lambda model, images: seen.append(images[0].shape[2:]) or real(model, images)
+        int8, "calibrate", lambda model, images, limit: seen.append(images[0].shape[2:]) or real(model, images, limit)
     )
     vit.export(model, tmp_path / "model.onnx", int8=True, img_size=(24, 40))
     assert seen == [(24, 40)]
@@ -219,3 +220,39 @@ def test_a_trained_vit_s_on_photographs_that_were_not_calibrated_on(tmp_path, mo
     monkeypatch.setattr(int8.Quantize, "mistake", 1, raising=False)
     with pytest.raises(vit.exporting.ParityError, match="cosine"):
         vit.export(model, tmp_path / "other.onnx", int8=True, img_size=224)
+
+
+def test_a_reduced_range_cannot_overflow(model, pictures, tmp_path, monkeypatch):
+    """Without VNNI two products of an unsigned and a signed byte are added in 16 bits."""
+    twins = [int8.quantized(model, list(pictures[:40]), limit) for limit in (int8.FULL, int8.REDUCED)]
+    for twin, fits in zip(twins, (False, True)):
+        layers = [layer for layer in twin.modules() if isinstance(layer, int8.ByteLinear)]
+        largest = max(int(layer.weight.abs().max()) for layer in layers)
+        assert (2 * 255 * largest < 2**15) is fits
+        assert len(layers) == 24
+    keys = [twin.blocks[0].attention.attend.keys.scale for twin in twins]
+    assert abs(keys[1] / keys[0] - 127 / 63) < 1e-5
+    report = vit.export(model, tmp_path / "model.onnx", int8=True, calibrate=pictures, reduce_range=True)
+    assert report.metadata.reduce_range and min(row["value"] for row in report.metadata.parity) >= 0.998
+    monkeypatch.setattr("vit.exporting.read.processor", lambda: "x86_64 AVX2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vit.load_exported(tmp_path / "model.onnx")
+    refused_in_one_line(lambda: vit.export(model, tmp_path / "o.onnx", reduce_range=True), "is for int8")
+    assert not (tmp_path / "o.onnx").exists()
+
+
+def test_a_file_for_vnni_says_so_elsewhere(exported, monkeypatch, tmp_path):
+    content = onnx.load(exported)
+    for one in content.metadata_props:
+        if one.key == "vit.processor":
+            one.value = '"x86_64 AVX512 VNNI"'
+    onnx.save(content, tmp_path / "model.onnx")
+    monkeypatch.setattr("vit.exporting.read.processor", lambda: "x86_64 AVX2")
+    with pytest.warns(UserWarning, match="on this one, without it, sums of bytes may overflow"):
+        vit.load_exported(tmp_path / "model.onnx")
+    monkeypatch.undo()
+    monkeypatch.setattr("vit.exporting.read.processor", lambda: "x86_64 AVX512 VNNI")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vit.load_exported(tmp_path / "model.onnx")
