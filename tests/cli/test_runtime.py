@@ -258,7 +258,7 @@ def test_other_inputs(tmp_path):
         ((*SAID, "--mode", "native", "--max-tokens", 9), "which --mode native, --max-tokens would need"),
         (("--mean", "123,116,103", *SAID[2:]), "expected numbers for pixels from 0 to 1, got '123,116,103'"),
         (("--mean", "a", *SAID[2:]), "expected numbers such as 0.5,0.5,0.5, got 'a'"),
-        (("--mean", "0.5", "--std", "0.5"), "1 channels, but the model has 3"),
+        (("--mean", "0.5", "--std", "0.5"), "takes 3 channels, and --mean has 1 numbers: give one for each"),
         ((*SAID[:2], "--std", "0,1,1"), "std must be above 0"),
         ((*SAID, "--crop-pct", "2"), "crop_pct must lie in (0, 1], not 2.0"),
         ((*SAID, "--optimize", "int8"), "leave out --optimize"),

@@ -30,8 +30,6 @@ def main() -> None:
             rows = "document.getElementById('rows').children.length"
             page.wait(f"{rows} === {sizes} && !document.body.classList.contains('busy')", seconds=300)
         picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-        if args.output.suffix == ".png":
-            picture = picture.quantize(256, Image.Quantize.MAXCOVERAGE)  # a third of the bytes
         picture.save(args.output, quality=85, optimize=True)
         print(f"{args.output}: {args.output.stat().st_size / 1000:.0f} kB", *page.problems(), sep="\n")
 

@@ -16,7 +16,7 @@ EXAMPLES = """\
 vit demo                                      classify bundled digits and draw attention; needs no network
 vit predict photo.jpg --img-size native       name what is in a photograph, at its own size and proportions
 vit finetune photos/ -o run/                  train it on your own classes, one folder per class
-vit export run/ -o model.onnx                  write it for another runtime, checked against the model there
+vit export MODEL -o model.onnx                write it for another runtime, checked against the model there
 vit attention a.jpg b.jpg -o attention.png    draw where each head of the last block looks
 """
 

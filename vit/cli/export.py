@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -110,6 +111,7 @@ def read_images(names: list[str], transform: Transform) -> list[Tensor]:
     """Images to calibrate on; of many, `MOST` drawn with a seed."""
     paths = find_images(names)
     if len(paths) > MOST:
+        print(f"vit export: calibrating on {MOST} of {len(paths)} images, drawn with a seed", file=sys.stderr)
         paths = sorted(Random(0).sample(paths, MOST))
     found = []
     for _, outcome in decode(paths, transform):
@@ -121,11 +123,13 @@ def read_images(names: list[str], transform: Transform) -> list[Tensor]:
 
 def as_text(report: Report) -> str:
     """What was written, what it takes and gives, and how far it is from its model."""
-    lines = [f"{report.files[0]}: {report.bytes / 1e6:.1f} MB", *describe(report.metadata)]
+    page = report.metadata.input == PAGE
+    name = f"{Path(report.files[0]).parent}/" if page else report.files[0]
+    lines = [f"{name}: {report.bytes / 1e6:.1f} MB", *describe(report.metadata)]
     if report.caveat:
         lines.append(f"note        {report.caveat}")
-    if report.metadata.input == PAGE:
-        lines.append(f"to see it: python -m http.server -d {Path(report.files[0]).parent}, and open localhost:8000")
+    if page:
+        lines.append(f"to see it: python -m http.server -d {name}, and open localhost:8000")
     return "\n".join(lines)
 
 

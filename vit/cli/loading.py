@@ -57,7 +57,12 @@ def load(args: argparse.Namespace, output: str = "logits") -> Model:
     if args.optimize:
         check(args, args.optimize)  # before a large file is read
     dtype = options.DTYPES[args.dtype]
-    model = load_pretrained(args.model, device=args.device, dtype=dtype, **options.reading(args))
+    try:
+        model = load_pretrained(args.model, device=args.device, dtype=dtype, **options.reading(args))
+    except ValueError as error:
+        if args.model.endswith(".onnx") and hasattr(args, "runtime"):
+            raise ValueError(f"{error}; to run its graph in place of reading its weights, say --runtime") from error
+        raise
     if not args.optimize:
         return model
     from vit import kernels

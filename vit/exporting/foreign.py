@@ -64,6 +64,8 @@ class ForeignModel(ExportedModel):
         if not sizes and None in sides:
             raise ValueError(f"{path} takes images of more than one size: say --img-size")
         channels = channels or len(preprocessing.get("mean", (0, 0, 0)))
+        if (n := len(preprocessing.get("mean", (0,) * channels))) != channels:
+            raise ValueError(f"{path} takes {channels} channels, and --mean has {n} numbers: give one for each")
         sizes = list(sizes) or [(sides[0] or 0, sides[1] or 0)]
         for size in sizes:
             if any(side not in (None, asked) for side, asked in zip(sides, size)):

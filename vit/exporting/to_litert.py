@@ -19,7 +19,7 @@ from .to_onnx import quiet, reason
 
 NOTE = (
     "its converter needs torch below 2.15, so give it an environment of its own: python -m venv litert;"
-    " litert/bin/pip install 'vit-small[litert]'; litert/bin/vit export ..."
+    " litert/bin/pip install -e '.[litert]'; litert/bin/vit export ..."
 )
 
 
