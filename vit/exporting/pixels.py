@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vit.checks import unknown
+from vit.image import check_sides
 from vit.metadata import Preprocessing
 from vit.model import ViT
 from vit.position import cubic
@@ -157,7 +158,5 @@ def check_input(kind: str, model: ViT) -> str:
 
 
 def check_picture(settings: Preprocessing, height: int, width: int) -> None:
-    """ValueError for a picture so long and thin that a graph's whole numbers, of 32 bits in OpenVINO, would not do."""
-    for axis in plan(settings, height, width, settings.size):
-        if (2 * axis.new + 1) * axis.old >= 2**31:
-            raise ValueError(f"a picture of {height} x {width} is too long and thin to be resized in a graph: cut it")
+    """ValueError for a picture that is too long and thin for a graph, see `vit.image.check_sides`."""
+    check_sides((height, width), [axis.new for axis in plan(settings, height, width, settings.size)])
