@@ -225,10 +225,10 @@ def describe(
 def publish(folder: Path, path: Path) -> tuple[tuple[str, ...], int]:
     """Move files to their final names, that of `path` last; returns the names, that of `path` first, and the bytes.
 
-    If `path` is a folder, other files in it stay.
+    If `path` is a folder, other files in it stay, and what lies on top and says which file to open comes last.
     """
     found = (file for file in folder.rglob("*") if file.is_file())
-    files = sorted(found, key=lambda file: (file.name == path.name, file))
+    files = sorted(found, key=lambda file: (file.name == path.name, -len(file.parts), file))
     total = sum(file.stat().st_size for file in files)
     targets = [path.parent / file.relative_to(folder) for file in files]
     for file, target in zip(files, targets):

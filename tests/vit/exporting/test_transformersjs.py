@@ -1,7 +1,9 @@
 """The folder for transformers.js: what it reads is there, and the graph in it gives what the model gives."""
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,3 +95,11 @@ def test_what_transformers_js_does_not_take(changes, options, message, tmp_path)
     path = tmp_path / options.pop("path", "model")
     refused_in_one_line(lambda: vit.export(model, path, "transformersjs", **options), message)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_file_that_chooses_the_graph_comes_last(square, tmp_path, monkeypatch):
+    """So that an export that is interrupted leaves a folder in which the old config opens the old graph."""
+    moved, replace_file = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), replace_file(a, b)))
+    vit.export(square, tmp_path / "model", "transformersjs", check=False)
+    assert moved[-3:] == ["model.onnx", "config.json", "preprocessor_config.json"]
