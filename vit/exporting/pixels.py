@@ -73,7 +73,7 @@ class Pixels(nn.Module):
 def resize(images: Tensor, settings: Preprocessing, size: tuple[int, int], p: int) -> Tensor:
     """[B, H, W, C] uint8 -> [B, C, *size] float32 whole numbers in [0, 255], as Pillow does it, at most one off.
 
-    Pillow 13 resizes the columns of tall pictures first, and there differs from its earlier versions by up to 4.
+    Pillow 13 resizes the columns of tall pictures first, and there differs from its earlier versions by up to 5.
     """
     B, H, W, C = images.shape
     rows, columns = plan(settings, H, W, size)
