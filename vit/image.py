@@ -13,6 +13,7 @@ import re
 import stat
 import threading
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -201,7 +202,9 @@ class Transform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         if self.input == "image":
-            return as_bytes(to_mode(image, len(self.mean)))
+            image = to_mode(image, len(self.mean))
+            check_sides((image.height, image.width), self.resized_size(image.height, image.width))
+            return as_bytes(image)
         view = self.view(image)
         return self.normalise(view) if self.input == "float32" else as_bytes(view)
 
@@ -269,6 +272,16 @@ class Transform:
         out -= mean
         out /= std
         return torch.from_numpy(out)
+
+
+def check_sides(old: Iterable[int], new: Iterable[int]) -> None:
+    """ValueError for a picture so long and thin that a graph's whole numbers, of 32 bits in OpenVINO, would not do.
+
+    `old` are (height, width) as it comes, and `new` those to which the graph resizes it.
+    """
+    height, width = old
+    if any((2 * after + 1) * before >= 2**31 for before, after in zip((height, width), new)):
+        raise ValueError(f"a picture of {height} x {width} is too long and thin to be resized in a graph: cut it")
 
 
 def as_bytes(image: Image.Image) -> Tensor:

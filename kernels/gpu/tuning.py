@@ -188,7 +188,9 @@ def remembered() -> dict[str, Any]:
 
 def as_choices(known: Mapping[str, Any]) -> dict[str, Any]:
     """Choices as a file holds them, in which a `Tile` is a list."""
-    return {key: Tile(*value) if isinstance(value, list) else value for key, value in known.items()}
+    choices = {key: Tile(*value) if isinstance(value, list) else value for key, value in known.items()}
+    set(choices.values())  # TypeError for what no choice can be
+    return choices
 
 
 def read() -> dict[str, Any]:

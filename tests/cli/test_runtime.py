@@ -148,6 +148,22 @@ def test_files_of_openvino(foreign, pictures, truth, tmp_path, call):
     assert "openvino cannot open" in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_weights_beside_a_graph_count(tmp_path):
+    """The same graph with other weights is another model, of which stored results say nothing."""
+    onnx = pytest.importorskip("onnx")
+    write(Pool(lambda x: x), tmp_path / "whole.onnx")
+    found = []
+    for i in range(2):
+        model, path = onnx.load(tmp_path / "whole.onnx"), tmp_path / str(i) / "model.onnx"
+        path.parent.mkdir()
+        (weight,) = (tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+        weight.raw_data = torch.full(tuple(weight.dims), i / 10).numpy().tobytes()
+        onnx.save(model, path, save_as_external_data=True, location="model.data", size_threshold=100)
+        found.append((ForeignModel(path, "onnxruntime", {}), path.read_bytes()))
+    (first, graph), (second, same) = found
+    assert graph == same and first.provenance.sha256 != second.provenance.sha256
+
+
 def test_evaluate(peer, foreign, labelled, tmp_path, call):
     """The same answers as timm's model gives; tokens are not known."""
     common = ("evaluate", labelled, "--model", foreign, "--json", "--class-order", "text", "--mode", "squash")
@@ -246,6 +262,11 @@ def test_other_inputs(tmp_path):
     refused_in_one_line(
         lambda: ForeignModel(tmp_path / "m.onnx", "onnxruntime", {}),
         r"must have one input, float32 \[B, C, H, W\]; it has x uint8 \[any, 3, 8, 8\]",
+    )
+    write(Bytes(), tmp_path / "m.onnx", torch.zeros(2, 8, 8, 3))
+    refused_in_one_line(
+        lambda: ForeignModel(tmp_path / "m.onnx", "onnxruntime", {}),
+        r"takes channels last, x float32 \[any, 8, 8, 3\]: export it for \[B, C, H, W\]",
     )
 
 

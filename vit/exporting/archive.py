@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from pathlib import Path
 
 ENTRY = "vit.json"
@@ -28,5 +29,5 @@ def read(path: Path) -> dict[str, str]:
             return {str(key): str(value) for key, value in content.items()}
     except StopIteration:
         raise ValueError(f"{path} cannot be used: it has no metadata of `vit export`") from None
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, AttributeError) as error:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, ValueError, AttributeError) as error:  # its own
         raise ValueError(f"{path} is cut short, damaged, or not a file of `vit export`: {error}") from error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from vit.metadata import Preprocessing
 
 from .metadata import Metadata
+from .packages import need
 from .read import ExportedModel, provenance
 from .runtimes import Port, Session, open_file
 
@@ -77,7 +79,7 @@ class ForeignModel(ExportedModel):
         config: Any = ForeignConfig(channels, classes, features)
         self.config, self.categories, self.input, self.dtype = config, None, "float32", torch.float32
         self.preprocessing = Preprocessing(**preprocessing, size=sizes[0])
-        self.provenance = provenance(path, None)
+        self.provenance = replace(provenance(path, None), sha256=digest(path))
         self.metadata = Metadata(
             config=config, preprocessing=self.preprocessing, categories=None, outputs=(output,), precision="unknown",
             input="float32", size=None if None in sides else sizes[0], batch=batch, source=None, versions={},
@@ -93,10 +95,30 @@ class ForeignModel(ExportedModel):
         return [values]
 
 
+def digest(path: Path) -> str:
+    """SHA-256 of a file and of those beside it that hold its weights: the same graph may come with others."""
+    whole = hashlib.sha256()
+    for file in (path, *weights_of(path)):
+        whole.update(file.read_bytes())
+    return whole.hexdigest()
+
+
+def weights_of(path: Path) -> list[Path]:
+    """The files beside an `.xml` or `.onnx` file that hold its weights; none if it holds them itself."""
+    if path.suffix == ".xml":
+        return [path.with_suffix(".bin")]
+    model = need("onnx", "onnx").load(path, load_external_data=False)
+    entries = (entry for tensor in model.graph.initializer for entry in tensor.external_data)
+    return [path.parent / name for name in sorted({entry.value for entry in entries if entry.key == "location"})]
+
+
 def only_input(path: Path, session: Session) -> Port:
     """The input of a graph; ValueError unless it is the only one and takes float32 images [B, C, H, W]."""
     if len(session.inputs) != 1 or session.inputs[0].dtype != "float32" or len(session.inputs[0].shape) != 4:
         raise ValueError(f"{path} must have one input, float32 [B, C, H, W]; it has {_listed(session.inputs)}")
+    _, channels, _, last = session.inputs[0].shape
+    if last in (1, 3) and channels not in (1, 3):
+        raise ValueError(f"{path} takes channels last, {_listed(session.inputs)}: export it for [B, C, H, W]")
     return session.inputs[0]
 
 

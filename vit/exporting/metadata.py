@@ -66,7 +66,7 @@ class Metadata:
                 values[f.name] = _READERS.get(f.name, lambda value: value)(json.loads(strings[PREFIX + f.name]))
             except KeyError:
                 raise ValueError(f"its metadata have no {PREFIX}{f.name}") from None
-            except (ValueError, TypeError, RecursionError) as error:
+            except (ValueError, TypeError, IndexError, RecursionError) as error:
                 raise ValueError(f"its metadata {PREFIX}{f.name} cannot be read: {error}") from None
         return cls(**values)
 
@@ -79,6 +79,7 @@ _READERS = {
     "config": lambda value: ViTConfig(**value),
     "preprocessing": lambda value: Preprocessing(**value),
     "source": lambda value: value and Provenance.from_dict(value),
+    "categories": lambda value: None if value is None else [*value],
     "outputs": tuple,
     "size": _pair,
     "parity": lambda value: value and tuple(value),

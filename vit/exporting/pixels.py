@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vit.checks import unknown
+from vit.image import check_sides
 from vit.metadata import Preprocessing
 from vit.model import ViT
 from vit.position import cubic
@@ -72,7 +73,7 @@ class Pixels(nn.Module):
 def resize(images: Tensor, settings: Preprocessing, size: tuple[int, int], p: int) -> Tensor:
     """[B, H, W, C] uint8 -> [B, C, *size] float32 whole numbers in [0, 255], as Pillow does it, at most one off.
 
-    Pillow 13 resizes the columns of tall pictures first, and there differs from its earlier versions by up to 4.
+    Pillow 13 resizes the columns of tall pictures first, and there differs from its earlier versions by up to 5.
     """
     B, H, W, C = images.shape
     rows, columns = plan(settings, H, W, size)
@@ -148,6 +149,8 @@ def check_input(kind: str, model: ViT) -> str:
     settings, channels = model.preprocessing, model.config.in_chans
     if kind != "float32" and len(settings.mean) != channels:
         raise ValueError(f"model.preprocessing has {len(settings.mean)} channels, and the model has {channels}")
+    if kind == "image" and channels not in (1, 3):
+        raise ValueError(f"input='image' is for pictures of 1 or 3 channels, and the model takes {channels}")
     if kind == "image" and settings.interpolation not in FILTERS:
         raise ValueError(
             f"input='image' resizes by {', '.join(FILTERS)}, and model.preprocessing asks for"
@@ -157,7 +160,5 @@ def check_input(kind: str, model: ViT) -> str:
 
 
 def check_picture(settings: Preprocessing, height: int, width: int) -> None:
-    """ValueError for a picture so long and thin that a graph's whole numbers, of 32 bits in OpenVINO, would not do."""
-    for axis in plan(settings, height, width, settings.size):
-        if (2 * axis.new + 1) * axis.old >= 2**31:
-            raise ValueError(f"a picture of {height} x {width} is too long and thin to be resized in a graph: cut it")
+    """ValueError for a picture that is too long and thin for a graph, see `vit.image.check_sides`."""
+    check_sides((height, width), [axis.new for axis in plan(settings, height, width, settings.size)])

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vit.checks import require_int, warn
+from vit.checks import require_int, unknown, warn
 from vit.metadata import Provenance
 
 from . import archive
 from .metadata import PAGE, Metadata, processor
-from .pixels import check_picture
+from .pixels import INPUTS, check_picture
 from .runtimes import UNSAFE, Port, open_file
 from .to_transformersjs import graph_in
 
@@ -194,6 +194,8 @@ def check(metadata: Metadata, inputs: Sequence[Port], outputs: Sequence[Port]) -
     config, size = metadata.config, metadata.size or (None, None)
     if metadata.input == PAGE:
         raise ValueError("it is the graph of a page, which also takes a size: open the page, or export to another file")
+    if metadata.input not in INPUTS:
+        raise ValueError(unknown("kind of input in its metadata", metadata.input, INPUTS))
     if metadata.categories is not None and len(metadata.categories) != config.num_classes:
         raise ValueError(f"its metadata have {len(metadata.categories)} categories for {config.num_classes} classes")
     p = config.patch_size

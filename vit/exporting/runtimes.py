@@ -190,13 +190,15 @@ class PyTorch:
         try:
             ports = [json.loads(self.metadata[key]) for key in PORTS]
             made, versions = (json.loads(self.metadata[f"vit.{key}"]) for key in ("processor", "versions"))
+            self.inputs, self.outputs = (
+                [Port(name, kind, tuple(shape)) for name, kind, shape in each] for each in ports
+            )
             with zipfile.ZipFile(path) as file:
                 native = any("/aotinductor/" in name for name in file.namelist())
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{path} cannot be used: its metadata cannot be read: {error}") from error
         if native and not runs_here(made):
             raise ValueError(f"{path} is native code for {made}, and this is {processor()}: export it here")
-        self.inputs, self.outputs = ([Port(name, kind, tuple(shape)) for name, kind, shape in each] for each in ports)
         try:
             self.model = torch._inductor.aoti_load_package(str(path)) if native else torch.export.load(path).module()
         except Exception as error:  # of the schema, of JSON, RuntimeError from C++ ...

@@ -11,12 +11,14 @@ from vit.model import ViT
 
 from . import to_onnx
 from .metadata import Metadata
+from .packages import need
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 INPUT = "pixel_values"  # its name for images
 FILES = {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "model_int8.onnx"}  # by precision
+SAME = ("vit.config", "vit.source", "vit.categories", "vit.preprocessing")  # in all graphs of a folder
 DTYPES = {"float32": "fp32", "float16": "fp16", "int8": "int8"}  # its names of them, which choose the file
 
 
@@ -62,6 +64,24 @@ def save(folder: Folder, metadata: Metadata, path: Path) -> None:
     to_onnx.save(folder.graph, metadata, path / "onnx" / FILES[metadata.precision])
     for name, content in folder.texts.items():
         write_json(path / name, content)
+
+
+def check_folder(path: Path, metadata: Metadata) -> None:
+    """FileExistsError if a folder holds another model: its config would be replaced, and its graphs would stay."""
+    if (path / "config.json").exists():
+        try:
+            graph_in(path)
+        except ValueError:
+            raise FileExistsError(
+                f"{path} holds a config.json that vit export did not write: give another folder"
+            ) from None
+    ours = metadata.to_strings()
+    for file in sorted((path / "onnx").glob("model*.onnx")):
+        found = {one.key: one.value for one in need("onnx", "onnx").load(file, load_external_data=False).metadata_props}
+        if any(found.get(key) != ours[key] for key in SAME):
+            raise FileExistsError(
+                f"{file} holds another model, or the same otherwise: give another folder, or remove it"
+            )
 
 
 def graph_in(path: Path) -> Path:

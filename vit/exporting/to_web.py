@@ -287,6 +287,12 @@ def building(path: Path) -> Iterator[Path]:
         folder = Path(temporary) / "new"
         folder.mkdir()
         yield folder
+        old = Path(temporary) / "old"
         if path.exists():
-            os.replace(path, Path(temporary) / "old")
-        os.replace(folder, path)
+            os.replace(path, old)
+        try:
+            os.replace(folder, path)
+        except BaseException:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            raise

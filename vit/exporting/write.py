@@ -20,7 +20,7 @@ from vit.checks import inside, require_int, unknown, whole_patches
 from vit.metadata import Preprocessing, Provenance
 from vit.model import ViT
 
-from . import gate, page_graph, to_onnx, to_web
+from . import gate, page_graph, to_onnx, to_transformersjs, to_web
 from .formats import FORMATS, Format, by_ending, check_taken
 from .graph import check_outputs
 from .int8 import FULL, REDUCED, Images, images_for, quantized
@@ -144,6 +144,8 @@ def export(
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     metadata = describe(model, format, preprocessing, names, precision, input, size, batch)
     metadata = replace(metadata, reduce_range=reduce_range)
+    if format == "transformersjs":
+        to_transformersjs.check_folder(path, metadata)
     sized = copy.copy(model)  # with the same weights: calibrated at the size that the file takes
     sized.preprocessing = preprocessing
     images = images_for(sized, calibrate) if int8 and form.runs else Images([], [])
@@ -233,10 +235,10 @@ def describe(
 def publish(folder: Path, path: Path) -> tuple[tuple[str, ...], int]:
     """Move files to their final names, that of `path` last; returns the names, that of `path` first, and the bytes.
 
-    If `path` is a folder, other files in it stay.
+    If `path` is a folder, other files in it stay, and what lies on top and says which file to open comes last.
     """
     found = (file for file in folder.rglob("*") if file.is_file())
-    files = sorted(found, key=lambda file: (file.name == path.name, file))
+    files = sorted(found, key=lambda file: (file.name == path.name, -len(file.parts), file))
     total = sum(file.stat().st_size for file in files)
     targets = [path.parent / file.relative_to(folder) for file in files]
     for file, target in zip(files, targets):

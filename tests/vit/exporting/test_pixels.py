@@ -182,6 +182,13 @@ def test_other_images(kind, wrong, message, files):
     refused_in_one_line(lambda: loaded(wrong), message)
 
 
+def test_a_picture_that_a_file_refuses_ends_no_run(files, tmp_path):
+    """Its transform refuses it, so that commands and servers count it among those that cannot be used."""
+    transform = vit.create_transform(vit.load_exported(files["image"]))
+    refused_in_one_line(lambda: transform(picture((1, 20000))), "1 x 20000 is too long and thin")
+    assert transform(picture((1, 2000))).shape == (1, 2000, 3)
+
+
 def test_what_the_model_or_the_file_has_settled(files, tmp_path):
     loaded = vit.load_exported(files["image"])
     for asked in ({"size": 32}, {"crop_pct": 0.5}, {"mode": "squash"}, {"mode": "native"}):

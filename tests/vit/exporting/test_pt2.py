@@ -14,6 +14,7 @@ from helpers import FLOAT32, difference, images, refused_in_one_line
 import vit
 from vit.exporting import runtimes
 from vit.exporting.graph import Graph, at_size
+from vit.exporting.read import read_metadata
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,23 @@ def test_damaged_files(file, tmp_path):
     refused_in_one_line(lambda: vit.load_exported(cut, trust=True), r"PyTorch .* cannot open .*, which .* wrote")
 
 
+@pytest.mark.parametrize("damage", ["deep", "deflated", "encrypted"])
+def test_metadata_that_cannot_be_unpacked(damage, tmp_path):
+    path, entry = tmp_path / "model.pt2", zipfile.ZipInfo("archive/extra/vit.json")
+    entry.compress_type = zipfile.ZIP_DEFLATED if damage == "deflated" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(path, "w") as target:
+        target.writestr(entry, "[" * 100_000 if damage == "deep" else json.dumps({"a" * 99: "b" * 99}))
+    content = bytearray(path.read_bytes())
+    if damage == "deflated":
+        start = 30 + len(entry.filename)  # behind the entry's header
+        content[start : start + 8] = b"\xff" * 8
+    elif damage == "encrypted":
+        content[content.index(b"PK\1\2") + 8] |= 1
+        content[6] |= 1
+    path.write_bytes(content)
+    refused_in_one_line(lambda: read_metadata(path), "model.pt2 is cut short, damaged")
+
+
 def test_other_metadata(file, tmp_path):
     for key, value, message in (
         ("vit.version", None, "has no metadata"),
@@ -102,6 +120,10 @@ def test_other_metadata(file, tmp_path):
         ("vit.size", "[28, 20]", "describe images"),
         ("pt2.inputs", None, "metadata cannot be read: 'pt2.inputs'"),
         ("vit.processor", "{", "metadata cannot be read"),
+        ("pt2.inputs", "5", "metadata cannot be read: 'int' object"),
+        ("vit.size", "[1]", "metadata vit.size cannot be read"),
+        ("vit.categories", "5", "metadata vit.categories cannot be read"),
+        ("vit.input", '"bytes"', "unknown kind of input in its metadata 'bytes'"),
     ):
         with zipfile.ZipFile(file) as source, zipfile.ZipFile(tmp_path / "model.pt2", "w") as target:
             for name in source.namelist():

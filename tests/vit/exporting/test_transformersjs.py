@@ -1,7 +1,9 @@
 """The folder for transformers.js: what it reads is there, and the graph in it gives what the model gives."""
 
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,3 +95,28 @@ def test_what_transformers_js_does_not_take(changes, options, message, tmp_path)
     path = tmp_path / options.pop("path", "model")
     refused_in_one_line(lambda: vit.export(model, path, "transformersjs", **options), message)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_file_that_chooses_the_graph_comes_last(square, tmp_path, monkeypatch):
+    """So that an export that is interrupted leaves a folder in which the old config opens the old graph."""
+    moved, replace_file = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (moved.append(Path(b).name), replace_file(a, b)))
+    vit.export(square, tmp_path / "model", "transformersjs", check=False)
+    assert moved[-3:] == ["model.onnx", "config.json", "preprocessor_config.json"]
+
+
+def test_a_folder_of_another_model(tmp_path):
+    model = small(img_size=(28, 28))
+    model.preprocessing = replace(model.preprocessing, size=(28, 28))
+    folder = tmp_path / "folder"
+    vit.export(model, folder, "transformersjs", check=False)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    model.categories = [f"another {i}" for i in range(5)]
+    with pytest.raises(FileExistsError, match="model.onnx holds another model"):
+        vit.export(model, folder, "transformersjs", half=True, force=True)
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "config.json").write_text('{"mine": 1}')
+    with pytest.raises(FileExistsError, match="config.json that vit export did not write"):
+        vit.export(model, tmp_path / "own", "transformersjs", force=True)
+    assert (tmp_path / "own" / "config.json").read_text() == '{"mine": 1}'
