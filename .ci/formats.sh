@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Formats whose packages CI does not install, each in an environment of its own: LiteRT (which needs another torch),
-# ExecuTorch and Core ML, and transformers.js in node. Says what it skipped; run it by hand before a release.
+# Formats whose packages CI does not install, each in an environment of its own: LiteRT, which needs another torch, and
+# transformers.js in node. Says what it skipped; run it by hand before a release.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
@@ -19,9 +19,7 @@ try() {  # name, extra, tests
 }
 
 try litert litert tests/vit/exporting/test_litert.py
-try executorch executorch tests/vit/exporting/test_executorch.py
-try coreml coreml tests/vit/exporting/test_coreml.py
-skipped+=("coreml: packages are converted and read, never run, which needs a Mac")
+skipped+=("Core ML: CI converts and reads its packages; to run them needs a Mac")
 python3 -m venv "$work/js"
 if command -v npm > /dev/null && npm install --silent --ignore-scripts --prefix "$work/node" @huggingface/transformers \
     && "$work/js/bin/pip" install --quiet -e ".[onnx]"; then

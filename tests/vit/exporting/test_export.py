@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from exporting_cases import EVERYTHING, small
-from helpers import FLOAT32, difference, images
+from helpers import FLOAT32, difference, images, randomize
 
 import vit
 from vit.exporting import to_onnx, write
@@ -345,3 +345,15 @@ def test_the_report_is_plain_data(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         vit.load_exported(tmp_path / "model.onnx")
+
+
+@pytest.mark.slow
+def test_one_vit_s_in_onnx(tmp_path):
+    model = randomize(vit.create_model("vit_small_patch16_224")).eval()
+    report = vit.export(model, tmp_path / "model.onnx", opset=23)
+    assert len({row["input"] for row in report.metadata.parity}) == 5
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert sum(node.op_type == "Attention" for node in graph.node) == 12
+    x = images(2, 3, 64, 240)
+    with torch.no_grad():
+        assert difference(vit.load_exported(tmp_path / "model.onnx")(x), model(x)) <= 1e-5

@@ -8,7 +8,7 @@ import pytest
 import torch
 from exporting_cases import EVERYTHING, small
 from helpers import difference, refused_in_one_line
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, interpolate
 
 import vit
 import vit.image
@@ -128,6 +128,22 @@ def test_int8(kind, tmp_path):
     assert (found.argmax(1) == wanted.argmax(1)).float().mean() >= 0.95
     assert cosine_similarity(found, wanted).mean() >= 0.998
     assert difference(found, wanted) > 1e-4  # the control: it is not float32
+
+
+def test_the_gate_refuses_onnx_resize_in_openvino(tmp_path, monkeypatch):
+    """Which ignores its antialiasing; in ONNX Runtime nothing shows it."""
+    pytest.importorskip("openvino")
+
+    def resized(images, settings, size, p):
+        x = interpolate(images.permute(0, 3, 1, 2).float(), size, mode="bicubic", antialias=True)
+        return x.round().clamp(0, 255)
+
+    model = small()
+    model.preprocessing = replace(model.preprocessing, mode="squash")
+    monkeypatch.setattr(pixels, "resize", resized)
+    vit.export(model, tmp_path / "model.onnx", input="image")
+    with pytest.raises(ParityError, match="differ from the model's"):
+        vit.export(model, tmp_path / "model.xml", input="image")
 
 
 @pytest.fixture(scope="module")
