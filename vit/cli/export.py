@@ -147,9 +147,16 @@ def describe(metadata: Metadata) -> list[str]:
         PAGE: "a whole picture, uint8, H x W x 3, and the number of patches to resize it to",
     }[metadata.input]
     batch = "any number of images" if metadata.batch is None else f"{metadata.batch} image{'s' * (metadata.batch > 1)}"
+    prepared = metadata.preprocessing
+    how = f"{prepared.mode}, {prepared.interpolation}"
+    how += f", crop_pct {prepared.crop_pct:g}" if prepared.mode == "crop" else ""
+    mean, std = (", ".join(f"{x:g}" for x in values) for values in (prepared.mean, prepared.std))
     lines = [
+        f"from        {metadata.source.source if metadata.source else 'a model in memory'}",
         f"images      {batch}, {shape}",
+        f"prepared    {how}; mean {mean}; std {std}",
         f"outputs     {', '.join(metadata.outputs)}",
+        f"labels      {shortened(metadata.categories) if metadata.categories else 'none'}",
         f"weights     {metadata.precision}{', in 7 bits' * metadata.reduce_range}",
     ]
     if metadata.parity is None:
@@ -163,3 +170,8 @@ def describe(metadata: Metadata) -> list[str]:
     for row in metadata.parity:
         lines.append(f"  {row['value']:{'.5f' if int8 else '.1e'}}   {row['output']:10} {row['input']}")
     return lines
+
+
+def shortened(names: list[str]) -> str:
+    """The number of labels and the first of them."""
+    return f"{len(names)}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
