@@ -19,7 +19,7 @@ needs_converter = pytest.mark.skipif(not CONVERTER, reason="needs litert_torch")
 def test_without_the_converter_the_environment_is_spelled_out(tmp_path):
     refused_in_one_line(
         lambda: vit.export(small(), tmp_path / "model.tflite", "litert"),
-        r"litert_torch is missing: .* torch below 2.15, .* litert/bin/pip install 'vit-small\[litert\]'",
+        r"litert_torch is missing: .* torch below 2.15, .* litert/bin/pip install -e '.\[litert\]'",
     )
 
 

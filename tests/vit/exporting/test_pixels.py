@@ -101,6 +101,7 @@ def test_pictures_in_answers_out(kind, settings, form, tmp_path):
         assert loaded.grid_of(x) == (size[0] // 4, size[1] // 4)
 
 
+@pytest.mark.slow
 def test_one_channel(tmp_path):
     model = small(in_chans=1)
     model.preprocessing = vit.Preprocessing((28, 20), (0.3,), (0.2,))

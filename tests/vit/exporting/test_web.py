@@ -126,6 +126,7 @@ def test_the_graph_is_the_model_at_all_steps_of_the_slider(settings, picture, tm
     assert difference(answers[0], answers[-1]) > 10 * BAR  # the control: the size matters
 
 
+@pytest.mark.slow
 def test_a_wrong_graph_is_not_written(runtime, tmp_path, monkeypatch):
     real = page_graph.PageGraph.forward
 
