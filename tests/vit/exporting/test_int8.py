@@ -107,7 +107,9 @@ def moved_zero(self, x):
     return torch.onnx.ops.symbolic("DequantizeLinear", numbers, dtype=torch.float32, shape=shape)
 
 
-@pytest.mark.parametrize("mistake", ["zero", "factor", "narrow", "scale"])
+@pytest.mark.parametrize(
+    "mistake", ["zero", *(pytest.param(name, marks=pytest.mark.slow) for name in ("factor", "narrow", "scale"))]
+)
 def test_mistakes_fail_the_gate(mistake, model, pictures, tmp_path, monkeypatch):
     real = int8.calibrate
 

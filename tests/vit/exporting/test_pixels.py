@@ -74,7 +74,7 @@ def test_rounding_is_pythons():
     ("kind", "settings"),
     [
         ("uint8", {}),
-        ("uint8", {"half": True}),
+        pytest.param("uint8", {"half": True}, marks=pytest.mark.slow),
         ("image", {}),
         ("image", {"img_size": (20, 28), "batch_size": 2, "half": True}),
     ],

@@ -65,6 +65,7 @@ def metadata_of(model):
 # ---- the folder
 
 
+@pytest.mark.slow
 def test_the_folder_is_complete(runtime, tmp_path):
     model, site = small(), tmp_path / "site"
     report = vit.export(model, site, format="web", runtime_folder=runtime)
