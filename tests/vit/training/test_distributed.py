@@ -18,7 +18,8 @@ pytestmark = pytest.mark.slow  # each run imports PyTorch in two processes
 
 # OUT, the strategy, the dtype of products, and the step at which the run is interrupted.
 PROGRAM = """
-import sys
+import faulthandler, os, sys
+faulthandler.enable()
 from contextlib import nullcontext
 import numpy as np, torch, torch.distributed as dist
 from PIL import Image
@@ -71,6 +72,7 @@ if strategy == "fsdp":  # a sharded model's other forwards, and saving it by han
 if strategy != "none":
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # on busy cores PyTorch's threads may abort while the interpreter ends, after all is written
 """
 
 
