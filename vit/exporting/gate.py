@@ -156,12 +156,18 @@ def resized(image: Tensor, size: tuple[int, int]) -> Tensor:
 def shapes(exported: ExportedModel) -> list[tuple[int, tuple[int, int]]]:
     """(images, (H, W)) to run: the one shape that a file takes; else its own size, one patch, wide and high ones."""
     fixed, p = exported.metadata.size, exported.config.patch_size
-    if exported.metadata.input == "image":
+    if exported.metadata.input == "image":  # none so high that Pillow 13 resizes its columns first
         h, w = exported.preprocessing.size
         if exported.metadata.precision == "int8":
-            return [(1, (h, w)), (1, (h * 3 // 2 + 1, w * 3 // 2 + 2))]
+            return [(1, (h, w)), (1, (h * 3 // 2 + 1, max(w * 3 // 2 + 2, h * 3 // 4 + 1)))]
         n = exported.metadata.batch or 3
-        return [(n, (h, w)), (1, (p, p)), (2, (h // 2 + 1, 2 * w + 3)), (1, (2 * h + 1, 2 * w + 1)), (1, (h, w // 2))]
+        return [
+            (n, (h, w)),
+            (1, (p, p)),
+            (2, (h // 2 + 1, 2 * w + 3)),
+            (1, (h + w + 1, h + 2 * w + 1)),
+            (1, (h, w // 2)),
+        ]
     if fixed is not None:
         return [(exported.metadata.batch or 3, fixed)]
     h, w = (side // p for side in exported.preprocessing.size)

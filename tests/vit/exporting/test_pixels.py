@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -220,3 +221,15 @@ def test_what_the_model_or_the_file_has_settled(files, tmp_path):
         model.preprocessing = replace(small().preprocessing, **settings)
         refused_in_one_line(partial(vit.export, model, tmp_path / "model.onnx", input=kind), message)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("mode", ["crop", "squash"])
+def test_no_picture_of_the_gate_is_one_whose_columns_pillow_13_resizes_first(mode, precision):
+    for size in [(28, 20), (64, 16), (16, 64), (28, 28)]:
+        settings = vit.Preprocessing(size, mode=mode, crop_pct=0.9)
+        metadata = SimpleNamespace(size=None, batch=None, input="image", precision=precision)
+        exported = SimpleNamespace(metadata=metadata, preprocessing=settings, config=small().config)
+        for _, (height, width) in gate.shapes(exported):
+            rows, columns = pixels.plan(settings, height, width, size)
+            assert rows.old - rows.new <= max(0, 2 * (columns.old - columns.new))
