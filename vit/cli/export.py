@@ -18,7 +18,7 @@ from vit.exporting.to_onnx import DEFAULT_OPSET
 from vit.image import ImageError, Transform, create_transform
 
 from . import loading, options, runtime
-from .images import decode, find_images
+from .images import decode, find_images, progress
 
 
 def add_parser(commands: Any) -> None:
@@ -81,6 +81,9 @@ def add_parser(commands: Any) -> None:
         "--runtime-folder", type=Path, metavar="DIR",
         help="for the web, the files of ONNX Runtime Web; default: npm fetches them, once, into a cache",
     )  # fmt: skip
+    parser.add_argument(
+        "--example", type=Path, metavar="IMAGE", help="for the web, the picture that the page opens with"
+    )
     parser.add_argument("--no-check", action="store_true", help="do not run the file; its metadata say so")
     parser.add_argument("--force", action="store_true", help="replace FILE, after the check")
     parser.add_argument("--json", action="store_true", help="print the whole report")
@@ -101,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
         reduce_range=args.reduce_range,
         img_size=args.img_size, batch_size=args.batch_size, half=args.half, opset=args.opset, aot=args.aot,
         outputs=args.outputs, input=args.input, check=not args.no_check, force=args.force,
-        runtime_folder=args.runtime_folder,
+        runtime_folder=args.runtime_folder, example=args.example,
     )  # fmt: skip
     print(json.dumps(report.to_dict(), indent=2) if args.json else as_text(report))
     return 0
@@ -114,10 +117,12 @@ def read_images(names: list[str], transform: Transform) -> list[Tensor]:
         print(f"vit export: calibrating on {MOST} of {len(paths)} images, drawn with a seed", file=sys.stderr)
         paths = sorted(Random(0).sample(paths, MOST))
     found = []
-    for _, outcome in decode(paths, transform):
-        if isinstance(outcome, ImageError):
-            raise outcome
-        found.append(outcome)
+    with progress(len(paths)) as bar:
+        for _, outcome in decode(paths, transform):
+            if isinstance(outcome, ImageError):
+                raise outcome
+            found.append(outcome)
+            bar.update()
     return found
 
 

@@ -43,7 +43,7 @@ FORMATS = {
         inputs=("float32",), folder=True,
     ),
     "web": Format(
-        to_web, ("",), ("onnx", "onnxscript", "onnxruntime"), "onnx", ("dynamic", "int8", "runtime_folder"),
+        to_web, ("",), ("onnx", "onnxscript", "onnxruntime"), "onnx", ("dynamic", "int8", "runtime_folder", "example"),
         inputs=("float32",), folder=True,
     ),
     "litert": Format(
@@ -67,6 +67,7 @@ WHY_NOT = {  # why a format does not take an option
     "opset": "that is a number of ONNX's",
     "aot": "that is PyTorch's compiler",
     "runtime_folder": "that is for a page's ONNX Runtime Web",
+    "example": "that is the picture that a page opens with",
 }
 
 

@@ -90,12 +90,3 @@ def processor() -> str:
     """The instruction set that PyTorch uses on this machine's processor: "AVX512", "AVX2", "NEON" ..., and VNNI."""
     vnni = " VNNI" if torch.cpu._is_vnni_supported() else ""  # sums products of bytes in 32 bits
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}{vnni}"
-
-
-def runs_here(made: str) -> bool:
-    """Whether this machine has the instructions of another one's `processor`."""
-    here = processor()
-    if "VNNI" in made and "VNNI" not in here:
-        return False
-    made, here = made.removesuffix(" VNNI"), here.removesuffix(" VNNI")
-    return made == here or (made in ("x86_64 AVX2", "x86_64 DEFAULT") and here == "x86_64 AVX512")

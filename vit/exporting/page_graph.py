@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from vit.model import Block, ViT
 from vit.packed import Packing
 
+from .converting import converting
 from .graph import at_size, class_attention
 from .metadata import Metadata
 from .pixels import resize
-from .to_onnx import quiet, reason, tidy
+from .to_onnx import tidy
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -87,13 +88,10 @@ def convert(model: ViT, metadata: Metadata) -> ModelProto:
     example = (torch.zeros(1, 70, 91, 3, dtype=torch.uint8), torch.zeros(5, 5 if square else 3, dtype=torch.uint8))
     H, W, h, w = (torch.export.Dim(name, min=1) for name in ("height", "width", "rows", "columns"))
     w = h if square else w
-    with quiet(), torch.no_grad():
-        try:
-            program = torch.onnx.export(
-                graph, example, dynamo=True, dynamic_shapes=({1: H, 2: W}, {0: h, 1: w}), opset_version=OPSET,
-                input_names=list(INPUTS), output_names=list(graph.names), verbose=False,
-            )  # fmt: skip
-        except Exception as error:
-            raise ValueError(f"PyTorch cannot export this model: {reason(model, error)}") from error
+    with converting(model, "PyTorch cannot export"):
+        program = torch.onnx.export(
+            graph, example, dynamo=True, dynamic_shapes=({1: H, 2: W}, {0: h, 1: w}), opset_version=OPSET,
+            input_names=list(INPUTS), output_names=list(graph.names), verbose=False,
+        )  # fmt: skip
     assert program is not None
     return tidy(program.model_proto, metadata)

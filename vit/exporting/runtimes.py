@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from . import archive
-from .metadata import processor, runs_here
 from .packages import need
 from .to_onnx import is_ours
 from .to_openvino import DIGEST, SECTION
-from .to_pt2 import PORTS
+from .to_pt2 import INSTRUCTIONS, PORTS, instructions
 from .to_transformersjs import INPUT, graph_in
 
 
@@ -126,7 +125,7 @@ class LiteRT:
     def __init__(self, path: Path, threads: int) -> None:
         runtime = need("ai_edge_litert", "litert", "pip install ai-edge-litert runs the file")
         interpreter = import_module(f"{runtime.__name__}.interpreter").Interpreter
-        self.metadata = archive.read(path)
+        self.metadata, self.turn = archive.read(path), Lock()  # calls share buffers
         try:
             self.signature = interpreter(model_path=str(path), num_threads=threads).get_signature_runner()
             self.names = json.loads(self.metadata.get("vit.outputs", "[]"))
@@ -141,12 +140,16 @@ class LiteRT:
 
     def run(self, *arrays: np.ndarray) -> list[np.ndarray]:
         """As `Session.run`."""
-        found = self.signature(**{port.name: array for port, array in zip(self.inputs, arrays)})
+        with self.turn:
+            found = self.signature(**{port.name: array for port, array in zip(self.inputs, arrays)})
         return [found[port.name] for port in self.outputs]
 
 
 class ExecuTorch:
-    """ExecuTorch on the CPU, with XNNPACK. Its threads are the process's: opening another file sets them again."""
+    """ExecuTorch on the CPU, with XNNPACK.
+
+    Its threads are the process's: opening another file sets them again. A call holds Python's own lock.
+    """
 
     name = "executorch"
 
@@ -189,7 +192,7 @@ class PyTorch:
             raise ValueError(f"{path} runs on PyTorch's own threads, {ours} now: set them by torch.set_num_threads")
         try:
             ports = [json.loads(self.metadata[key]) for key in PORTS]
-            made, versions = (json.loads(self.metadata[f"vit.{key}"]) for key in ("processor", "versions"))
+            made, versions = (json.loads(self.metadata[key]) for key in (INSTRUCTIONS, "vit.versions"))
             self.inputs, self.outputs = (
                 [Port(name, kind, tuple(shape)) for name, kind, shape in each] for each in ports
             )
@@ -197,8 +200,10 @@ class PyTorch:
                 native = any("/aotinductor/" in name for name in file.namelist())
         except (KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{path} cannot be used: its metadata cannot be read: {error}") from error
-        if native and not runs_here(made):
-            raise ValueError(f"{path} is native code for {made}, and this is {processor()}: export it here")
+        if native and (missing := sorted({*made} - {*instructions()})):
+            raise ValueError(
+                f"{path} is native code for a processor with {', '.join(missing)}, which this one lacks: export it here"
+            )
         try:
             self.model = torch._inductor.aoti_load_package(str(path)) if native else torch.export.load(path).module()
         except Exception as error:  # of the schema, of JSON, RuntimeError from C++ ...

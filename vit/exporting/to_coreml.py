@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from vit.model import ViT
 
+from .converting import converting
 from .graph import Graph, example, graph_of
 from .metadata import Metadata
 from .packages import need
-from .to_onnx import quiet, reason
 from .to_pt2 import traced
 
 CAVEAT = "converted, never run: nothing on this machine runs Core ML. Hold it against the model on a Mac"
@@ -66,16 +66,13 @@ def convert(model: ViT, metadata: Metadata) -> Any:
         options["classifier_config"] = tools.ClassifierConfig(metadata.categories)
     precision = "FLOAT16" if metadata.precision == "float16" else "FLOAT32"
     options["compute_precision"] = getattr(tools.precision, precision)
-    with quiet(), torch.no_grad(), redirect_stderr(io.StringIO()):  # its progress
-        exported = traced(model, Picture(graph, metadata) if metadata.input == "uint8" else graph, images, {})
-        try:
-            converted = tools.convert(
-                exported.run_decompositions({}), convert_to="mlprogram", skip_model_load=True,
-                minimum_deployment_target=tools.target.iOS18, **options,
-            )  # fmt: skip
-        except Exception as error:  # it has no common base
-            raise ValueError(f"coremltools cannot convert this model: {reason(model, error)}") from error
-    return quantized(converted) if metadata.precision == "int8" else converted
+    exported = traced(model, Picture(graph, metadata) if metadata.input == "uint8" else graph, images, {})
+    with converting(model, "coremltools cannot convert"), redirect_stderr(io.StringIO()):  # its progress
+        converted = tools.convert(
+            exported.run_decompositions({}), convert_to="mlprogram", skip_model_load=True,
+            minimum_deployment_target=tools.target.iOS18, **options,
+        )  # fmt: skip
+        return quantized(converted) if metadata.precision == "int8" else converted
 
 
 def quantized(converted: Any) -> Any:

@@ -12,9 +12,9 @@ from vit.attend import Attend
 from vit.model import ViT
 
 from . import archive
+from .converting import converting
 from .metadata import Metadata
 from .packages import need
-from .to_onnx import quiet, reason
 from .to_pt2 import program
 
 CAVEAT = "experimental: run here, on this machine's processor, and never on a phone"
@@ -30,15 +30,12 @@ def convert(model: ViT, metadata: Metadata) -> bytes:
     copied = copy.deepcopy(model)
     usual = [i for i, one in enumerate(copied.attends) if isinstance(one, Attend) and one.choice.called == "sdpa"]
     copied.set_attention("reference", usual)  # sdpa's parts look for rows without keys, which XNNPACK does not
-    with quiet(), torch.no_grad():
-        exported = program(copied, metadata)
-        try:
-            if metadata.precision == "int8":
-                exported = quantized(exported)
-            lowered = exir.to_edge_transform_and_lower(exported, partitioner=[partitioner()])
-            return bytes(lowered.to_executorch().buffer)
-        except Exception as error:  # it has no common base
-            raise ValueError(f"ExecuTorch cannot convert this model: {reason(model, error)}") from error
+    exported = program(copied, metadata)
+    with converting(model, "ExecuTorch cannot convert"):
+        if metadata.precision == "int8":
+            exported = quantized(exported)
+        lowered = exir.to_edge_transform_and_lower(exported, partitioner=[partitioner()])
+        return bytes(lowered.to_executorch().buffer)
 
 
 def partitioner() -> Any:

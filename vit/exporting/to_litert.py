@@ -6,16 +6,15 @@ import io
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from vit.model import ViT
 
 from . import archive
+from .converting import converting
 from .graph import Graph, example, graph_of
 from .metadata import Metadata
 from .packages import need
-from .to_onnx import quiet, reason
 
 NOTE = (
     "its converter needs torch below 2.15, so give it an environment of its own: python -m venv litert;"
@@ -43,11 +42,9 @@ def convert(model: ViT, metadata: Metadata) -> bytes:
     """
     converter = need("litert_torch", "litert", NOTE)
     graph, (images, _) = graph_of(model, metadata), example(metadata)
-    with quiet(), torch.no_grad(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # their progress
-        try:
-            content = converter.convert(Named(graph).eval(), sample_kwargs={"images": images}).model_content()
-        except Exception as error:  # of torch.export, of MLIR, and its own
-            raise ValueError(f"litert_torch cannot convert this model: {reason(model, error)}") from error
+    progress = io.StringIO()
+    with converting(model, "litert_torch cannot convert"), redirect_stdout(progress), redirect_stderr(progress):
+        content = converter.convert(Named(graph).eval(), sample_kwargs={"images": images}).model_content()
         return quantized(content) if metadata.precision == "int8" else bytes(content)
 
 

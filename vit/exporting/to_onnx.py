@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from vit.attend import Attend
 from vit.metadata import EXPORTED_KEY
 from vit.model import ViT
 
+from .converting import converting
 from .graph import example, graph_of
 from .metadata import Metadata
 from .packages import need
@@ -41,14 +37,11 @@ def convert(model: ViT, metadata: Metadata, opset: int) -> ModelProto:
             " halves them"
         )
     images, dynamic = example(metadata)
-    with quiet(), torch.no_grad():
-        try:
-            program = torch.onnx.export(
-                graph, (images,), dynamo=True, dynamic_shapes=(dynamic,), opset_version=opset,
-                input_names=["images"], output_names=list(metadata.outputs), verbose=False,
-            )  # fmt: skip
-        except Exception as error:  # torch.onnx.OnnxExporterError, which says little: its cause says what and where
-            raise ValueError(f"PyTorch cannot export this model: {reason(model, error)}") from error
+    with converting(model, "PyTorch cannot export"):
+        program = torch.onnx.export(
+            graph, (images,), dynamo=True, dynamic_shapes=(dynamic,), opset_version=opset,
+            input_names=["images"], output_names=list(metadata.outputs), verbose=False,
+        )  # fmt: skip
     assert program is not None
     return tidy(program.model_proto, metadata)
 
@@ -88,28 +81,3 @@ def is_ours(path: Path) -> bool:
         return any(one.key == EXPORTED_KEY for one in onnx.load(path, load_external_data=False).metadata_props)
     except Exception:  # protobuf's DecodeError, mostly
         return False
-
-
-def reason(model: ViT, error: BaseException) -> str:
-    """The innermost cause, on one line, and the attention that is set, if it is not the usual one."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    names = list(dict.fromkeys(attend.choice.called for attend in model.attends if isinstance(attend, Attend)))
-    ours = "" if names in ([], ["sdpa"]) else f" (it attends by {', '.join(map(repr, names))}; 'sdpa' can be exported)"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{ours}"
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the exporter's notes and warnings, which concern its own authors."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels):
-                logger.setLevel(level)

@@ -13,19 +13,20 @@ import torch
 from vit.model import ViT
 
 from . import archive
+from .converting import converting
 from .graph import example, graph_of
 from .metadata import Metadata
-from .to_onnx import quiet, reason
 
 ROOT = "archive/"  # the folder in the archive in which PyTorch looks for everything
 PORTS = ("pt2.inputs", "pt2.outputs")  # keys in the metadata
+INSTRUCTIONS = "pt2.instructions"  # another: those of the processor that native code was compiled for
 
 
 class Package(NamedTuple):
     """A .pt2 archive without metadata."""
 
     content: bytes
-    ports: dict[str, str]  # PORTS, as JSON
+    facts: dict[str, str]  # PORTS and INSTRUCTIONS, as JSON
 
 
 def convert(model: ViT, metadata: Metadata, aot: bool) -> Package:
@@ -34,9 +35,10 @@ def convert(model: ViT, metadata: Metadata, aot: bool) -> Package:
     Raises:
         ValueError: PyTorch cannot export it, or has no compiler for `aot`.
     """
-    with quiet():
-        exported = program(model, metadata)
-        return Package(compiled(model, exported) if aot else saved(exported), ports(exported, metadata))
+    exported = program(model, metadata)
+    content = compiled(model, exported) if aot else saved(exported)
+    needed = json.dumps(instructions() if aot else [])
+    return Package(content, ports(exported, metadata) | {INSTRUCTIONS: needed})
 
 
 def program(model: ViT, metadata: Metadata) -> torch.export.ExportedProgram:
@@ -48,11 +50,8 @@ def traced(
     model: ViT, graph: torch.nn.Module, images: torch.Tensor, dynamic: dict[int, Any]
 ) -> torch.export.ExportedProgram:
     """A graph of a model's, traced with images; without notes on where its code lies on this machine."""
-    with torch.no_grad():
-        try:
-            exported = torch.export.export(graph, (images,), dynamic_shapes=(dynamic,))
-        except Exception as error:  # it has no common base
-            raise ValueError(f"PyTorch cannot export this model: {reason(model, error)}") from error
+    with converting(model, "PyTorch cannot export"):
+        exported = torch.export.export(graph, (images,), dynamic_shapes=(dynamic,))
     for part in exported.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)
@@ -82,16 +81,19 @@ def saved(exported: torch.export.ExportedProgram) -> bytes:
 
 def compiled(model: ViT, exported: torch.export.ExportedProgram) -> bytes:
     """The program as native code for this machine's processor."""
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory() as folder, converting(model, "AOTInductor cannot compile"):
         file = Path(folder) / f"{ROOT[:-1]}.pt2"  # whose name becomes that of the folder in the archive
-        try:
-            torch._inductor.aoti_compile_and_package(exported, package_path=str(file))
-        except Exception as error:  # InvalidCxxCompiler, or what the compiler says
-            raise ValueError(f"AOTInductor cannot compile this model: {reason(model, error)}") from error
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(file))
         return file.read_bytes()
+
+
+def instructions() -> list[str]:
+    """The sets of instructions of this machine's processor, all of which a compiler may use: avx2, avx512_vbmi ..."""
+    found = torch.cpu.get_capabilities()
+    return sorted([str(found.get("architecture")), *(name for name, value in found.items() if value is True)])
 
 
 def save(package: Package, metadata: Metadata, path: Path) -> None:
     """Write an archive with its metadata, where `torch.export.load` finds them as an extra file."""
     path.write_bytes(package.content)
-    archive.add(path, metadata.to_strings() | package.ports, f"{ROOT}extra/")
+    archive.add(path, metadata.to_strings() | package.facts, f"{ROOT}extra/")

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit.image import create_transform, to_mode
+from vit.image import create_transform, load_image, to_mode
 from vit.maps import attention_maps
 from vit.model import ViT
 from vit.packed import Grid
@@ -48,6 +48,7 @@ READS = {  # what the classifier reads
 }
 LEVELS = 5  # of grey: by so much do versions of Pillow differ that resize rows or columns first
 MOST = 6  # pictures to check on
+EXAMPLE_SIDE = 1024  # pixels, at most, of the picture that the page opens with
 OTHERS = 16  # images that are also calibrated on at each other size
 
 
@@ -57,10 +58,12 @@ def write(
     metadata: Metadata,
     calibrate: Tensor | Sequence[Tensor] | None,
     runtime_folder: str | Path | None,
+    example: str | Path | Image.Image | None,
     check: bool,
     force: bool,
 ) -> tuple[tuple[str, ...], int, Metadata, dict[str, float]]:
     """Write the folder: the names of its files, their bytes, the metadata with the check's figures, and seconds."""
+    first = example_for(model, example)
     runtime = web_runtime.runtime_files(runtime_folder)
     start = time.perf_counter()
     int8 = metadata.precision == "int8"
@@ -84,9 +87,8 @@ def write(
         for asset in (*PAGE.iterdir(), *runtime):
             shutil.copyfile(asset, folder / asset.name)
         (folder / LICENCE).write_text(web_runtime.licence(), encoding="utf-8")
-        example = example_for(model)
-        example.save(folder / EXAMPLE)
-        (folder / FACTS).write_text(json.dumps(facts(model, metadata, folder, example)), encoding="utf-8")
+        first.save(folder / EXAMPLE)
+        (folder / FACTS).write_text(json.dumps(facts(model, metadata, folder, first)), encoding="utf-8")
         assert {one.name for one in folder.iterdir()} == FILES
         total = sum(one.stat().st_size for one in folder.iterdir())
         check_folder(path, force)  # again: another process may have written one in between
@@ -143,12 +145,14 @@ def is_digits(model: ViT) -> bool:
     return model.provenance is not None and model.provenance.source == DIGITS
 
 
-def example_for(model: ViT) -> Image.Image:
-    """The picture that the page opens with, in RGB."""
-    if is_digits(model):
-        return digit_images()[0][2].convert("RGB")
-    with Image.open(DATA / "photographs" / "coffee.jpg") as photograph:
-        return photograph.convert("RGB")
+def example_for(model: ViT, example: str | Path | Image.Image | None) -> Image.Image:
+    """The picture that the page opens with, in RGB: the caller's, or one that ships."""
+    if example is None:
+        example = digit_images()[0][2] if is_digits(model) else DATA / "photographs" / "coffee.jpg"
+    picture = to_mode(example if isinstance(example, Image.Image) else load_image(example), 3).copy()
+    picture.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE))
+    picture.info = {}  # where it was taken; and its colours' profile, which browsers apply and Pillow does not
+    return picture
 
 
 def own_grid(model: ViT) -> Grid:

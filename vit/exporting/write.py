@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vit.checks import inside, require_int, unknown, whole_patches
@@ -21,6 +22,7 @@ from vit.metadata import Preprocessing, Provenance
 from vit.model import ViT
 
 from . import gate, page_graph, to_onnx, to_transformersjs, to_web
+from .converting import in_turns
 from .formats import FORMATS, Format, by_ending, check_taken
 from .graph import check_outputs
 from .int8 import FULL, REDUCED, Images, images_for, quantized
@@ -45,6 +47,7 @@ class Report:
         return asdict(self)
 
 
+@in_turns()
 @torch.autocast("cpu", enabled=False)
 def export(
     model: ViT,
@@ -65,6 +68,7 @@ def export(
     check: bool = True,
     force: bool = False,
     runtime_folder: str | Path | None = None,
+    example: str | Path | Image.Image | None = None,
 ) -> Report:
     """Write a model as a file for another runtime, and run it there against the model before it gets its name.
 
@@ -101,6 +105,7 @@ def export(
             int8 it runs the images that were held out: the cosine of each output must reach 0.998.
         force: replace files that exist; only after the check.
         runtime_folder: for the web, holds the files of ONNX Runtime Web; None to fetch them with npm, once.
+        example: for the web, the picture that the page opens with, a file or a PIL image; None for one that ships.
 
     Returns:
         What was written, with the figures.
@@ -115,7 +120,7 @@ def export(
         raise ValueError(unknown("format", format, FORMATS))
     form = FORMATS[format]
     options = {"dynamic": dynamic, "half": half, "int8": int8, "reduce_range": reduce_range, "opset": opset, "aot": aot}
-    options = check_taken(format, options | {"runtime_folder": runtime_folder}, input)
+    options = check_taken(format, options | {"runtime_folder": runtime_folder, "example": example}, input)
     if reduce_range and not int8:
         raise ValueError("a reduced range of weights is for int8: ask for int8=True (--int8) or leave it out")
     if format == "web":
@@ -123,7 +128,7 @@ def export(
             raise ValueError(
                 "a page shows one picture at a time, and all that it can: leave out batch_size and outputs"
             )
-        return export_page(model, path, img_size, int8, calibrate, check, force, runtime_folder)
+        return export_page(model, path, img_size, int8, calibrate, check, force, runtime_folder, example)
     path = check_path(path, form, force)
     check_model(model)
     names = check_outputs(outputs, model)
@@ -194,6 +199,7 @@ def export_page(
     check: bool,
     force: bool,
     runtime_folder: str | Path | None,
+    example: str | Path | Image.Image | None,
 ) -> Report:
     """`export` to a folder for a browser."""
     path = Path(os.path.realpath(path))
@@ -208,7 +214,7 @@ def export_page(
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     model.preprocessing = replace(model.preprocessing, size=size)
     metadata = describe(model, "web", model.preprocessing, names, precision, PAGE, None, 1)
-    return Report(*to_web.write(model, path, metadata, calibrate, runtime_folder, check, force))
+    return Report(*to_web.write(model, path, metadata, calibrate, runtime_folder, example, check, force))
 
 
 def describe(

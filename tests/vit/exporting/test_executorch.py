@@ -1,5 +1,7 @@
 """ExecuTorch gives what the model gives, with nearly all of the graph in XNNPACK."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from exporting_cases import EVERYTHING, small
@@ -25,6 +27,16 @@ def test_float32(size, tmp_path):
     for end in (0, 100, len(content) // 2, len(content) - 1):
         (tmp_path / "cut.pte").write_bytes(content[:end])
         refused_in_one_line(lambda: vit.load_exported(tmp_path / "cut.pte"), "cut.pte is cut short")
+
+
+def test_threads_get_their_own_answers(tmp_path):
+    vit.export(small(), tmp_path / "model.pte", img_size=28, outputs=EVERYTHING)
+    loaded = vit.load_exported(tmp_path / "model.pte", threads=1)
+    several = [images(1, 3, 28, 28, seed=i) for i in range(100)]
+    wanted = [loaded(one) for one in several]
+    with ThreadPoolExecutor(4) as pool:
+        for one, other in zip(pool.map(loaded, several), wanted):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
 def test_int8(tmp_path):

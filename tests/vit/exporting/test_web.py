@@ -13,8 +13,8 @@ import pytest
 import torch
 from browser import CHROMIUM, browser, serving
 from exporting_cases import small
-from helpers import difference
-from PIL import Image
+from helpers import difference, refused_in_one_line
+from PIL import ExifTags, Image, ImageCms
 
 import vit
 from vit.exporting import page_graph, to_web, web_runtime
@@ -125,6 +125,29 @@ def test_the_graph_is_the_model_at_all_steps_of_the_slider(settings, picture, tm
             assert difference(value, wanted[name]) <= (1 / 255 if name == "pixels" else BAR), (name, rows, columns)
         answers.append(found["features" if "features" in found else "logits"])
     assert difference(answers[0], answers[-1]) > 10 * BAR  # the control: the size matters
+
+
+def test_the_example_is_upright_and_tells_nothing_else(tmp_path):
+    picture = Image.new("RGB", (3000, 60), "red")
+    picture.paste("blue", (0, 0, 1500, 60))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.ImageDescription] = 6, "my street"
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture.save(tmp_path / "photo.jpg", exif=exif, icc_profile=profile)
+    to_web.example_for(small(), tmp_path / "photo.jpg").save(tmp_path / "example.png")
+    with Image.open(tmp_path / "example.png") as found:
+        assert found.size == (20, 1024) and not found.info and not found.getexif()
+        assert found.getpixel((10, 100))[2] > 200 > 50 > found.getpixel((10, 900))[2]  # blue above
+    assert to_web.example_for(small(), None).size != to_web.example_for(small(), picture).size == (1024, 20)
+
+
+def test_an_example_that_cannot_be_read_ends_the_export_at_once(tmp_path):
+    refused_in_one_line(
+        lambda: vit.export(small(), tmp_path / "site", "web", example=tmp_path / "no.jpg"), "cannot use image .*no.jpg"
+    )
+    with pytest.raises(ValueError, match=r"--example .* with onnx: that is the picture that a page opens with"):
+        vit.export(small(), tmp_path / "model.onnx", example=tmp_path / "no.jpg")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
