@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from vit.checks import unknown
+from vit.checks import unknown, warn
 from vit.presets import NAMED_MODELS, list_models
 from vit.resources import bundled_checkpoint
 
@@ -14,6 +14,7 @@ from .hub import FILE_SUFFIXES, download, parse_name
 
 # The weights in a folder; the first of these that exists is read.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+BEST = "model_best.safetensors"  # beside the last weights, in the folder of a training run
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,8 @@ def find(source: str | Path, revision: str | None = None) -> Source:
 def _in_folder(folder: Path, name: str) -> Source:
     for file in WEIGHT_FILES:
         if (folder / file).is_file():
+            if (folder / BEST).is_file():
+                warn(f"{name} holds the last weights, which are read, and the best: for those name {folder / BEST}")
             return _with_configs(name, folder / file)
     raise FileNotFoundError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}; {_instead(folder)}")
 

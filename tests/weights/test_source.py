@@ -31,3 +31,11 @@ def test_paths_that_lead_nowhere(tmp_path, rectangular):
     ):
         vit.save_checkpoint(rectangular, tmp_path / "m.pth")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty"]
+
+
+def test_the_folder_of_a_training_run_has_two_models(rectangular, tmp_path):
+    vit.save_checkpoint(rectangular, tmp_path / "run" / "model.safetensors", layout="vit")
+    vit.load_pretrained(tmp_path / "run")
+    vit.save_checkpoint(rectangular, tmp_path / "run" / "model_best.safetensors", layout="vit")
+    with pytest.warns(UserWarning, match=r"run holds the last weights, .* for those name .*run/model_best.safetensors"):
+        vit.load_pretrained(tmp_path / "run")

@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="web: a page that shows what the model sees; default: by the ending of FILE, .xml for OpenVINO, else onnx",
+        help="web: a page that shows what the model sees; default: by the ending of FILE",
     )
     parser.add_argument(
         "--dynamic", action="store_true", help="one file for all sizes and batches, the default without a size"

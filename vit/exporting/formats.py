@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -44,7 +45,7 @@ FORMATS = {
     ),
     "web": Format(
         to_web, ("",), ("onnx", "onnxscript", "onnxruntime"), "onnx", ("dynamic", "int8", "runtime_folder", "example"),
-        inputs=("float32",), folder=True,
+        folder=True,
     ),
     "litert": Format(
         to_litert, (".tflite",), ("litert_torch", "ai_edge_quantizer", "ai_edge_litert"), "litert", ("int8",),
@@ -84,6 +85,12 @@ def check_taken(format: str, given: Mapping[str, Any], input: str) -> dict[str, 
     return {name: value for name, value in given.items() if name in takes}
 
 
-def by_ending(suffix: str) -> str:
-    """The format of a file with this ending; onnx if there is none."""
-    return next((name for name, form in FORMATS.items() if suffix and form.endings[0] == suffix), "onnx")
+def by_ending(path: Path) -> str:
+    """The format of a file, by its ending; ValueError if that says none, as that of a folder."""
+    endings = {form.endings[0]: name for name, form in FORMATS.items() if form.endings[0]}
+    if path.suffix not in endings:
+        raise ValueError(
+            f"the name {str(path)!r} says no format: end it in {', '.join(endings)}, or give format=... (--format):"
+            f" {', '.join(FORMATS)}"
+        )
+    return endings[path.suffix]

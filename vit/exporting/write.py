@@ -80,7 +80,7 @@ def export(
         model: in float32. It is exported as it is in eval mode, and not changed.
         path: the file to write: `.onnx`, `.pt2`, or `.xml` for OpenVINO, which gets a `.bin` beside it; a folder for
             web and transformersjs.
-        format: one of `vit.exporting.FORMATS`; None: by the ending of `path`, without one ONNX. "web" is a page that
+        format: one of `vit.exporting.FORMATS`; None: by the ending of `path`. "web" is a page that
             shows in a browser what the model sees.
         dynamic: one file for all sizes and batches; None: unless a size or a batch size is given.
         img_size: (H, W) or one number for a square, the only size that the file will take, in multiples of the patch;
@@ -115,7 +115,7 @@ def export(
         ValueError: a model, option or path that does not fit, a missing package, attention that cannot be exported.
         FileExistsError: a file exists, and `force` is False.
     """
-    format = by_ending(Path(path).suffix) if format is None else format
+    format = by_ending(Path(path)) if format is None else format
     if format not in FORMATS:
         raise ValueError(unknown("format", format, FORMATS))
     form = FORMATS[format]
@@ -124,9 +124,10 @@ def export(
     if reduce_range and not int8:
         raise ValueError("a reduced range of weights is for int8: ask for int8=True (--int8) or leave it out")
     if format == "web":
-        if batch_size is not None or outputs is not None:
+        if batch_size is not None or outputs is not None or input != "float32":
             raise ValueError(
-                "a page shows one picture at a time, and all that it can: leave out batch_size and outputs"
+                "a page takes one picture at a time, of any size, and shows all that it can: leave out batch_size,"
+                " outputs and input"
             )
         return export_page(model, path, img_size, int8, calibrate, check, force, runtime_folder, example)
     path = check_path(path, form, force)

@@ -3,6 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 const LARGEST = 2048; // pixels of the longer side; the browser makes larger pictures smaller
+const NAMES = 12; // of classes, in the first lines
 const NEAREST = 5; // patches that are outlined
 const MAGMA = [ // the colours of vit/draw.py: "magma", N. Smith and S. van der Walt, CC0
   [0, 0, 4], [11, 9, 36], [32, 17, 75], [59, 15, 112], [87, 21, 126], [114, 31, 129], [140, 41, 129], [168, 50, 125],
@@ -65,6 +66,9 @@ async function load() {
       runtime: { url: here(facts.runtime.file), bytes: facts.runtime.bytes },
     },
   });
+  const [rows, columns] = facts.grids[facts.own];
+  const [width, height] = [columns * facts.patch, rows * facts.patch];
+  await ask({ run: { rgba: new Uint8Array(4 * width * height), width, height, rows, columns } }); // the first run is slow
 }
 
 // ---- pictures
@@ -458,7 +462,7 @@ function addRow(tokens, ms) {
 
 function sized() {
   const [rows, columns] = grid();
-  const own = Number($("size").value) === facts.own ? ", the model's own" : "";
+  const own = Number($("size").value) === facts.own ? ", as exported" : "";
   const text = `${rows * facts.patch} x ${columns * facts.patch} pixels${own}`;
   $("size-text").textContent = text;
   $("size").setAttribute("aria-valuetext", text);
@@ -504,8 +508,11 @@ async function attempt(task) {
 }
 
 function prepare() {
+  const names = facts.categories ?? [];
+  const more = names.length > NAMES ? ", ..." : ".";
+  const knows = names.length ? `It knows ${names.length} classes: ${names.slice(0, NAMES).join(", ")}${more} ` : "";
   $("model").textContent =
-    `${facts.name}: ${facts.depth} block${facts.depth > 1 ? "s" : ""} with ${facts.heads} heads, patches of ${facts.patch} x ${facts.patch} pixels, ` +
+    `${knows}${facts.name}: ${facts.depth} block${facts.depth > 1 ? "s" : ""} with ${facts.heads} heads, patches of ${facts.patch} x ${facts.patch} pixels, ` +
     `${(facts.bytes / 1e6).toFixed(1)} MB in ${facts.precision}. It runs in this browser: no picture leaves it.`;
   $("size").max = facts.grids.length - 1;
   $("size").value = facts.own;
