@@ -172,7 +172,7 @@ def renamed(categories: list[str]) -> vit.ViT:
         ({"outputs": ()}, "one or more of logits, features, attention"),
         ({"outputs": ("logits", "logits")}, "each once"),
         ({"path": "model.pt"}, "model.pt' says no format: end it in .onnx, .xml, .pt2, "),
-        ({"path": "site"}, "site' says no format: end it in .onnx, .xml, .pt2, .tflite, .pte, .mlpackage, or give format"),
+        ({"path": "site"}, "site' says no format: end it in .onnx, .xml, .pt2, .tflite, .pte, .mlpackage, or give"),
         ({"path": "model.pt", "format": "onnx"}, "expected the name of a .onnx file to write, not '"),
         ({"model": torch.nn.Linear(1, 1)}, "expected a vit.ViT to export, not Linear"),
         ({"model": torch.nn.Sequential(small())}, "export the ViT in it, model.0"),

@@ -170,7 +170,7 @@ def test_a_wrong_graph_is_not_written(runtime, tmp_path, monkeypatch):
     "options, message",
     [
         ({"half": True}, r"--half \(half=True\) with web: .* formats that take it: onnx"),
-        ({"outputs": ["logits"]}, "one picture at a time, of any size, and shows all that it can: leave out batch_size, "),
+        ({"outputs": ["logits"]}, "takes one picture at a time, of any size, and shows all that it can: leave out"),
         ({"batch_size": 2}, "leave out batch_size, outputs and input"),
         ({"input": "image"}, "leave out batch_size, outputs and input"),
         ({"opset": 18}, "that is a number of ONNX's"),
