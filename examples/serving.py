@@ -24,8 +24,8 @@ Image.MAX_IMAGE_PIXELS = 25_000_000  # Pillow refuses twice as many
 model = vit.load_exported(os.environ.get("MODEL", "digits.onnx"), int(os.environ.get("THREADS", 1)))
 BATCH = 1 if model.input == "image" else int(os.environ.get("BATCH", 8))  # of one size; such a file takes any
 app, transform = FastAPI(), vit.create_transform(model)
-runtime = ThreadPoolExecutor(1)  # a thread of its own for the model, which those that decode cannot delay
-waiting, turn = [], asyncio.Lock()
+runtime, waiting, turn = ThreadPoolExecutor(1), [], asyncio.Lock()  # a thread that those that decode cannot delay
+assert model.config.num_classes > 1, "expected a model of two classes or more: the answers are their probabilities"
 
 
 @app.post("/predict")

@@ -28,6 +28,28 @@ class replacing:
             self.temporary.unlink(missing_ok=True)
 
 
+def replace_folder(new: Path, path: Path) -> None:
+    """Give the folder `new` the name `path`. What has that name is kept beside `new`, and comes back on an error."""
+    old = new.with_name(f"{new.name}.old")
+    if path.exists():
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        raise
+
+
+def check_place(path: Path) -> None:
+    """An error, before any work, if a file or folder cannot be written beside `path` and then get its name."""
+    parent = next(one for one in path.parents if one.exists())
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"{parent} cannot be written to, so {path} cannot get its name: give another place")
+    if os.path.ismount(path):
+        raise ValueError(f"{path} is a mount point, which cannot be replaced: write another folder and copy it")
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON object, indented."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -241,7 +241,7 @@ class Transform:
         if self.mode == "squash":
             return self.size
         assert self.crop_pct is not None
-        cover = [math.floor(side / self.crop_pct) for side in self.size]
+        cover = to_cover(self.size, self.crop_pct)
         if cover[0] == cover[1]:  # torchvision's rounding: the long side is cut down to a whole number
             long = int(cover[0] * max(height, width) / min(height, width))
             return (long, cover[0]) if height > width else (cover[0], long)
@@ -272,6 +272,12 @@ class Transform:
         out -= mean
         out /= std
         return torch.from_numpy(out)
+
+
+def to_cover(size: tuple[int, int], crop_pct: float) -> tuple[int, int]:
+    """The (height, width) that an image is resized to cover before `size` is cut out of its middle, as in timm."""
+    height, width = (math.floor(side / crop_pct) for side in size)
+    return height, width
 
 
 def check_sides(old: Iterable[int], new: Iterable[int]) -> None:

@@ -108,3 +108,11 @@ def test_predict_reports_and_skips_what_it_cannot_read(tmp_path, digit_files, ru
     for name in ("empty.png", "cut.png", "float.tiff", "gone.png"):
         assert sum(name in line for line in errors) == 1
     assert "Traceback" not in result.stderr
+
+
+def test_one_logit_is_no_probability(digit_files, tmp_path, run):
+    model = vit.load_pretrained(DIGITS)
+    model.reset_classifier(1)
+    vit.save_checkpoint(model, tmp_path / "one.safetensors")
+    result = run("predict", digit_files, "--model", tmp_path / "one.safetensors")
+    assert result.returncode == 2 and "gives one logit, of which a softmax is 100 % for every image" in result.stderr

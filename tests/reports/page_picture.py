@@ -1,4 +1,4 @@
-"""A picture of a page that `vit export --format web` wrote, in Chromium.
+"""A picture of a page that `vit export --format web` wrote, in Chromium; prints what it says of itself, and its table.
 
 python tests/reports/page_picture.py site/ -o page.png --width 1280 --all-sizes
 """
@@ -32,6 +32,8 @@ def main() -> None:
         picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
         picture.save(args.output, quality=85, optimize=True)
         print(f"{args.output}: {args.output.stat().st_size / 1000:.0f} kB", *page.problems(), sep="\n")
+        for part in ("proof", "rows"):
+            print(page.evaluate(f"document.getElementById('{part}').innerText"))
 
 
 if __name__ == "__main__":

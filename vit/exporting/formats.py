@@ -78,7 +78,7 @@ def check_taken(format: str, given: Mapping[str, Any], input: str) -> dict[str, 
     if input not in inputs:
         raise ValueError(f"--input {input} (input={input!r}) with {format}: it takes {', '.join(inputs)}")
     for name, value in given.items():
-        if value and name not in takes:
+        if value is not None and value is not False and name not in takes:
             others = ", ".join(other for other, form in FORMATS.items() if name in form.takes)
             option = f"--{name.replace('_', '-')} ({name}={value!r})"
             raise ValueError(f"{option} with {format}: {WHY_NOT[name]}; formats that take it: {others}")

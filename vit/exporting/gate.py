@@ -77,7 +77,8 @@ def measure(found: Tensor, wanted: Tensor, precision: str, mean: bool, resized: 
     if precision == "int8":
         alike = cosine_similarity(found.flatten(1), wanted.flatten(1))  # [B]
         return {"measure": "cosine", "value": (alike.mean() if mean else alike.min()).item(), "bar": COSINE}
-    error = ((found - wanted).abs().max() / wanted.abs().max()).item()
+    same = torch.equal(found, wanted)  # both may be zeros
+    error = 0.0 if same else ((found - wanted).abs().max() / wanted.abs().max()).item()
     bar = BARS[precision]
     return {"measure": "error", "value": error, "bar": max(bar, RESIZED) if resized else bar}
 

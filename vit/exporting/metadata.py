@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import torch
 
 from vit.config import ViTConfig
 from vit.metadata import EXPORTED_KEY, Preprocessing, Provenance
+from vit.model import ViT
 
 VERSION = 1  # of this record
 PAGE = "page"  # an `input`: a picture and a target size, see `vit.exporting.page_graph`
@@ -28,15 +30,14 @@ class Metadata:
     outputs: tuple[str, ...]  # in the order of the graph's
     precision: str  # of the weights: "float32", "float16", "int8"
     input: str  # "float32": normalised images [B, C, H, W]; "uint8": pixels [B, H, W, C]; "image": whole pictures
-    size: (
-        tuple[int, int] | None
-    )  # (H, W), the only one that it takes; None: any, unless pictures multiples of the patch
+    size: tuple[int, int] | None  # (H, W), the only one that it takes; None: any, in multiples of the patch
     batch: int | None  # images per call; None: any number
     source: Provenance | None  # of the model that was exported
     versions: Mapping[str, str]  # of what wrote and checked it
     processor: str  # the instruction set on which it was checked
     parity: tuple[Mapping[str, Any], ...] | None  # the gate's rows; None: not checked
     reduce_range: bool = False  # of int8: weights in 7 bits
+    weights: str | None = None  # the model's `digest`
 
     def to_strings(self) -> dict[str, str]:
         """As keys and values for a file, with those that ultralytics' tools read."""
@@ -84,6 +85,14 @@ _READERS = {
     "size": _pair,
     "parity": lambda value: value and tuple(value),
 }
+
+
+def digest(model: ViT) -> str:
+    """The SHA-256 of a model's tensors, on the CPU, and their names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
 
 
 def processor() -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 OPSET = 20
-INPUTS = ("images", "grid")
+INPUTS = ("images", "grid", "cover")
 
 
 def output_names(model: ViT) -> tuple[str, ...]:
@@ -33,6 +33,7 @@ class PageGraph(nn.Module):
 
         images     [1, H, W, 3] uint8, a picture of any size in RGB
         grid       [h, w] uint8, whose values are not read: its shape is the number of patches to resize to
+        cover      the same for the pixels to cover before the crop, `vit.image.to_cover`
 
         logits     [1, num_classes]; or of a model without a head:
         features   [1, D], or [1, 2D] with global_pool "token_avg"
@@ -40,7 +41,7 @@ class PageGraph(nn.Module):
         attention  [1, A, h, w], how much each head of the last block lets the class token look at each patch
         pixels     [1, h*p, w*p, C] uint8, what the model sees
 
-    The target size is the shape of an input since sizes that are values cannot be traced through the reshapes behind.
+    Sizes are shapes of inputs since those that are values cannot be traced through the reshapes behind.
     """
 
     mean: Tensor
@@ -52,12 +53,13 @@ class PageGraph(nn.Module):
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(getattr(self.settings, name)).view(1, -1, 1, 1))
 
-    def forward(self, images: Tensor, grid: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, grid: Tensor, cover: Tensor) -> tuple[Tensor, ...]:
         model, p = self.model, self.model.config.patch_size
         h, w = grid.shape
         if model.config.in_chans == 1:
             images = grey(images)
-        pixels = resize(images, self.settings, (h * p, w * p), p)  # [1, C, h*p, w*p]
+        height, width = cover.shape
+        pixels = resize(images, self.settings, (h * p, w * p), p, (height, width))  # [1, C, h*p, w*p]
         x = (pixels / 255 - self.mean) / self.std
         last, before = len(model.blocks) - 1, len(model.blocks) - 2
         keep = {before: lambda x: x, last: lambda x: x}
@@ -85,12 +87,13 @@ def convert(model: ViT, metadata: Metadata) -> ModelProto:
     """A model, in float32 or quantized, as the ONNX graph of a page. ValueError if PyTorch cannot export it."""
     graph = PageGraph(at_size(model, None, torch.float32)).eval()
     square = model.preprocessing.size[0] == model.preprocessing.size[1]  # and so at every step of the slider
-    example = (torch.zeros(1, 70, 91, 3, dtype=torch.uint8), torch.zeros(5, 5 if square else 3, dtype=torch.uint8))
-    H, W, h, w = (torch.export.Dim(name, min=1) for name in ("height", "width", "rows", "columns"))
-    w = h if square else w
+    shapes = (1, 70, 91, 3), (5, 5 if square else 3), (90, 90 if square else 60)
+    example = tuple(torch.zeros(shape, dtype=torch.uint8) for shape in shapes)
+    H, W, h, w, y, x = (torch.export.Dim(name, min=1) for name in ("height", "width", "rows", "columns", "y", "x"))
+    w, x = (h, y) if square else (w, x)
     with converting(model, "PyTorch cannot export"):
         program = torch.onnx.export(
-            graph, example, dynamo=True, dynamic_shapes=({1: H, 2: W}, {0: h, 1: w}), opset_version=OPSET,
+            graph, example, dynamo=True, dynamic_shapes=({1: H, 2: W}, {0: h, 1: w}, {0: y, 1: x}), opset_version=OPSET,
             input_names=list(INPUTS), output_names=list(graph.names), verbose=False,
         )  # fmt: skip
     assert program is not None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vit.checks import unknown
-from vit.image import check_sides
+from vit.image import check_sides, to_cover
 from vit.metadata import Preprocessing
 from vit.model import ViT
 from vit.position import cubic
@@ -70,13 +70,17 @@ class Pixels(nn.Module):
         return images.float().permute(0, 3, 1, 2) / UNIT  # a cast first: TensorRT has bytes as inputs only
 
 
-def resize(images: Tensor, settings: Preprocessing, size: tuple[int, int], p: int) -> Tensor:
+def resize(
+    images: Tensor, settings: Preprocessing, size: tuple[int, int], p: int, cover: tuple[int, int] | None = None
+) -> Tensor:
     """[B, H, W, C] uint8 -> [B, C, *size] float32 whole numbers in [0, 255], as Pillow does it, at most one off.
+
+    `cover`, of a traced size: `vit.image.to_cover` of it, which a graph's float32 would round otherwise.
 
     Pillow 13 resizes the columns of tall pictures first, and there differs from its earlier versions by up to 5.
     """
     B, H, W, C = images.shape
-    rows, columns = plan(settings, H, W, size)
+    rows, columns = plan(settings, H, W, size, cover)
     x = images.permute(0, 2, 3, 1).reshape(B, W, C * H)
     x = resample(x, columns, p, FILTERS[settings.interpolation])  # [B, w, C * H]
     x = x.view(B, -1, C, H).permute(0, 3, 1, 2).reshape(B, H, -1)  # [B, H, w * C]
@@ -103,14 +107,16 @@ def resample(x: Tensor, axis: Axis, p: int, kernel: Filter) -> Tensor:
     return (found + 0.5).floor().clamp(0, 255).flatten(1, 2)
 
 
-def plan(settings: Preprocessing, height: int, width: int, size: tuple[int, int]) -> tuple[Axis, Axis]:
+def plan(
+    settings: Preprocessing, height: int, width: int, size: tuple[int, int], cover: tuple[int, int] | None = None
+) -> tuple[Axis, Axis]:
     """What `vit.image.Transform` does to the rows and columns of a picture, in whole numbers, which a graph can hold.
 
     If the size is not a square, an exact half may be rounded the other way than in floating point.
     """
     if settings.mode == "squash":
         return Axis(height, size[0], 0, size[0]), Axis(width, size[1], 0, size[1])
-    cover = [math.floor(side / settings.crop_pct) for side in size]
+    cover = cover or to_cover(size, settings.crop_pct)
     new: list[Any]
     if cover[0] == cover[1]:
         short = torch.sym_min(height, width)

@@ -57,7 +57,8 @@ def tidy(model: ModelProto, metadata: Metadata) -> ModelProto:
         sides = (
             ("batch", None, "height", "width") if metadata.input == "float32" else ("batch", "height", "width", None)
         )
-        names = {"images": sides, "grid": ("rows", "columns"), "attention": ("batch", None, "rows", "columns")}
+        grid = ("rows", "columns")
+        names = {"images": sides, "grid": grid, "cover": ("y", "x"), "attention": ("batch", None, *grid)}
         for value in (*graph.input, *graph.output):
             dims = value.type.tensor_type.shape.dim
             for dim, name in zip(dims, names.get(value.name, ("batch", None))):

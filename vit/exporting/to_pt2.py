@@ -20,6 +20,7 @@ from .metadata import Metadata
 ROOT = "archive/"  # the folder in the archive in which PyTorch looks for everything
 PORTS = ("pt2.inputs", "pt2.outputs")  # keys in the metadata
 INSTRUCTIONS = "pt2.instructions"  # another: those of the processor that native code was compiled for
+UNASKED = ("clflush", "clflushopt", "clwb", "fma4", "sse4a")  # which compilers never use of themselves
 
 
 class Package(NamedTuple):
@@ -88,9 +89,10 @@ def compiled(model: ViT, exported: torch.export.ExportedProgram) -> bytes:
 
 
 def instructions() -> list[str]:
-    """The sets of instructions of this machine's processor, all of which a compiler may use: avx2, avx512_vbmi ..."""
+    """The sets of instructions of this machine's processor that a compiler may use, if PyTorch names them: avx2 ..."""
     found = torch.cpu.get_capabilities()
-    return sorted([str(found.get("architecture")), *(name for name, value in found.items() if value is True)])
+    names = [name for name, value in found.items() if value is True and name not in UNASKED]
+    return sorted([str(found.get("architecture")), *names])
 
 
 def save(package: Package, metadata: Metadata, path: Path) -> None:

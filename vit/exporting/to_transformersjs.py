@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 INPUT = "pixel_values"  # its name for images
 FILES = {"float32": "model.onnx", "float16": "model_fp16.onnx", "int8": "model_int8.onnx"}  # by precision
-SAME = ("vit.config", "vit.source", "vit.categories", "vit.preprocessing")  # in all graphs of a folder
+SAME = ("vit.config", "vit.weights", "vit.categories", "vit.preprocessing")  # in all graphs of a folder
 DTYPES = {"float32": "fp32", "float16": "fp16", "int8": "int8"}  # its names of them, which choose the file
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -19,7 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vit.image import create_transform, load_image, to_mode
+from vit.files import check_place, replace_folder
+from vit.image import create_transform, load_image, to_cover, to_mode
 from vit.maps import attention_maps
 from vit.model import ViT
 from vit.packed import Grid
@@ -39,7 +39,7 @@ KEY = "vit"  # in FACTS, the version that wrote the folder
 DIGITS = "vit_digits_patch4_32"
 SCALES = (0.5, 0.625, 0.75, 0.875, 1, 1.25, 1.5, 1.75, 2)  # of the own size, on the slider
 TOKENS = 1024  # on the slider, if the own size does not have more
-MAPS, ENDS = 0.99, 0.995  # int8, at the slider's ends: the least cosine of what is only looked at, and of answers
+MAPS, ENDS = 0.99, 0.995  # int8, the least cosine of what is only looked at; and of answers at the slider's ends
 READS = {  # what the classifier reads
     "token": "The class token has collected what it needs",
     "avg": "The mean of the patches is what the answer rests on",
@@ -129,6 +129,7 @@ def facts(model: ViT, metadata: Metadata, folder: Path, example: Image.Image) ->
         "classes": config.num_classes,
         "categories": metadata.categories,
         "grids": steps,  # [rows, columns] of patches, one for each step of the slider
+        "covers": [cover_of(model, step) for step in steps],
         "own": steps.index(own),
         "draw": is_digits(model),
         "example": {"file": EXAMPLE, "output": output, "values": values},  # of PyTorch, at the own size
@@ -165,7 +166,15 @@ def grids(model: ViT) -> list[Grid]:
     """The steps of the slider, (rows, columns) of patches in about the proportions of the own size."""
     h, w = own_grid(model)
     steps = sorted({(max(1, round(h * scale)), max(1, round(w * scale))) for scale in SCALES})
-    return [(rows, columns) for rows, columns in steps if rows * columns <= max(TOKENS, h * w)]
+    alike = [step for step in steps if (step[0] == step[1]) == (h == w)]  # timm rounds those of squares otherwise
+    return [(rows, columns) for rows, columns in alike if rows * columns <= max(TOKENS, h * w)]
+
+
+def cover_of(model: ViT, grid: Grid) -> tuple[int, int]:
+    """The pixels that a picture is resized to cover at a step of the slider, before the crop, if there is one."""
+    p, settings = model.config.patch_size, model.preprocessing
+    size = (grid[0] * p, grid[1] * p)
+    return to_cover(size, settings.crop_pct) if settings.mode == "crop" else size
 
 
 def checked_grids(model: ViT) -> list[Grid]:
@@ -189,7 +198,7 @@ def at_all_sizes(model: ViT, images: list[Tensor]) -> list[Tensor]:
 def compare(model: ViT, file: Path, pictures: Sequence[Image.Image], metadata: Metadata) -> list[dict[str, Any]]:
     """Run the page's graph and the model on pictures at three sizes: the slider's ends, and the model's own.
 
-    The model gets them from its own transform.
+    The model gets them from its own transform. At the slider's other steps one picture's pixels are compared.
 
     Returns:
         Rows as `gate.compare` gives them, the worst of all pictures.
@@ -198,30 +207,34 @@ def compare(model: ViT, file: Path, pictures: Sequence[Image.Image], metadata: M
         ParityError: pixels that differ by more than `LEVELS`; of int8, another label where the model is sure.
     """
     session, p, rows = OnnxRuntime(file, torch.get_num_threads()), model.config.patch_size, []
-    for grid in checked_grids(model):
-        size = (grid[0] * p, grid[1] * p)
-        answers = [[run(session, one, grid), reference(model, one, size)] for one in pictures]
+    for grid in grids(model):
+        whole = grid in checked_grids(model)
+        size, cover = (grid[0] * p, grid[1] * p), cover_of(model, grid)
+        some = pictures if whole else pictures[:1]
+        answers = [[run(session, one, grid, cover), reference(model, one, size)] for one in some]
         found, wanted = ({name: torch.cat([one[name] for one in side]) for name in side[0]} for side in zip(*answers))
-        name = f"{len(pictures)} pictures at {size[0]} x {size[1]}"
+        name = f"{len(some)} picture{'s' * (len(some) > 1)} at {size[0]} x {size[1]}"
         if (most := (found.pop("pixels") - wanted["pixels"]).abs().max().item()) > LEVELS:
             raise gate.ParityError(
                 f"on {name} the page's pixels differ from Pillow's by {most:.0f}: nothing was written"
             )
-        for output in found:
+        for output in found if whole else ():
             ours, theirs = (gate.centred(output, one[output]) for one in (found, wanted))
             measured = gate.measure(ours, theirs, metadata.precision, mean=False, resized=True)
-            if measured["measure"] == "cosine" and grid != own_grid(model):
-                measured["bar"] = MAPS if output in ("attention", "patches") else ENDS
+            if measured["measure"] == "cosine" and output in ("attention", "patches"):
+                measured["bar"] = MAPS
+            elif measured["measure"] == "cosine" and grid != own_grid(model):
+                measured["bar"] = ENDS
             rows.append({"input": name, "output": output} | measured)
-        if "logits" in found and metadata.precision == "int8":
+        if whole and "logits" in found and metadata.precision == "int8":
             gate.check_labels(name, found["logits"], wanted["logits"])
     return rows
 
 
-def run(session: OnnxRuntime, picture: Image.Image, grid: Grid) -> dict[str, Tensor]:
-    """What the page's graph gives for a picture at a target of (rows, columns) patches."""
+def run(session: OnnxRuntime, picture: Image.Image, grid: Grid, cover: tuple[int, int]) -> dict[str, Tensor]:
+    """What the page's graph gives for a picture at a target of (rows, columns) patches, cut out of `cover` pixels."""
     pixels = np.asarray(to_mode(picture, 3))[None]  # [1, H, W, 3]
-    arrays = session.run(pixels, np.zeros(grid, dtype=np.uint8))
+    arrays = session.run(pixels, *(np.zeros(shape, dtype=np.uint8) for shape in (grid, cover)))
     return {port.name: torch.from_numpy(array).float() for port, array in zip(session.outputs, arrays)}
 
 
@@ -261,6 +274,7 @@ def picture_of(model: ViT, image: Tensor) -> Image.Image:
 
 def check_folder(path: Path, force: bool) -> None:
     """An error if a folder cannot be written, or holds what is not ours to replace."""
+    check_place(path)
     if not path.exists():
         return
     if not path.is_dir():
@@ -291,12 +305,4 @@ def building(path: Path) -> Iterator[Path]:
         folder = Path(temporary) / "new"
         folder.mkdir()
         yield folder
-        old = Path(temporary) / "old"
-        if path.exists():
-            os.replace(path, old)
-        try:
-            os.replace(folder, path)
-        except BaseException:
-            if old.exists() and not path.exists():
-                os.replace(old, path)
-            raise
+        replace_folder(folder, path)

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from vit.checks import inside, require_int, unknown, whole_patches
+from vit.files import check_place, replace_folder
 from vit.metadata import Preprocessing, Provenance
 from vit.model import ViT
 
@@ -26,7 +27,7 @@ from .converting import in_turns
 from .formats import FORMATS, Format, by_ending, check_taken
 from .graph import check_outputs
 from .int8 import FULL, REDUCED, Images, images_for, quantized
-from .metadata import PAGE, Metadata, processor
+from .metadata import PAGE, Metadata, digest, processor
 from .packages import need
 from .pixels import check_input
 from .read import ExportedModel
@@ -140,6 +141,8 @@ def export(
     if check_input(input, model) == "image":
         size, batch = None, batch_size  # pictures of any size, and what they are resized to is in the preprocessing
     precision = check_precision(model, names, half, int8, calibrate)
+    if calibrate is not None and not form.runs:
+        raise ValueError(f"{format} is int8 without images, and not checked here: leave out calibrate (--calibrate)")
     options = {name: options[name] for name in ("opset", "aot") if name in options}  # for the conversion
     if "opset" in options:
         options["opset"] = check_opset(opset, int8)
@@ -236,18 +239,23 @@ def describe(
         versions={name: version(name) for name in ("vit-small", "torch", *FORMATS[format].packages)},
         processor=processor(),
         parity=None,
+        weights=digest(model),
     )
 
 
 def publish(folder: Path, path: Path) -> tuple[tuple[str, ...], int]:
     """Move files to their final names, that of `path` last; returns the names, that of `path` first, and the bytes.
 
-    If `path` is a folder, other files in it stay, and what lies on top and says which file to open comes last.
+    If `path` is a folder, other files in it stay, and what lies on top and says which file to open comes last; but a
+    package, a folder with an ending, is replaced as a whole.
     """
     found = (file for file in folder.rglob("*") if file.is_file())
     files = sorted(found, key=lambda file: (file.name == path.name, -len(file.parts), file))
     total = sum(file.stat().st_size for file in files)
     targets = [path.parent / file.relative_to(folder) for file in files]
+    if path.suffix and (folder / path.name).is_dir():
+        replace_folder(folder / path.name, path)
+        files = []
     for file, target in zip(files, targets):
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, target)
@@ -257,10 +265,11 @@ def publish(folder: Path, path: Path) -> tuple[tuple[str, ...], int]:
 def check_path(path: str | Path, form: Format, force: bool) -> Path:
     """The file or folder to write, through a symbolic link to its target."""
     real, ending = Path(os.path.realpath(path)), form.endings[0]
-    kind = "folder" if form.folder else "file"
+    kind = f"{ending} file" if not form.folder else f"{ending} folder" if ending else "folder without a dot"
     wrong = real.is_file() if form.folder else real.is_dir()
     if Path(path).suffix != ending or real.suffix != ending or wrong:
-        raise ValueError(f"expected the name of a {ending} {kind} to write, not {str(path)!r}".replace("  ", " "))
+        raise ValueError(f"expected the name of a {kind} to write, not {str(path)!r}")
+    check_place(real)
     if not force:
         check_new(real, form)
     return real

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -255,6 +256,50 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         vit.export(small(), tmp_path / "folder" / "model.onnx", img_size=8)
     assert not list((tmp_path / "folder").iterdir())
+
+
+@pytest.mark.parametrize("format", ["onnx", "transformersjs", "web"])
+def test_a_place_that_cannot_be_written_to_is_named_before_any_work(format, tmp_path, monkeypatch):
+    def export():
+        vit.export(small(), tmp_path / "new" / ("model.onnx" if format == "onnx" else "folder"), format)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(PermissionError, match=f"^{tmp_path} cannot be written to, so .* give another place"):
+        export()
+    monkeypatch.undo()
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    with pytest.raises(ValueError, match="is a mount point, which cannot be replaced"):
+        export()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_package_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    new, old = tmp_path / "new" / "model.mlpackage", tmp_path / "model.mlpackage"
+    for folder, text in ((new, "new"), (old, "old")):
+        (folder / "Data").mkdir(parents=True)
+        (folder / "Data" / "weight.bin").write_text(text)
+    moves, replace_path = iter([True, False, True]), os.replace
+
+    def moved(source, target):
+        if not next(moves):
+            raise KeyboardInterrupt
+        replace_path(source, target)
+
+    monkeypatch.setattr(os, "replace", moved)
+    with pytest.raises(KeyboardInterrupt):
+        write.publish(tmp_path / "new", old)
+    assert (old / "Data" / "weight.bin").read_text() == "old"
+    monkeypatch.undo()
+    (old / "mine.txt").touch()
+    assert write.publish(tmp_path / "new", old)[0] == (str(old), str(old / "Data" / "weight.bin"))
+    assert [file.name for file in old.rglob("*")] == ["Data", "weight.bin"]
+
+
+def test_a_head_of_zeros(tmp_path):
+    model = small()
+    model.head.weight.data.zero_(), model.head.bias.data.zero_()
+    vit.export(model, tmp_path / "model.pt2", img_size=8)
+    assert not vit.load_exported(tmp_path / "model.pt2", trust=True)(images(1, 3, 8, 8)).any()
 
 
 class Thirds(vit.ViT):

@@ -86,7 +86,7 @@ def test_other_precisions_lie_beside_it_and_other_files_stay(square, tmp_path):
         ({"num_classes": 0}, {}, "reads logits first, and the outputs are features"),
         ({"in_chans": 1}, {}, "images of 3 channels, and this model takes 1"),
         ({}, {"img_size": (28, 20)}, "crops squares only, not 28 x 20"),
-        ({}, {"path": "model.js"}, "expected the name of a folder to write, not"),
+        ({}, {"path": "model.js"}, "expected the name of a folder without a dot to write, not"),
     ],
 )
 def test_what_transformers_js_does_not_take(changes, options, message, tmp_path):
@@ -115,6 +115,11 @@ def test_a_folder_of_another_model(tmp_path):
     with pytest.raises(FileExistsError, match="model.onnx holds another model"):
         vit.export(model, folder, "transformersjs", half=True, force=True)
     assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    other = small(img_size=(28, 28))
+    other.preprocessing, other.categories = model.preprocessing, ["a 0", "a 1", "a 2", "a 3", "a 4"]
+    other.norm.weight.data *= 1.01
+    with pytest.raises(FileExistsError, match="model.onnx holds another model"):  # the same but for its weights
+        vit.export(other, folder, "transformersjs", half=True, force=True)
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "config.json").write_text('{"mine": 1}')
     with pytest.raises(FileExistsError, match="config.json that vit export did not write"):

@@ -66,9 +66,9 @@ async function load() {
       runtime: { url: here(facts.runtime.file), bytes: facts.runtime.bytes },
     },
   });
-  const [rows, columns] = facts.grids[facts.own];
-  const [width, height] = [columns * facts.patch, rows * facts.patch];
-  await ask({ run: { rgba: new Uint8Array(4 * width * height), width, height, rows, columns } }); // the first run is slow
+  const [height, width] = facts.covers[facts.own];
+  const rgba = new Uint8Array(4 * width * height);
+  await ask({ run: { rgba, width, height, ...step(facts.own) } }); // the first run is slow
 }
 
 // ---- pictures
@@ -250,7 +250,7 @@ async function answerIt() {
     while (picture && found?.key !== key()) {
       const [asked, [rows, columns]] = [key(), grid()];
       const { rgba, width, height } = picture;
-      const answer = await ask({ run: { rgba, width, height, rows, columns } });
+      const answer = await ask({ run: { rgba, width, height, ...step($("size").value) } });
       found = { ...answer, rows, columns, key: asked };
       globalThis.answer = found.outputs;
       if (asked === key()) draw();
@@ -263,6 +263,7 @@ async function answerIt() {
 
 const key = () => `${picture.number} ${$("size").value}`;
 const grid = () => facts.grids[$("size").value];
+const step = (i) => ({ grid: facts.grids[i], cover: facts.covers[i] });
 
 function draw() {
   const { outputs, ms, rows, columns } = found;

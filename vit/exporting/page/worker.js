@@ -30,17 +30,19 @@ async function load({ model, runtime }) {
   session = await ort.InferenceSession.create(graph, { executionProviders: ["wasm"] });
 }
 
-// An RGBA picture at a target of rows x columns patches -> {name: {data, dims}} and the milliseconds.
-async function run({ rgba, width, height, rows, columns }) {
+// An RGBA picture at a target of grid = [rows, columns] patches, cut out of cover = [height, width] pixels
+// -> {name: {data, dims}} and the milliseconds.
+async function run({ rgba, width, height, grid, cover }) {
   const images = new Uint8Array(3 * width * height);
   for (let i = 0, j = 0; i < images.length; j += 4) {
     images[i++] = rgba[j];
     images[i++] = rgba[j + 1];
     images[i++] = rgba[j + 2];
   }
-  const grid = new ort.Tensor("uint8", new Uint8Array(rows * columns), [rows, columns]); // only its shape is read
+  const shaped = ([h, w]) => new ort.Tensor("uint8", new Uint8Array(h * w), [h, w]); // only the shape is read
+  const picture = new ort.Tensor("uint8", images, [1, height, width, 3]);
   const start = performance.now();
-  const found = await session.run({ images: new ort.Tensor("uint8", images, [1, height, width, 3]), grid });
+  const found = await session.run({ images: picture, grid: shaped(grid), cover: shaped(cover) });
   const ms = performance.now() - start;
   const outputs = {};
   for (const [name, { data, dims }] of Object.entries(found)) outputs[name] = { data, dims: [...dims] };
