@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -42,12 +44,28 @@ class Picture(nn.Module):
 
 
 def classifies(metadata: Metadata) -> bool:
-    """Whether the package is a classifier, as Apple's Vision takes it: a picture in, labels and probabilities out."""
-    return metadata.input == "uint8" and metadata.outputs == ("logits",) and bool(metadata.categories)
+    """Whether the package is a classifier, as Apple's Vision takes it: a picture in, labels and probabilities out.
+
+    With one class it is not: the softmax over one logit is 1.0 for every picture.
+    """
+    return metadata.input == "uint8" and metadata.outputs == ("logits",) and len(metadata.categories or ()) > 1
+
+
+def unique(labels: Sequence[str]) -> list[str]:
+    """Labels, each that occurs more than once with its class's number: "crane (134)" and "crane (517)" of ImageNet.
+
+    Core ML gives probabilities as a dictionary by label, which would lose one of two classes with the same name.
+    """
+    labels = list(labels)
+    while len(counts := Counter(labels)) < len(labels):  # again where "crane (134)" was another class's name
+        labels = [f"{label} ({i})" if counts[label] > 1 else label for i, label in enumerate(labels)]
+    return labels
 
 
 def convert(model: ViT, metadata: Metadata) -> Any:
     """A model as a `coremltools.models.MLModel`, an ML program for iOS 18 or macOS 15 and later.
+
+    A classifier's labels are the categories, those that occur more than once with the class's number behind them.
 
     Raises:
         ValueError: it cannot be converted, or several pictures a call.
@@ -63,16 +81,26 @@ def convert(model: ViT, metadata: Metadata) -> Any:
         options["inputs"] = [tools.ImageType("images", shape=images.shape, color_layout=layout)]
     options["outputs"] = [tools.TensorType(name) for name in metadata.outputs]
     if classifies(metadata):
-        options["classifier_config"] = tools.ClassifierConfig(metadata.categories)
+        options["classifier_config"] = tools.ClassifierConfig(unique(metadata.categories or ()))
     precision = "FLOAT16" if metadata.precision == "float16" else "FLOAT32"
     options["compute_precision"] = getattr(tools.precision, precision)
     exported = traced(model, Picture(graph, metadata) if metadata.input == "uint8" else graph, images, {})
     with converting(model, "coremltools cannot convert"), redirect_stderr(io.StringIO()):  # its progress
         converted = tools.convert(
-            exported.run_decompositions({}), convert_to="mlprogram", skip_model_load=True,
+            without_aliases(exported.run_decompositions({})), convert_to="mlprogram", skip_model_load=True,
             minimum_deployment_target=tools.target.iOS18, **options,
         )  # fmt: skip
         return quantized(converted) if metadata.precision == "int8" else converted
+
+
+def without_aliases(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same without `alias`, a slice that takes everything, which coremltools does not know."""
+    graph = exported.graph_module.graph
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    exported.graph_module.recompile()
+    return exported
 
 
 def quantized(converted: Any) -> Any:

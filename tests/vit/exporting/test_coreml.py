@@ -1,11 +1,12 @@
 """Core ML: the package is written and says what it takes; nothing here can run it."""
 
 import pytest
-from exporting_cases import small
+from exporting_cases import EVERYTHING, small
 from helpers import refused_in_one_line
 
 import vit
 from vit.cli.export import as_text
+from vit.exporting import to_coreml
 
 tools = pytest.importorskip("coremltools")
 
@@ -37,6 +38,39 @@ def test_pictures_in_and_labels_out(tmp_path):
     assert (picture.type.imageType.height, picture.type.imageType.width) == (20, 28)
     assert about.predictedFeatureName == "classLabel"
     assert {one.name for one in about.output} == {"classLabel", "classLabel_probs"}
+
+
+def test_a_single_class_stays_a_logit(tmp_path):
+    vit.export(small(num_classes=1), tmp_path / "model.mlpackage", "coreml", input="uint8", img_size=(20, 28))
+    about = spec_of(tmp_path / "model.mlpackage").get_spec().description
+    assert [one.name for one in about.output] == ["logits"] and not about.predictedFeatureName
+
+
+def test_every_class_has_a_label_of_its_own(tmp_path):
+    model = small()
+    model.categories = ["owl", "crane", "wren", "crane", "crane (1)"]
+    report = vit.export(model, tmp_path / "model.mlpackage", "coreml", input="uint8", img_size=(20, 28))
+    (function,) = spec_of(tmp_path / "model.mlpackage").get_spec().mlProgram.functions.values()
+    (block,) = function.block_specializations.values()
+    (classify,) = [one for one in block.operations if one.type == "classify"]
+    values = classify.inputs["classes"].arguments[0].value.immediateValue.list.values
+    found = [one.immediateValue.tensor.strings.values[0] for one in values]
+    assert found == ["owl", "crane (1) (1)", "wren", "crane (3)", "crane (1) (4)"]
+    assert report.metadata.categories == model.categories  # which are as they were
+
+
+def test_labels_get_numbers_until_they_differ():
+    assert to_coreml.unique(["a", "b"]) == ["a", "b"]
+    assert to_coreml.unique(["crane", "owl", "crane"]) == ["crane (0)", "owl", "crane (2)"]
+    assert len(set(to_coreml.unique(["a", "a", "a (0)", "a (0) (0)", "a (0)", "a (1)"]))) == 6
+
+
+@pytest.mark.parametrize("settings", [{}, {"reg_tokens": 4}])
+def test_without_a_position_of_the_class_token(settings, tmp_path):
+    model = small(class_position=False, **settings)
+    vit.export(model, tmp_path / "model.mlpackage", "coreml", img_size=(20, 28), outputs=EVERYTHING)
+    about = spec_of(tmp_path / "model.mlpackage").get_spec().description
+    assert [one.name for one in about.output] == list(EVERYTHING)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from helpers import FLOAT32, difference, images, refused_in_one_line
 from torch.nn.functional import cosine_similarity
 
 import vit
+from vit.exporting import to_executorch
 from vit.resources import digit_images
 
 pytest.importorskip("executorch")
@@ -27,6 +28,23 @@ def test_float32(size, tmp_path):
     for end in (0, 100, len(content) // 2, len(content) - 1):
         (tmp_path / "cut.pte").write_bytes(content[:end])
         refused_in_one_line(lambda: vit.load_exported(tmp_path / "cut.pte"), "cut.pte is cut short")
+
+
+@pytest.mark.parametrize(("gelu", "act"), [("erf", torch.nn.GELU), ("tanh", to_executorch.TanhGELU)])
+def test_both_forms_of_gelu(gelu, act, tmp_path, monkeypatch):
+    model, other, x = small(gelu=gelu), small(gelu={"erf": "tanh", "tanh": "erf"}[gelu]), images(3, 3, 28, 20)
+    for mlp in (block.mlp for one in (model, other) for block in one.blocks):
+        mlp.fc1.weight.data *= 6  # where the forms differ most
+        mlp.fc2.weight.data *= 100
+    program, seen = to_executorch.program, []
+    monkeypatch.setattr(to_executorch, "program", lambda copied, about: seen.append(copied) or program(copied, about))
+    vit.export(model, tmp_path / "model.pte", "executorch", outputs=EVERYTHING)
+    found = vit.load_exported(tmp_path / "model.pte", threads=1).run(x)
+    wanted, wrong = (vit.exporting.gate.reference(one, x, EVERYTHING) for one in (model, other))
+    assert all(difference(found[name], wanted[name]) <= FLOAT32 for name in EVERYTHING)
+    assert all(difference(wrong[name], wanted[name]) > 5 * FLOAT32 for name in ("logits", "features"))  # the control
+    assert [type(block.mlp.act) for block in seen[0].blocks] == [act, act]
+    assert [type(block.mlp.act) for block in model.blocks] == [torch.nn.GELU] * 2  # the caller's model is as it was
 
 
 def test_threads_get_their_own_answers(tmp_path):
