@@ -44,10 +44,13 @@ def replace_folder(new: Path, path: Path) -> None:
 def check_place(path: Path) -> None:
     """An error, before any work, if a file or folder cannot be written beside `path` and then get its name."""
     parent = next(one for one in path.parents if one.exists())
-    if not os.access(parent, os.W_OK):
-        raise PermissionError(f"{parent} cannot be written to, so {path} cannot get its name: give another place")
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{parent} is a file, so {path} cannot be written in it: give another place")
+    for folder in (parent, path) if path.is_dir() else (parent,):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(f"{folder} cannot be written to, so {path} cannot get its name: give another place")
     if os.path.ismount(path):
-        raise ValueError(f"{path} is a mount point, which cannot be replaced: write another folder and copy it")
+        raise ValueError(f"{path} is a mount point, which cannot be replaced: give another name, and copy it then")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

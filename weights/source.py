@@ -75,7 +75,7 @@ def _in_folder(folder: Path, name: str) -> Source:
     for file in WEIGHT_FILES:
         if (folder / file).is_file():
             if (folder / BEST).is_file():
-                warn(f"{name} holds the last weights, which are read, and the best: for those name {folder / BEST}")
+                warn(f"{name} holds the last weights, which are read; for the best, name {folder / BEST}")
             return _with_configs(name, folder / file)
     raise FileNotFoundError(f"{folder} holds none of {', '.join(WEIGHT_FILES)}; {_instead(folder)}")
 

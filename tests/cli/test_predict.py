@@ -115,4 +115,4 @@ def test_one_logit_is_no_probability(digit_files, tmp_path, run):
     model.reset_classifier(1)
     vit.save_checkpoint(model, tmp_path / "one.safetensors")
     result = run("predict", digit_files, "--model", tmp_path / "one.safetensors")
-    assert result.returncode == 2 and "gives one logit, of which a softmax is 100 % for every image" in result.stderr
+    assert result.returncode == 2 and "gives one number, of which a softmax is 100 % for every image" in result.stderr

@@ -1,5 +1,7 @@
 """Names, files and folders that checkpoints are loaded from."""
 
+import warnings
+
 import pytest
 
 import vit
@@ -35,7 +37,11 @@ def test_paths_that_lead_nowhere(tmp_path, rectangular):
 
 def test_the_folder_of_a_training_run_has_two_models(rectangular, tmp_path):
     vit.save_checkpoint(rectangular, tmp_path / "run" / "model.safetensors", layout="vit")
-    vit.load_pretrained(tmp_path / "run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vit.load_pretrained(tmp_path / "run")
     vit.save_checkpoint(rectangular, tmp_path / "run" / "model_best.safetensors", layout="vit")
-    with pytest.warns(UserWarning, match=r"run holds the last weights, .* for those name .*run/model_best.safetensors"):
+    with pytest.warns(
+        UserWarning, match=r"run holds the last weights, .* for the best, name .*run/model_best.safetensors"
+    ):
         vit.load_pretrained(tmp_path / "run")

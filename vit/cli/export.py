@@ -149,7 +149,7 @@ def describe(metadata: Metadata) -> list[str]:
         "image": f"whole pictures, uint8, H x W x {channels}, resized to {{}} x {{}}".format(
             *metadata.preprocessing.size
         ),
-        PAGE: "a whole picture, uint8, H x W x 3, and the number of patches to resize it to",
+        PAGE: "a whole picture, uint8, H x W x 3, the number of patches and the pixels to resize it to",
     }[metadata.input]
     batch = "any number of images" if metadata.batch is None else f"{metadata.batch} image{'s' * (metadata.batch > 1)}"
     prepared = metadata.preprocessing

@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.model} has no classifier, so there is nothing to predict")
     if model.config.num_classes == 1:
         raise ValueError(
-            f"{args.model} gives one logit, of which a softmax is 100 % for every image: call it in Python, and take"
-            " the sigmoid if it was trained so"
+            f"{args.model} gives one number, of which a softmax is 100 % for every image: call it in Python, and take"
+            " the sigmoid if it is a logit"
         )
     transform = create_transform(model, **sizing)
     own = [paths[i] for i in share(len(paths), args.batch_size)]

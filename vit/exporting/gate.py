@@ -74,10 +74,11 @@ def centred(output: str, values: Tensor) -> Tensor:
 
 def measure(found: Tensor, wanted: Tensor, precision: str, mean: bool, resized: bool = False) -> dict[str, Any]:
     """How alike two outputs are, and how alike they must be."""
+    same = torch.equal(found, wanted)  # both may be zeros
     if precision == "int8":
         alike = cosine_similarity(found.flatten(1), wanted.flatten(1))  # [B]
-        return {"measure": "cosine", "value": (alike.mean() if mean else alike.min()).item(), "bar": COSINE}
-    same = torch.equal(found, wanted)  # both may be zeros
+        least = 1.0 if same else (alike.mean() if mean else alike.min()).item()
+        return {"measure": "cosine", "value": least, "bar": COSINE}
     error = 0.0 if same else ((found - wanted).abs().max() / wanted.abs().max()).item()
     bar = BARS[precision]
     return {"measure": "error", "value": error, "bar": max(bar, RESIZED) if resized else bar}

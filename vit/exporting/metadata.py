@@ -16,7 +16,7 @@ from vit.metadata import EXPORTED_KEY, Preprocessing, Provenance
 from vit.model import ViT
 
 VERSION = 1  # of this record
-PAGE = "page"  # an `input`: a picture and a target size, see `vit.exporting.page_graph`
+PAGE = "page"  # an `input`: a picture and two sizes, see `vit.exporting.page_graph`
 PREFIX = EXPORTED_KEY.removesuffix("version")
 
 
@@ -91,7 +91,8 @@ def digest(model: ViT) -> str:
     """The SHA-256 of a model's tensors, on the CPU, and their names."""
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        found.update(name.encode() + tensor.numpy().tobytes())
+        found.update(name.encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
     return found.hexdigest()
 
 

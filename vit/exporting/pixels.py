@@ -75,7 +75,7 @@ def resize(
 ) -> Tensor:
     """[B, H, W, C] uint8 -> [B, C, *size] float32 whole numbers in [0, 255], as Pillow does it, at most one off.
 
-    `cover`, of a traced size: `vit.image.to_cover` of it, which a graph's float32 would round otherwise.
+    `cover`: `vit.image.to_cover` of a traced size, which the graph would compute in float32, and may round wrongly.
 
     Pillow 13 resizes the columns of tall pictures first, and there differs from its earlier versions by up to 5.
     """

@@ -193,6 +193,7 @@ class PyTorch:
         try:
             ports = [json.loads(self.metadata[key]) for key in PORTS]
             made, versions = (json.loads(self.metadata[key]) for key in (INSTRUCTIONS, "vit.versions"))
+            missing = sorted({*made} - {*instructions()})
             self.inputs, self.outputs = (
                 [Port(name, kind, tuple(shape)) for name, kind, shape in each] for each in ports
             )
@@ -200,7 +201,7 @@ class PyTorch:
                 native = any("/aotinductor/" in name for name in file.namelist())
         except (KeyError, ValueError, TypeError) as error:
             raise ValueError(f"{path} cannot be used: its metadata cannot be read: {error}") from error
-        if native and (missing := sorted({*made} - {*instructions()})):
+        if native and missing:
             raise ValueError(
                 f"{path} is native code for a processor with {', '.join(missing)}, which this one lacks: export it here"
             )

@@ -20,7 +20,8 @@ from .metadata import Metadata
 ROOT = "archive/"  # the folder in the archive in which PyTorch looks for everything
 PORTS = ("pt2.inputs", "pt2.outputs")  # keys in the metadata
 INSTRUCTIONS = "pt2.instructions"  # another: those of the processor that native code was compiled for
-UNASKED = ("clflush", "clflushopt", "clwb", "fma4", "sse4a")  # which compilers never use of themselves
+# of these a compiler makes no use unless it is asked to
+UNASKED = ("aes", "clflush", "clflushopt", "clwb", "fma4", "sha", "sha1", "sha2", "sse4a")
 
 
 class Package(NamedTuple):

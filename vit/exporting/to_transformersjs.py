@@ -80,7 +80,8 @@ def check_folder(path: Path, metadata: Metadata) -> None:
         found = {one.key: one.value for one in need("onnx", "onnx").load(file, load_external_data=False).metadata_props}
         if any(found.get(key) != ours[key] for key in SAME):
             raise FileExistsError(
-                f"{file} holds another model, or the same otherwise: give another folder, or remove it"
+                f"{file} holds another model, or the same with other labels or preprocessing: give another folder, or"
+                " remove it"
             )
 
 

@@ -166,7 +166,8 @@ def grids(model: ViT) -> list[Grid]:
     """The steps of the slider, (rows, columns) of patches in about the proportions of the own size."""
     h, w = own_grid(model)
     steps = sorted({(max(1, round(h * scale)), max(1, round(w * scale))) for scale in SCALES})
-    alike = [step for step in steps if (step[0] == step[1]) == (h == w)]  # timm rounds those of squares otherwise
+    # a graph rounds in one way, and timm squares in another
+    alike = [step for step in steps if (step[0] == step[1]) == (h == w)]
     return [(rows, columns) for rows, columns in alike if rows * columns <= max(TOKENS, h * w)]
 
 

@@ -74,13 +74,12 @@ def export(
     """Write a model as a file for another runtime, and run it there against the model before it gets its name.
 
     The file holds all that is needed to use it: preprocessing, categories, what it takes and gives, and the figures of
-    that check; `load_exported` opens it. In ONNX the same model, versions and threads give the same
-    bytes.
+    that check; `load_exported` opens it. In ONNX the same model, versions and threads give the same bytes.
 
     Args:
         model: in float32. It is exported as it is in eval mode, and not changed.
-        path: the file to write: `.onnx`, `.pt2`, or `.xml` for OpenVINO, which gets a `.bin` beside it; a folder for
-            web and transformersjs.
+        path: the file to write: `.onnx`, `.pt2`, `.tflite`, `.pte`, or `.xml` for OpenVINO, which gets a `.bin` beside
+            it; a folder for web and transformersjs, and one with the ending `.mlpackage` for Core ML.
         format: one of `vit.exporting.FORMATS`; None: by the ending of `path`. "web" is a page that
             shows in a browser what the model sees.
         dynamic: one file for all sizes and batches; None: unless a size or a batch size is given.
@@ -115,6 +114,7 @@ def export(
         ParityError: a ValueError: the file does not compute what the model does. Nothing is written.
         ValueError: a model, option or path that does not fit, a missing package, attention that cannot be exported.
         FileExistsError: a file exists, and `force` is False.
+        PermissionError, NotADirectoryError: nothing can be written at `path`.
     """
     format = by_ending(Path(path)) if format is None else format
     if format not in FORMATS:
@@ -125,10 +125,10 @@ def export(
     if reduce_range and not int8:
         raise ValueError("a reduced range of weights is for int8: ask for int8=True (--int8) or leave it out")
     if format == "web":
-        if batch_size is not None or outputs is not None or input != "float32":
+        if dynamic is False or batch_size is not None or outputs is not None or input != "float32":
             raise ValueError(
-                "a page takes one picture at a time, of any size, and shows all that it can: leave out batch_size,"
-                " outputs and input"
+                "a page takes one picture at a time, of any size, and shows all that it can: leave out dynamic,"
+                " batch_size, outputs and input"
             )
         return export_page(model, path, img_size, int8, calibrate, check, force, runtime_folder, example)
     path = check_path(path, form, force)
@@ -278,7 +278,8 @@ def check_path(path: str | Path, form: Format, force: bool) -> Path:
 def check_new(path: Path, form: Format) -> None:
     """FileExistsError if one of the files is there, or anything in the folder."""
     if form.folder and path.is_dir() and any(path.iterdir()):
-        raise FileExistsError(f"{path} is not empty: force=True (--force) replaces files in it, after the check")
+        what = "it" if path.suffix else "files in it"
+        raise FileExistsError(f"{path} is not empty: force=True (--force) replaces {what}, after the check")
     for file in () if form.folder else map(path.with_suffix, form.endings):
         if file.exists():
             raise FileExistsError(f"{file} exists: force=True (--force) replaces it, after the check")

@@ -48,6 +48,7 @@ def test_both_forms_of_gelu(gelu, act, tmp_path, monkeypatch):
 
 
 def test_threads_get_their_own_answers(tmp_path):
+    """Without a lock of ours: a call holds Python's."""
     vit.export(small(), tmp_path / "model.pte", img_size=28, outputs=EVERYTHING)
     loaded = vit.load_exported(tmp_path / "model.pte", threads=1)
     several = [images(1, 3, 28, 28, seed=i) for i in range(100)]

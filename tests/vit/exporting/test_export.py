@@ -271,6 +271,10 @@ def test_a_place_that_cannot_be_written_to_is_named_before_any_work(format, tmp_
     with pytest.raises(PermissionError, match=f"^{tmp_path} cannot be written to, so .* give another place"):
         export()
     monkeypatch.undo()
+    (tmp_path / "new").touch()
+    with pytest.raises(NotADirectoryError, match=r"new is a file, so .* cannot be written in it: give another place"):
+        export()
+    (tmp_path / "new").unlink()
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
     with pytest.raises(ValueError, match="is a mount point, which cannot be replaced"):
         export()
@@ -303,6 +307,7 @@ def test_a_head_of_zeros(tmp_path):
     model = small()
     model.head.weight.data.zero_(), model.head.bias.data.zero_()
     vit.export(model, tmp_path / "model.pt2", img_size=8)
+    vit.export(model, tmp_path / "model.onnx", img_size=(28, 20), int8=True)
     assert not vit.load_exported(tmp_path / "model.pt2", trust=True)(images(1, 3, 8, 8)).any()
 
 

@@ -122,6 +122,7 @@ def test_other_metadata(file, tmp_path):
         ("vit.size", "[28, 20]", "describe images"),
         ("pt2.inputs", None, "metadata cannot be read: 'pt2.inputs'"),
         ("pt2.instructions", "{", "metadata cannot be read"),
+        ("pt2.instructions", "5", "metadata cannot be read"),
         ("pt2.inputs", "5", "metadata cannot be read: 'int' object"),
         ("vit.size", "[1]", "metadata vit.size cannot be read"),
         ("vit.categories", "5", "metadata vit.categories cannot be read"),

@@ -102,7 +102,7 @@ def test_the_folder_is_complete(runtime, tmp_path):
         pytest.param({}, {"crop_pct": 0.8}, marks=pytest.mark.slow),
         pytest.param({"in_chans": 1, "num_classes": 0}, {"crop_pct": 0.8}, marks=pytest.mark.slow),
         ({"global_pool": "avg", "depth": 1}, {"mode": "squash", "size": (20, 20)}),
-        ({"depth": 1}, {"crop_pct": 0.9, "size": (36, 40)}),  # halves of it are square
+        ({"depth": 1}, {"crop_pct": 0.9, "size": (36, 40)}),  # a step of it would be square
         ({"depth": 1}, {"crop_pct": 0.6, "size": (48, 48)}),  # 36 / 0.6 is 60, and 59 in float32
     ],
     ids=str,
@@ -113,8 +113,9 @@ def test_the_graph_is_the_model_at_all_steps_of_the_slider(settings, prepared, p
     graph = page_graph.convert(model, metadata_of(model))
     (tmp_path / "model.onnx").write_bytes(graph.SerializeToString())
     session = OnnxRuntime(tmp_path / "model.onnx", 1)
-    answers = []
+    answers, (height, width) = [], model.preprocessing.size
     for rows, columns in to_web.grids(model):
+        assert (rows == columns) == (height == width)
         wanted = expected(model, picture, (4 * rows, 4 * columns))
         with Image.open(picture) as image:
             found = to_web.run(session, image, (rows, columns), to_web.cover_of(model, (rows, columns)))
@@ -170,8 +171,9 @@ def test_a_wrong_graph_is_not_written(runtime, tmp_path, monkeypatch):
     [
         ({"half": True}, r"--half \(half=True\) with web: .* formats that take it: onnx"),
         ({"outputs": ["logits"]}, "takes one picture at a time, of any size, and shows all that it can: leave out"),
-        ({"batch_size": 2}, "leave out batch_size, outputs and input"),
-        ({"input": "image"}, "leave out batch_size, outputs and input"),
+        ({"batch_size": 2}, "leave out dynamic, batch_size, outputs and input"),
+        ({"input": "image"}, "leave out dynamic, batch_size, outputs and input"),
+        ({"dynamic": False}, "leave out dynamic, batch_size, outputs and input"),
         ({"opset": 18}, "that is a number of ONNX's"),
     ],
 )

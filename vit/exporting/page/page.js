@@ -510,8 +510,9 @@ async function attempt(task) {
 
 function prepare() {
   const names = facts.categories ?? [];
-  const more = names.length > NAMES ? ", ..." : ".";
-  const knows = names.length ? `It knows ${names.length} classes: ${names.slice(0, NAMES).join(", ")}${more} ` : "";
+  const count = names.length === 1 ? "one class" : `${names.length} classes`;
+  const more = names.length > NAMES ? " and others" : "";
+  const knows = names.length ? `It knows ${count}: ${names.slice(0, NAMES).join(", ")}${more}. ` : "";
   $("model").textContent =
     `${knows}${facts.name}: ${facts.depth} block${facts.depth > 1 ? "s" : ""} with ${facts.heads} heads, patches of ${facts.patch} x ${facts.patch} pixels, ` +
     `${(facts.bytes / 1e6).toFixed(1)} MB in ${facts.precision}. It runs in this browser: no picture leaves it.`;
