@@ -113,9 +113,10 @@ def test_the_graph_is_the_model_at_all_steps_of_the_slider(settings, prepared, p
     graph = page_graph.convert(model, metadata_of(model))
     (tmp_path / "model.onnx").write_bytes(graph.SerializeToString())
     session = OnnxRuntime(tmp_path / "model.onnx", 1)
-    answers, (height, width) = [], model.preprocessing.size
+    with Image.open(picture) as image:  # to sides for which timm's two ways of rounding differ
+        image.resize((61, 41)).save(picture := tmp_path / "picture.png")
+    answers = []
     for rows, columns in to_web.grids(model):
-        assert (rows == columns) == (height == width)
         wanted = expected(model, picture, (4 * rows, 4 * columns))
         with Image.open(picture) as image:
             found = to_web.run(session, image, (rows, columns), to_web.cover_of(model, (rows, columns)))
