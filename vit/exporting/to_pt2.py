@@ -20,7 +20,7 @@ from .metadata import Metadata
 ROOT = "archive/"  # the folder in the archive in which PyTorch looks for everything
 PORTS = ("pt2.inputs", "pt2.outputs")  # keys in the metadata
 INSTRUCTIONS = "pt2.instructions"  # another: those of the processor that native code was compiled for
-# of these a compiler makes no use unless it is asked to
+# which a compiler does not use unless the code asks for them
 UNASKED = ("aes", "clflush", "clflushopt", "clwb", "fma4", "sha", "sha1", "sha2", "sse4a")
 
 

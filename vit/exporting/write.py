@@ -80,8 +80,8 @@ def export(
         model: in float32. It is exported as it is in eval mode, and not changed.
         path: the file to write: `.onnx`, `.pt2`, `.tflite`, `.pte`, or `.xml` for OpenVINO, which gets a `.bin` beside
             it; a folder for web and transformersjs, and one with the ending `.mlpackage` for Core ML.
-        format: one of `vit.exporting.FORMATS`; None: by the ending of `path`. "web" is a page that
-            shows in a browser what the model sees.
+        format: one of `vit.exporting.FORMATS`; None: by the ending of `path`. "web" is a page that shows in a browser
+            what the model sees.
         dynamic: one file for all sizes and batches; None: unless a size or a batch size is given.
         img_size: (H, W) or one number for a square, the only size that the file will take, in multiples of the patch;
             None, if the file is not dynamic: the model's own.
@@ -255,10 +255,10 @@ def publish(folder: Path, path: Path) -> tuple[tuple[str, ...], int]:
     targets = [path.parent / file.relative_to(folder) for file in files]
     if path.suffix and (folder / path.name).is_dir():
         replace_folder(folder / path.name, path)
-        files = []
-    for file, target in zip(files, targets):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(file, target)
+    else:
+        for file, target in zip(files, targets):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, target)
     return tuple(dict.fromkeys(map(str, (path, *reversed(targets))))), total
 
 
