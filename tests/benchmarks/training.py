@@ -318,6 +318,7 @@ def run_child(text: str) -> None:
     found = {"memory": child_memory, "steps": child_steps}[options.pop("role")](args, **options)
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(found), flush=True)
+    os._exit(0)  # as vit/__main__.py does, which says why
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], list[dict]]] = {

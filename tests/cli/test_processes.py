@@ -67,6 +67,20 @@ def said(done: subprocess.CompletedProcess) -> list[str]:
     return [line for line in done.stderr.splitlines() if re.match(r"vit \w+: ", line)]
 
 
+def test_a_process_of_torchrun_ends_without_the_end_of_its_interpreter(folder, tmp_path):
+    """In which a thread of gloo may abort it; what it has said arrives, and so does its exit code."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit; atexit.register(print, 'the interpreter ends')")
+    command = [sys.executable, "-m", "vit", "predict", str(folder), *MODEL]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    alone, one = (
+        subprocess.run(command, env=env | more, capture_output=True, text=True, timeout=240)
+        for more in ({}, {"RANK": "0", "WORLD_SIZE": "1"})
+    )
+    assert alone.returncode == one.returncode == 1  # one file is not an image
+    assert alone.stdout == one.stdout + "the interpreter ends\n" and one.stdout.count(".png") == 21
+    assert alone.stderr == one.stderr and "1 of 22 images" in said(one)[-1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--json", "--img-size", "native"]])
 def test_predict(folder, call, options):

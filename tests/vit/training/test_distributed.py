@@ -43,6 +43,12 @@ recipe = Recipe(
 
 weights = balanced([label for _, label in data[:19]], 3)
 
+def end_processes():
+    if strategy != "none":
+        dist.barrier()
+        dist.destroy_process_group()
+    os._exit(0)  # as vit/__main__.py does, which says why
+
 if out.endswith(".pt"):  # the gradients of the first step alone
     called, images = wrap(model, strategy), Images(data, RandomCrop(vit.create_transform(model), 0.3, 0.5), 0)
     (batch,) = loader(images, batches(21, 8, 0, 1, 0, *rank_and_world()), 0, torch.device("cpu"))
@@ -50,10 +56,7 @@ if out.endswith(".pt"):  # the gradients of the first step alone
     found = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
     if rank_and_world()[0] == 0:
         torch.save(found, out)
-    if strategy != "none":
-        dist.barrier()
-        dist.destroy_process_group()
-    sys.exit()
+    end_processes()
 
 class Interrupted(Exception):
     pass
@@ -69,10 +72,7 @@ result = train(
 if strategy == "fsdp":  # a sharded model's other forwards, and saving it by hand
     assert len(result.forward_intermediates(torch.zeros(1, 3, 16, 16))) == 3
     vit.save_checkpoint(result, out + "/by_hand.safetensors")
-if strategy != "none":
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # on busy cores PyTorch's threads may abort while the interpreter ends, after all is written
+end_processes()
 """
 
 
