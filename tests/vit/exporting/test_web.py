@@ -17,6 +17,7 @@ from helpers import difference, refused_in_one_line
 from PIL import ExifTags, Image, ImageCms
 
 import vit
+from vit.cli.export import as_text
 from vit.exporting import page_graph, to_web, web_runtime
 from vit.exporting.runtimes import OnnxRuntime
 
@@ -71,6 +72,7 @@ def test_the_folder_is_complete(runtime, tmp_path):
     report = vit.export(model, site, format="web", runtime_folder=runtime)
     assert {file.name for file in site.iterdir()} == to_web.FILES == {Path(name).name for name in report.files}
     assert report.files[0] == str(site / "index.html")
+    assert "to load faster: --int8" in as_text(report)
     assert report.bytes == sum(file.stat().st_size for file in site.iterdir())
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     facts = json.loads((site / "model.json").read_text())
@@ -432,6 +434,7 @@ def test_everything_has_a_name_and_fits(sites):
 def test_a_drawn_digit_in_int8(tmp_path):
     model = vit.load_pretrained("vit_digits_patch4_32")
     report = vit.export(model, tmp_path / "site", format="web", int8=True)
+    assert "to load faster" not in as_text(report)
     assert report.metadata.precision == "int8" and (tmp_path / "site" / "model.onnx").stat().st_size < 1_000_000
     with serving(tmp_path / "site") as url, browser() as page:
         page.look(1280, 1600)
