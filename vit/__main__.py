@@ -9,7 +9,5 @@ code = main()
 if "RANK" in os.environ:  # a process of torchrun
     # Everything is written and closed. While an interpreter ends, a thread of gloo that drops its last tensor only now
     # asks for Python's lock and aborts the process (pytorch/pytorch#179291): torchrun would call the run a failure.
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
 sys.exit(code)

@@ -34,9 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         with one_line_warnings(args.command):
-            return args.run(args)
+            code: int = args.run(args)
+        print(end="", flush=True)  # here, where a closed pipe and a full disk are handled
+        return code
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError) as error:  # what this package raises for bad input; anything else is a bug
         print(f"vit {args.command}: {error}", file=sys.stderr)
@@ -44,6 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"vit {args.command}: interrupted", file=sys.stderr)
         return 130
+    finally:
+        drop_unwritable()
+
+
+def drop_unwritable() -> None:
+    """Write what `print` still holds, or drop it: the interpreter's end would fail on it with another exit code."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
