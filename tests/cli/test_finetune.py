@@ -313,3 +313,17 @@ def test_a_resumed_run_prints_the_rows_of_a_whole_one(folder, tmp_path, call, mo
     assert then.returncode == 0 and "going on after step 12" in then.stderr
     assert len(whole) == 3 and rows(first) + rows(then) == whole
     assert "already finished: nothing was trained" in call(*args).stderr
+
+
+def test_a_closed_pipe_ends_the_run_with_a_failure(folder, tmp_path, call, monkeypatch):
+    """`vit finetune ... | head && next` must not go on as if the training were done."""
+
+    def row(*_):
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vit.cli.finetune.Report.row", row)
+        result = call("finetune", folder, "-o", tmp_path / "run", *QUICK)
+    message = "vit finetune: standard output was closed, which has ended the run; the same command goes on\n"
+    assert (result.returncode, result.stderr) == (2, message)
+    assert call("finetune", folder, "-o", tmp_path / "run", *QUICK).returncode == 0

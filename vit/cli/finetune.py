@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--output {args.output} is a file, expected a folder")
     if Path(args.data).is_dir() and args.output.resolve().is_relative_to(Path(args.data).resolve()):
         raise ValueError(f"--output {args.output} lies in {args.data}: its pictures would count as images of a class")
-    with processes(args.device, args.strategy):
+    with processes(args.device, args.strategy), heard():
         splits = find_splits(args.data, args.holdout, args.seed or 0)
         recipe = make_recipe(args, len(splits.train))
         model, head = load(args, splits.classes)
@@ -143,6 +143,15 @@ def run(args: argparse.Namespace) -> int:
         if first:
             finish(args.output, test, args.device)
     return 0
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Make a pipe that `head` has closed a failure, which it is not for a listing: the training is not done."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise OSError("standard output was closed, which has ended the run; the same command goes on") from error
 
 
 @contextmanager

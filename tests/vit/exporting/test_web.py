@@ -72,7 +72,8 @@ def test_the_folder_is_complete(runtime, tmp_path):
     report = vit.export(model, site, format="web", runtime_folder=runtime)
     assert {file.name for file in site.iterdir()} == to_web.FILES == {Path(name).name for name in report.files}
     assert report.files[0] == str(site / "index.html")
-    assert "to load faster: --int8" in as_text(report)
+    size = (site / "model.onnx").stat().st_size / 1e6
+    assert f"to load faster: --int8 --force makes the model, {size:.1f} MB" in as_text(report)
     assert report.bytes == sum(file.stat().st_size for file in site.iterdir())
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     facts = json.loads((site / "model.json").read_text())
